@@ -1,0 +1,193 @@
+//! A bundle: a manifest, the files it names, and the hash by which client and server recognise it.
+
+use std::collections::BTreeMap;
+
+use sha2::{Digest, Sha256};
+
+use crate::container::{self, Container, HASH_PREFIX};
+use crate::manifest::{FORMAT, Manifest};
+use crate::tables::Tables;
+use crate::{CodecError, golden};
+
+/// Name of the manifest in a bundle folder.
+pub const MANIFEST: &str = "manifest.toml";
+/// Larger files than this do not belong into a bundle.
+const MAX_FILE: usize = 64 << 20;
+
+/// SHA-256 of the manifest, which holds the SHA-256 of every file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BundleHash(pub [u8; 32]);
+
+impl BundleHash {
+    /// The part that travels in every container.
+    pub fn prefix(&self) -> [u8; HASH_PREFIX] {
+        let mut prefix = [0; HASH_PREFIX];
+        prefix.copy_from_slice(&self.0[..HASH_PREFIX]);
+        prefix
+    }
+}
+
+impl std::fmt::Display for BundleHash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&hex(&self.0))
+    }
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Hexadecimal SHA-256.
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// A checked bundle with the content of its files.
+#[derive(Debug, Clone)]
+pub struct Bundle {
+    /// The manifest.
+    pub manifest: Manifest,
+    /// Hash of the manifest.
+    pub hash: BundleHash,
+    /// Entropy tables of every level.
+    pub tables: Tables,
+    files: BTreeMap<String, Vec<u8>>,
+}
+
+impl Bundle {
+    /// Reads a bundle through `read` (file name to content) and checks every hash, the tables against
+    /// the manifest, and the golden container. `wanted` tells which files to read; the tables and the
+    /// golden container always are.
+    ///
+    /// # Errors
+    /// [`CodecError::BadBundle`] names the file and what is wrong.
+    pub fn load(
+        mut read: impl FnMut(&str) -> std::io::Result<Vec<u8>>,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<Self, CodecError> {
+        let mut get = |name: &str| read(name).map_err(|e| CodecError::bundle(format!("{name}: {e}")));
+        let text = get(MANIFEST)?;
+        let hash = BundleHash(Sha256::digest(&text).into());
+        let text = String::from_utf8(text).map_err(|_| CodecError::bundle(format!("{MANIFEST} is not UTF-8")))?;
+        let manifest: Manifest = toml::from_str(&text).map_err(|e| CodecError::bundle(format!("{MANIFEST}: {e}")))?;
+        check_manifest(&manifest)?;
+        let mut files = BTreeMap::new();
+        for (name, expected) in &manifest.files {
+            let needed = *name == manifest.tables || *name == manifest.golden.container || wanted(name);
+            if !needed {
+                continue;
+            }
+            if name.contains(['/', '\\']) || name.starts_with('.') {
+                return Err(CodecError::bundle(format!("file name {name:?} leaves the folder")));
+            }
+            let content = get(name)?;
+            if content.len() > MAX_FILE {
+                return Err(CodecError::bundle(format!("{name} is larger than {} MiB", MAX_FILE >> 20)));
+            }
+            let found = sha256(&content);
+            if found != *expected {
+                return Err(CodecError::bundle(format!("{name}: SHA-256 is {found}, the manifest says {expected}")));
+            }
+            files.insert(name.clone(), content);
+        }
+        let listed = |name: &str| files.get(name).ok_or_else(|| CodecError::bundle(format!("{name} is not listed under [files]")));
+        let tables = Tables::from_bytes(listed(&manifest.tables)?)?;
+        let fits = tables.levels.iter().all(|l| l.channels.len() == usize::from(manifest.latent.channels));
+        if !fits || tables.levels.len() != manifest.quality.len() {
+            return Err(CodecError::bundle("tables and manifest differ in channels or quality levels"));
+        }
+        let bundle = Self { manifest, hash, tables, files };
+        bundle.check_golden()?;
+        Ok(bundle)
+    }
+
+    /// Content of a file read at load.
+    ///
+    /// # Errors
+    /// [`CodecError::BadBundle`] if it is not there.
+    pub fn file(&self, name: &str) -> Result<&[u8], CodecError> {
+        let content = self.files.get(name).ok_or_else(|| CodecError::bundle(format!("{name} is not in the bundle")))?;
+        Ok(content)
+    }
+
+    /// Number of quality levels.
+    pub fn levels(&self) -> u8 {
+        self.tables.levels.len() as u8
+    }
+
+    /// Rounds and codes a latent (channel-major) into a container.
+    ///
+    /// # Errors
+    /// As [`container::encode`].
+    pub fn encode(&self, latent: &[f32], quality: u8) -> Result<Vec<u8>, CodecError> {
+        let symbols = self.tables.level(quality)?.quantise(latent, self.manifest.latent)?;
+        container::encode(&symbols, quality, &self.hash, self.manifest.latent, &self.tables)
+    }
+
+    /// Decodes a container into the decoder's input (channel-major), appended to `out`.
+    ///
+    /// # Errors
+    /// As [`Container::parse`] and [`Container::decode`].
+    pub fn decode_into(&self, bytes: &[u8], out: &mut Vec<f32>) -> Result<Header, CodecError> {
+        let container = Container::parse(bytes)?;
+        let symbols = container.decode(&self.hash, self.manifest.latent, &self.tables)?;
+        self.tables.level(container.header.quality)?.dequantise_into(&symbols, self.manifest.latent, out)?;
+        Ok(container.header)
+    }
+
+    /// Decodes the golden container and compares symbols and latent with the manifest.
+    fn check_golden(&self) -> Result<(), CodecError> {
+        let g = &self.manifest.golden;
+        let wrong = |what: &str| CodecError::bundle(format!("golden test: {what} differs from the manifest"));
+        if sha256(&golden::pixels(self.manifest.input.size)) != g.input_sha256 {
+            return Err(wrong("the input"));
+        }
+        // the container was made before the manifest had a hash, so its own prefix is used
+        let (header, symbols) = self.golden_symbols()?;
+        let bytes: Vec<u8> = symbols.iter().flat_map(|s| s.to_le_bytes()).collect();
+        if sha256(&bytes) != g.symbols_sha256 {
+            return Err(wrong("the decoded symbols"));
+        }
+        let mut latent = Vec::new();
+        self.tables.level(header.quality)?.dequantise_into(&symbols, self.manifest.latent, &mut latent)?;
+        let bytes: Vec<u8> = latent.iter().flat_map(|v| v.to_le_bytes()).collect();
+        if sha256(&bytes) != g.latent_sha256 {
+            return Err(wrong("the latent"));
+        }
+        Ok(())
+    }
+
+    /// Header and symbols of the golden container.
+    ///
+    /// # Errors
+    /// If the bundle's golden file does not decode.
+    pub fn golden_symbols(&self) -> Result<(Header, Vec<i32>), CodecError> {
+        let container = Container::parse(self.file(&self.manifest.golden.container)?)?;
+        let level = self.tables.level(container.header.quality)?;
+        if container.header.shape != self.manifest.latent {
+            return Err(CodecError::bundle("golden test: the container has another shape"));
+        }
+        let symbols = crate::coder::decode(container.payload, level, self.manifest.latent)?;
+        Ok((container.header, symbols))
+    }
+}
+
+pub use crate::container::Header;
+
+fn check_manifest(m: &Manifest) -> Result<(), CodecError> {
+    let bad = |why: &str| Err(CodecError::bundle(format!("{MANIFEST}: {why}")));
+    if m.format != FORMAT {
+        return bad(&format!("format {} is not supported (this software reads {FORMAT})", m.format));
+    }
+    if m.input.size == 0 || m.input.size > 4096 || (m.input.mean, m.input.scale) != (127.0, 128.0) {
+        return bad("input: size 1 to 4096, mean 127 and scale 128 are supported");
+    }
+    if m.latent.symbols() == 0 || m.latent.symbols() > 1 << 22 {
+        return bad("latent: empty or larger than 4 Mi symbols");
+    }
+    if m.decoders.is_empty() || m.quality.is_empty() || m.quality.len() > 255 {
+        return bad("at least one decoder and 1 to 255 quality levels are needed");
+    }
+    Ok(())
+}

@@ -1,0 +1,154 @@
+//! The container: one coded latent as it goes over the wire.
+//!
+//! | offset | size | field |
+//! |---|---|---|
+//! | 0 | 4 | magic `ISTH` |
+//! | 4 | 1 | version, 1 |
+//! | 5 | 1 | codec id: 1 = ANS with static tables |
+//! | 6 | 8 | first 8 bytes of the bundle's hash |
+//! | 14 | 1 | quality level, from 1 |
+//! | 15 | 6 | C, H, W, u16 each |
+//! | 21 | 4 | symbol count, u32 |
+//! | 25 | 4 | payload length, u32 |
+//! | 29 | n | payload |
+//! | 29 + n | 4 | CRC-32C of everything before |
+//!
+//! All integers are little-endian. Limits come from the registered bundle: the header is compared with
+//! it before anything is allocated.
+
+use crate::bundle::BundleHash;
+use crate::tables::{LatentShape, Tables};
+use crate::{CodecError, coder};
+
+/// First bytes of every container.
+pub const MAGIC: &[u8; 4] = b"ISTH";
+/// Version of the layout.
+pub const VERSION: u8 = 1;
+/// ANS with static integer tables.
+pub const CODEC_ANS_STATIC: u8 = 1;
+/// Bytes before the payload.
+pub const HEADER_LEN: usize = 29;
+/// Bytes around the payload.
+pub const OVERHEAD: usize = HEADER_LEN + 4;
+/// Length of the hash prefix.
+pub const HASH_PREFIX: usize = 8;
+
+/// Fields before the payload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Header {
+    /// Prefix of the bundle's hash.
+    pub bundle: [u8; HASH_PREFIX],
+    /// Quality level, from 1.
+    pub quality: u8,
+    /// Shape of the latent.
+    pub shape: LatentShape,
+    /// Symbols coded.
+    pub symbols: u32,
+    /// Payload bytes.
+    pub payload_len: u32,
+}
+
+/// A checked view of one container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Container<'a> {
+    /// Its header.
+    pub header: Header,
+    /// The entropy-coded symbols.
+    pub payload: &'a [u8],
+}
+
+/// Upper bound on the payload of a latent: every symbol an escape of full length.
+pub fn max_payload(shape: LatentShape) -> usize {
+    shape.symbols() * 6 + 16
+}
+
+impl<'a> Container<'a> {
+    /// Parses a container and checks its magic, version, codec, lengths and checksum. No bundle is needed.
+    ///
+    /// # Errors
+    /// [`CodecError::Malformed`] says which check failed.
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, CodecError> {
+        if bytes.len() < OVERHEAD {
+            return Err(CodecError::malformed(format!("{} bytes; a container has at least {OVERHEAD}", bytes.len())));
+        }
+        if &bytes[..4] != MAGIC {
+            return Err(CodecError::malformed("wrong magic: not an Isthmus container"));
+        }
+        if bytes[4] != VERSION {
+            return Err(CodecError::malformed(format!("version {}, this software reads {VERSION}", bytes[4])));
+        }
+        if bytes[5] != CODEC_ANS_STATIC {
+            return Err(CodecError::malformed(format!("codec {} is unknown", bytes[5])));
+        }
+        let u16_at = |i: usize| u16::from_le_bytes([bytes[i], bytes[i + 1]]);
+        let u32_at = |i: usize| u32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
+        let mut bundle = [0; HASH_PREFIX];
+        bundle.copy_from_slice(&bytes[6..14]);
+        let shape = LatentShape { channels: u16_at(15), height: u16_at(17), width: u16_at(19) };
+        let header = Header { bundle, quality: bytes[14], shape, symbols: u32_at(21), payload_len: u32_at(25) };
+        if header.payload_len as u64 != (bytes.len() - OVERHEAD) as u64 {
+            let why = format!("the header claims {} payload bytes, {} are there", header.payload_len, bytes.len() - OVERHEAD);
+            return Err(CodecError::malformed(why));
+        }
+        let end = bytes.len() - 4;
+        if crc32c::crc32c(&bytes[..end]) != u32_at(end) {
+            return Err(CodecError::malformed("checksum mismatch: the container was damaged"));
+        }
+        if u64::from(header.symbols) != shape.symbols() as u64 {
+            return Err(CodecError::malformed("the symbol count does not fit the shape"));
+        }
+        Ok(Self { header, payload: &bytes[HEADER_LEN..end] })
+    }
+
+    /// Decodes the symbols with the tables of the bundle whose hash and latent shape are given.
+    ///
+    /// # Errors
+    /// [`CodecError::WrongBundle`], [`CodecError::WrongShape`], [`CodecError::UnknownQuality`] if the
+    /// container does not belong to the bundle, [`CodecError::Malformed`] if the payload is damaged.
+    pub fn decode(&self, hash: &BundleHash, shape: LatentShape, tables: &Tables) -> Result<Vec<i32>, CodecError> {
+        if self.header.bundle != hash.prefix() {
+            let found = crate::bundle::hex(&self.header.bundle);
+            return Err(CodecError::WrongBundle { expected: crate::bundle::hex(&hash.prefix()), found });
+        }
+        if self.header.shape != shape {
+            let found = self.header.shape.to_string();
+            return Err(CodecError::WrongShape { expected: shape.to_string(), found });
+        }
+        let level = tables.level(self.header.quality)?;
+        if self.payload.len() > max_payload(shape) {
+            return Err(CodecError::malformed("the payload is longer than any coded latent"));
+        }
+        coder::decode(self.payload, level, shape)
+    }
+}
+
+/// Codes symbols into a container.
+///
+/// # Errors
+/// [`CodecError::UnknownQuality`] or [`CodecError::BadLatent`].
+pub fn encode(
+    symbols: &[i32],
+    quality: u8,
+    hash: &BundleHash,
+    shape: LatentShape,
+    tables: &Tables,
+) -> Result<Vec<u8>, CodecError> {
+    let payload = coder::encode(symbols, tables.level(quality)?, shape)?;
+    Ok(wrap(quality, hash, shape, &payload))
+}
+
+fn wrap(quality: u8, hash: &BundleHash, shape: LatentShape, payload: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(payload.len() + OVERHEAD);
+    out.extend(MAGIC);
+    out.extend([VERSION, CODEC_ANS_STATIC]);
+    out.extend(hash.prefix());
+    out.push(quality);
+    for extent in [shape.channels, shape.height, shape.width] {
+        out.extend(extent.to_le_bytes());
+    }
+    out.extend((shape.symbols() as u32).to_le_bytes());
+    out.extend((payload.len() as u32).to_le_bytes());
+    out.extend(payload);
+    out.extend(crc32c::crc32c(&out).to_le_bytes());
+    out
+}

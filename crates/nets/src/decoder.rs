@@ -1,0 +1,127 @@
+//! Decoder blueprints: de-quantised latent to the features of one backbone at its split point.
+//!
+//! Restoration (residual blocks at the latent's resolution) then a projection to the backbone's
+//! channels, as FrankenSplit's blueprints for CNN backbones; the output is produced per-channel
+//! normalised and scaled back with statistics of the teacher's features.
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor, nn};
+
+use crate::encoder::{LATENT_CHANNELS, conv2d};
+
+/// What a decoder looks like; stored in the bundle's manifest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DecoderSpec {
+    /// Channels of the residual trunk.
+    pub width: i64,
+    /// Channels inside a residual block.
+    pub hidden: i64,
+    /// Residual blocks.
+    pub blocks: i64,
+    /// Channels of the features to rebuild.
+    pub output: i64,
+}
+
+impl DecoderSpec {
+    /// The default for features of `output` channels at the latent's resolution.
+    pub fn default_for(output: i64) -> Self {
+        Self { width: 128, hidden: 64, blocks: 4, output }
+    }
+
+    /// Trainable parameters.
+    pub fn parameters(&self) -> u64 {
+        let conv = |i: i64, o: i64, k: i64| o * (i * k * k + 1);
+        let block = conv(self.width, self.hidden, 1) + conv(self.hidden, self.hidden, 3) + conv(self.hidden, self.width, 1);
+        (conv(LATENT_CHANNELS, self.width, 3) + self.blocks * block + conv(self.width, self.output, 3)) as u64
+    }
+
+    /// Multiply-accumulates for a latent of `h` x `w`.
+    pub fn macs(&self, h: i64, w: i64) -> u64 {
+        let block = 2 * self.width * self.hidden + 9 * self.hidden * self.hidden;
+        ((9 * LATENT_CHANNELS * self.width + self.blocks * block + 9 * self.width * self.output) * h * w) as u64
+    }
+}
+
+struct Residual {
+    reduce: nn::Conv2D,
+    mix: nn::Conv2D,
+    expand: nn::Conv2D,
+}
+
+/// A decoder with weights in a `VarStore`.
+pub struct Decoder {
+    input: nn::Conv2D,
+    blocks: Vec<Residual>,
+    output: nn::Conv2D,
+    mean: Tensor,
+    std: Tensor,
+}
+
+fn leaky(x: Tensor) -> Tensor {
+    x.leaky_relu() // slope 0.01
+}
+
+impl Decoder {
+    /// Creates the variables under `path`.
+    pub fn new(path: &nn::Path, spec: &DecoderSpec) -> Self {
+        let conv = |name: &str, i: i64, o: i64, k: i64| conv2d(&(path / name), i, o, k, 1, k / 2);
+        let blocks = (0..spec.blocks)
+            .map(|b| Residual {
+                reduce: conv(&format!("block{b}_reduce"), spec.width, spec.hidden, 1),
+                mix: conv(&format!("block{b}_mix"), spec.hidden, spec.hidden, 3),
+                expand: conv(&format!("block{b}_expand"), spec.hidden, spec.width, 1),
+            })
+            .collect();
+        Self {
+            input: conv("input", LATENT_CHANNELS, spec.width, 3),
+            blocks,
+            output: conv("output", spec.width, spec.output, 3),
+            mean: path.zeros_no_train("feature_mean", &[spec.output]),
+            std: path.ones_no_train("feature_std", &[spec.output]),
+        }
+    }
+
+    /// Sets the statistics of the teacher's features, per channel.
+    pub fn set_statistics(&mut self, mean: &Tensor, std: &Tensor) {
+        tch::no_grad(|| {
+            self.mean.copy_(mean);
+            self.std.copy_(std);
+        });
+    }
+
+    /// Normalises features (N, C, H, W) with the stored statistics.
+    pub fn normalise(&self, features: &Tensor) -> Tensor {
+        (features - self.mean.view([1, -1, 1, 1])) / self.std.view([1, -1, 1, 1])
+    }
+
+    /// Scales normalised features back.
+    pub fn denormalise(&self, features: &Tensor) -> Tensor {
+        features * self.std.view([1, -1, 1, 1]) + self.mean.view([1, -1, 1, 1])
+    }
+
+    /// Per-channel standard deviation of the teacher's features.
+    pub fn std(&self) -> &Tensor {
+        &self.std
+    }
+
+    /// De-quantised, gain-corrected latent (N, 48, h, w) to normalised features (N, C, h, w).
+    pub fn forward_normalised(&self, latent: &Tensor) -> Tensor {
+        let mut x = leaky(latent.apply(&self.input));
+        for b in &self.blocks {
+            let y = leaky(x.apply(&b.reduce));
+            let y = leaky(y.apply(&b.mix));
+            x = x + y.apply(&b.expand);
+        }
+        leaky(x).apply(&self.output)
+    }
+
+    /// De-quantised, gain-corrected latent (N, 48, h, w) to the backbone's features.
+    pub fn forward(&self, latent: &Tensor) -> Tensor {
+        self.denormalise(&self.forward_normalised(latent))
+    }
+}
+
+/// A zero latent of the given size, for warm-up.
+pub fn zero_latent(batch: i64, h: i64, w: i64, device: Device) -> Tensor {
+    Tensor::zeros([batch, LATENT_CHANNELS, h, w], (Kind::Float, device))
+}

@@ -1,0 +1,22 @@
+//! Networks of Isthmus on libtorch: pretrained backbones, the encoder that runs on the device,
+//! decoders ("blueprints") that rebuild a backbone's shallow features, and the factorised prior.
+//!
+//! Tensors are NCHW, f32. Training code and the server share these definitions, so that what was
+//! trained is what runs.
+
+pub mod backbone;
+pub mod bottleneck;
+pub mod decoder;
+pub mod device;
+pub mod encoder;
+pub mod error;
+pub mod prior;
+pub mod pth;
+pub mod weights;
+
+pub use backbone::{Backbone, BackboneKind};
+pub use bottleneck::Bottleneck;
+pub use decoder::{Decoder, DecoderSpec};
+pub use encoder::{Encoder, EncoderKind};
+pub use error::NetError;
+pub use prior::FactorisedPrior;

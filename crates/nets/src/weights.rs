@@ -1,0 +1,99 @@
+//! Named weights: safetensors in, safetensors out, and the one-time import of `.pth` files.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use tch::{Device, Kind, Tensor};
+
+use crate::{NetError, pth};
+
+/// Tensors by name, on one device.
+pub struct Weights {
+    tensors: HashMap<String, Tensor>,
+}
+
+impl Weights {
+    /// Reads an f32 safetensors file's bytes.
+    ///
+    /// # Errors
+    /// [`NetError::Format`] if the bytes are not safetensors or hold another type than f32.
+    pub fn from_safetensors(bytes: &[u8], what: &str, device: Device) -> Result<Self, NetError> {
+        let file = SafeTensors::deserialize(bytes).map_err(|e| NetError::format(what, e.to_string()))?;
+        let mut tensors = HashMap::new();
+        for (name, view) in file.tensors() {
+            if view.dtype() != Dtype::F32 {
+                return Err(NetError::format(what, format!("tensor {name} is {:?}, expected F32", view.dtype())));
+            }
+            let shape: Vec<i64> = view.shape().iter().map(|&d| d as i64).collect();
+            let t = Tensor::f_from_data_size(view.data(), &shape, Kind::Float)?.to_device(device);
+            tensors.insert(name, t);
+        }
+        Ok(Self { tensors })
+    }
+
+    /// Reads a backbone from `path`: safetensors, or torch's legacy `.pth`.
+    ///
+    /// # Errors
+    /// [`NetError::Io`] if unreadable, [`NetError::Format`] if malformed.
+    pub fn open(path: &Path, device: Device) -> Result<Self, NetError> {
+        let bytes = std::fs::read(path).map_err(|source| NetError::Io { path: path.into(), source })?;
+        let what = path.display().to_string();
+        if path.extension().is_some_and(|e| e == "pth") {
+            let mut tensors = HashMap::new();
+            for (name, raw) in pth::read(&bytes)? {
+                let shape: Vec<i64> = raw.shape.iter().map(|&d| d as i64).collect();
+                tensors.insert(name, Tensor::from_slice(&raw.data).reshape(&shape).to_device(device));
+            }
+            return Ok(Self { tensors });
+        }
+        Self::from_safetensors(&bytes, &what, device)
+    }
+
+    /// The tensor `name`, checked against `shape` (-1 matches any extent).
+    ///
+    /// # Errors
+    /// [`NetError::Shape`] if it is missing or has another shape.
+    pub fn get(&self, name: &str, shape: &[i64]) -> Result<Tensor, NetError> {
+        let found = self.tensors.get(name);
+        let size = found.map(Tensor::size).unwrap_or_default();
+        let fits = size.len() == shape.len() && size.iter().zip(shape).all(|(a, b)| *b == -1 || a == b);
+        match found {
+            Some(t) if fits => Ok(t.shallow_clone()),
+            _ => Err(NetError::Shape { name: name.into(), expected: shape.into(), found: size }),
+        }
+    }
+
+    /// Total number of elements.
+    pub fn parameters(&self) -> usize {
+        self.tensors.values().map(Tensor::numel).sum()
+    }
+
+    /// Names of the tensors, unordered.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+}
+
+/// Serialises named tensors as f32 safetensors (sorted by name, so equal tensors give equal bytes).
+///
+/// # Errors
+/// [`NetError::Format`] if serialisation fails.
+pub fn to_safetensors<'a>(tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>) -> Result<Vec<u8>, NetError> {
+    let mut owned: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    for (name, t) in tensors {
+        let flat = t.to_device(Device::Cpu).to_kind(Kind::Float).contiguous().view(-1);
+        let values = Vec::<f32>::try_from(&flat)?;
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        owned.push((name.to_owned(), t.size().iter().map(|&d| d as usize).collect(), bytes));
+    }
+    owned.sort();
+    let mut views = Vec::new();
+    for (name, shape, bytes) in &owned {
+        let view = TensorView::new(Dtype::F32, shape.clone(), bytes)
+            .map_err(|e| NetError::format(name.clone(), e.to_string()))?;
+        views.push((name.as_str(), view));
+    }
+    safetensors::serialize(views, None).map_err(|e| NetError::format("safetensors", e.to_string()))
+}

@@ -1,0 +1,198 @@
+//! Photo files to network input, the same on the device, on the server and in training.
+//!
+//! Preprocessing of the EfficientNet-Lite weights: centre crop of `S / (S + 32)` of the shorter side,
+//! bicubic (a = -0.5, antialiased) to S x S, `(x - 127) / 128`, RGB, CHW. Decoding is bounded: dimensions
+//! are checked from the header before any pixel is allocated.
+
+#![forbid(unsafe_code)]
+
+use std::io::Cursor;
+
+use fast_image_resize as fir;
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader};
+
+/// Largest photo accepted, in pixels (width x height).
+pub const MAX_PIXELS: u64 = 64 << 20;
+/// Largest side accepted.
+pub const MAX_SIDE: u32 = 20_000;
+/// Memory a decoder may use beside the pixels.
+const MAX_DECODER_BYTES: u64 = 512 << 20;
+
+/// Why a photo could not be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PixelError {
+    /// The file has no bytes.
+    #[error("the image is empty (0 bytes)")]
+    Empty,
+    /// Not one of the supported formats.
+    #[error("not a JPEG, PNG or WebP image (the first bytes match none of these formats)")]
+    UnknownFormat,
+    /// More than one frame.
+    #[error("animated {0} images are not supported: send one frame as a still image")]
+    Animated(&'static str),
+    /// Larger than the limits.
+    #[error("the image is {width} x {height} pixels; at most {max_pixels} pixels and {max_side} a side are accepted")]
+    TooLarge {
+        /// Claimed width.
+        width: u32,
+        /// Claimed height.
+        height: u32,
+        /// Limit on the product.
+        max_pixels: u64,
+        /// Limit on each side.
+        max_side: u32,
+    },
+    /// The data is damaged.
+    #[error("the image cannot be decoded: {0}")]
+    Decode(String),
+    /// Resizing failed.
+    #[error("the image cannot be resized: {0}")]
+    Resize(String),
+}
+
+/// An 8-bit RGB image, rows top to bottom, interleaved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rgb {
+    width: u32,
+    height: u32,
+    data: Vec<u8>,
+}
+
+impl Rgb {
+    /// Wraps `width * height * 3` bytes; `None` if the length does not fit.
+    pub fn new(width: u32, height: u32, data: Vec<u8>) -> Option<Self> {
+        let fits = data.len() as u64 == u64::from(width) * u64::from(height) * 3 && width > 0 && height > 0;
+        fits.then_some(Self { width, height, data })
+    }
+
+    /// Width in pixels.
+    pub fn width(&self) -> u32 {
+        self.width
+    }
+
+    /// Height in pixels.
+    pub fn height(&self) -> u32 {
+        self.height
+    }
+
+    /// Interleaved bytes, `height * width * 3`.
+    pub fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// The rectangle at (`x`, `y`) of `w` x `h` pixels, clipped to the image.
+    pub fn crop(&self, x: u32, y: u32, w: u32, h: u32) -> Self {
+        let (x, y) = (x.min(self.width - 1), y.min(self.height - 1));
+        let (w, h) = (w.clamp(1, self.width - x), h.clamp(1, self.height - y));
+        let mut data = Vec::with_capacity((w * h * 3) as usize);
+        for row in y..y + h {
+            let from = (row as usize * self.width as usize + x as usize) * 3;
+            data.extend_from_slice(&self.data[from..from + w as usize * 3]);
+        }
+        Self { width: w, height: h, data }
+    }
+
+    /// Bicubic, antialiased resize (the filter of the reference preprocessing).
+    ///
+    /// # Errors
+    /// [`PixelError::Resize`] for a zero target.
+    pub fn resize(&self, width: u32, height: u32) -> Result<Self, PixelError> {
+        if (width, height) == (self.width, self.height) {
+            return Ok(self.clone());
+        }
+        let fail = |e: String| PixelError::Resize(e);
+        let source = fir::images::ImageRef::new(self.width, self.height, &self.data, fir::PixelType::U8x3)
+            .map_err(|e| fail(e.to_string()))?;
+        let mut target = fir::images::Image::new(width, height, fir::PixelType::U8x3);
+        let filter = fir::ResizeAlg::Convolution(fir::FilterType::CatmullRom);
+        fir::Resizer::new()
+            .resize(&source, &mut target, &fir::ResizeOptions::new().resize_alg(filter))
+            .map_err(|e| fail(e.to_string()))?;
+        Self::new(width, height, target.into_vec()).ok_or_else(|| fail("zero size".into()))
+    }
+
+    /// Centre crop and resize to the network's square input of `side` pixels.
+    ///
+    /// # Errors
+    /// As [`Rgb::resize`].
+    pub fn center_square(&self, side: u32) -> Result<Self, PixelError> {
+        let shorter = self.width.min(self.height);
+        let crop = (u64::from(side) * u64::from(shorter) / u64::from(side + 32)).max(1) as u32;
+        let x = (self.width - crop).div_ceil(2);
+        let y = (self.height - crop).div_ceil(2);
+        self.crop(x, y, crop, crop).resize(side, side)
+    }
+
+    /// `(x - 127) / 128` as CHW floats, appended to `out`.
+    pub fn normalise_into(&self, out: &mut Vec<f32>) {
+        out.reserve(self.data.len());
+        for channel in 0..3 {
+            out.extend(self.data.iter().skip(channel).step_by(3).map(|&v| (f32::from(v) - 127.0) / 128.0));
+        }
+    }
+
+    /// Mirrors left and right in place.
+    pub fn flip(&mut self) {
+        let width = self.width as usize;
+        for row in self.data.chunks_exact_mut(width * 3) {
+            for x in 0..width / 2 {
+                let other = width - 1 - x;
+                for c in 0..3 {
+                    row.swap(x * 3 + c, other * 3 + c);
+                }
+            }
+        }
+    }
+}
+
+/// Decodes a still JPEG, PNG or WebP; EXIF orientation is applied, alpha is dropped.
+///
+/// # Errors
+/// A [`PixelError`] for anything else, before more memory is used than the limits allow.
+pub fn decode(bytes: &[u8]) -> Result<Rgb, PixelError> {
+    if bytes.is_empty() {
+        return Err(PixelError::Empty);
+    }
+    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|_| PixelError::UnknownFormat)?;
+    let format = reader.format().ok_or(PixelError::UnknownFormat)?;
+    let damaged = |e: image::ImageError| PixelError::Decode(e.to_string());
+    match format {
+        ImageFormat::WebP => {
+            let decoder = image::codecs::webp::WebPDecoder::new(Cursor::new(bytes)).map_err(damaged)?;
+            if decoder.has_animation() {
+                return Err(PixelError::Animated("WebP"));
+            }
+        }
+        ImageFormat::Png => {
+            let decoder = image::codecs::png::PngDecoder::new(Cursor::new(bytes)).map_err(damaged)?;
+            check_size(decoder.dimensions())?;
+            if decoder.is_apng().map_err(damaged)? {
+                return Err(PixelError::Animated("PNG"));
+            }
+        }
+        ImageFormat::Jpeg => {}
+        _ => return Err(PixelError::UnknownFormat),
+    }
+    let mut limits = image::Limits::default();
+    limits.max_image_width = None;
+    limits.max_image_height = None;
+    limits.max_alloc = Some(MAX_DECODER_BYTES);
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder().map_err(damaged)?;
+    check_size(decoder.dimensions())?;
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut image = DynamicImage::from_decoder(decoder).map_err(damaged)?;
+    image.apply_orientation(orientation);
+    let rgb = image.into_rgb8();
+    let (width, height) = rgb.dimensions();
+    Rgb::new(width, height, rgb.into_raw()).ok_or_else(|| PixelError::Decode("no pixels".into()))
+}
+
+fn check_size((width, height): (u32, u32)) -> Result<(), PixelError> {
+    let pixels = u64::from(width) * u64::from(height);
+    if pixels > MAX_PIXELS || width.max(height) > MAX_SIDE {
+        return Err(PixelError::TooLarge { width, height, max_pixels: MAX_PIXELS, max_side: MAX_SIDE });
+    }
+    Ok(())
+}

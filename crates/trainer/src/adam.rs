@@ -1,0 +1,130 @@
+//! Adam (Kingma & Ba 2015) with its state in the open, so that a checkpoint resumes exactly
+//! (libtorch's own optimiser cannot be saved through tch), and an exponential moving average of weights.
+
+use tch::{Tensor, nn};
+
+use crate::error::TrainError;
+
+const BETA1: f64 = 0.9;
+const BETA2: f64 = 0.999;
+const EPSILON: f64 = 1e-8;
+
+struct Slot {
+    name: String,
+    variable: Tensor,
+    first: Tensor,
+    second: Tensor,
+    average: Tensor,
+    scale: f64,
+}
+
+/// Optimiser over all trainable variables of a `VarStore`.
+pub struct Adam {
+    slots: Vec<Slot>,
+    steps: i64,
+    decay: f64,
+}
+
+impl Adam {
+    /// `decay` is that of the moving average; variables whose name starts with one of `fast.0` learn
+    /// `fast.1` times as quickly.
+    pub fn new(vs: &nn::VarStore, decay: f64, fast: (&[&str], f64)) -> Self {
+        let mut slots: Vec<Slot> = vs
+            .variables()
+            .into_iter()
+            .filter(|(_, v)| v.requires_grad())
+            .map(|(name, variable)| Slot {
+                first: variable.zeros_like(),
+                second: variable.zeros_like(),
+                average: variable.detach().copy(),
+                scale: if fast.0.iter().any(|p| name.starts_with(p)) { fast.1 } else { 1.0 },
+                variable,
+                name,
+            })
+            .collect();
+        slots.sort_by(|a, b| a.name.cmp(&b.name));
+        Self { slots, steps: 0, decay }
+    }
+
+    /// Clears the gradients.
+    pub fn zero_grad(&mut self) {
+        for s in &mut self.slots {
+            s.variable.zero_grad();
+        }
+    }
+
+    /// One update with learning rate `lr` after clipping the global gradient norm. Returns the norm
+    /// before clipping; a non-finite norm leaves the weights untouched.
+    pub fn step(&mut self, lr: f64, max_norm: f64) -> f64 {
+        tch::no_grad(|| {
+            let squares: Vec<Tensor> =
+                self.slots.iter().filter(|s| s.variable.grad().defined()).map(|s| s.variable.grad().square().sum(None)).collect();
+            let norm = Tensor::stack(&squares, 0).sum(None).sqrt().double_value(&[]);
+            if !norm.is_finite() {
+                return norm;
+            }
+            let clip = (max_norm / norm).min(1.0);
+            self.steps += 1;
+            let correct1 = 1.0 - BETA1.powi(self.steps as i32);
+            let correct2 = 1.0 - BETA2.powi(self.steps as i32);
+            // a young average follows the weights closely
+            let decay = self.decay.min((1.0 + self.steps as f64) / (10.0 + self.steps as f64));
+            for s in &mut self.slots {
+                let grad = s.variable.grad();
+                if !grad.defined() {
+                    continue;
+                }
+                let grad = grad * clip;
+                let _ = s.first.g_mul_scalar_(BETA1).g_add_(&(&grad * (1.0 - BETA1)));
+                let _ = s.second.g_mul_scalar_(BETA2).g_add_(&(grad.square() * (1.0 - BETA2)));
+                let update = (&s.first / correct1) / ((&s.second / correct2).sqrt() + EPSILON);
+                let _ = s.variable.g_sub_(&(update * (lr * s.scale)));
+                let _ = s.average.g_mul_scalar_(decay).g_add_(&(&s.variable * (1.0 - decay)));
+            }
+            norm
+        })
+    }
+
+    /// Swaps weights and their moving averages; calling it twice restores the weights.
+    pub fn swap_average(&mut self) {
+        tch::no_grad(|| {
+            for s in &mut self.slots {
+                let kept = s.variable.copy();
+                s.variable.copy_(&s.average);
+                s.average.copy_(&kept);
+            }
+        });
+    }
+
+    /// Updates done so far.
+    pub fn steps(&self) -> i64 {
+        self.steps
+    }
+
+    /// State by name: moments and averages.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let mut out = vec![("steps".to_owned(), Tensor::from_slice(&[self.steps as f32]))];
+        for s in &self.slots {
+            out.push((format!("first/{}", s.name), s.first.shallow_clone()));
+            out.push((format!("second/{}", s.name), s.second.shallow_clone()));
+            out.push((format!("average/{}", s.name), s.average.shallow_clone()));
+        }
+        out
+    }
+
+    /// Restores what [`Adam::state`] gave.
+    ///
+    /// # Errors
+    /// If a tensor is missing or has another shape.
+    pub fn restore(&mut self, state: &isthmus_nets::weights::Weights, prefix: &str) -> Result<(), TrainError> {
+        self.steps = state.get(&format!("{prefix}steps"), &[1])?.double_value(&[0]) as i64;
+        for s in &mut self.slots {
+            let shape = s.variable.size();
+            for (part, target) in [("first", &mut s.first), ("second", &mut s.second), ("average", &mut s.average)] {
+                let saved = state.get(&format!("{prefix}{part}/{}", s.name), &shape)?;
+                tch::no_grad(|| target.copy_(&saved));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,299 @@
+//! Head distillation: the encoder, prior and decoder learn to rebuild the frozen teacher's shallow
+//! features at a rate (FrankenSplit, arXiv 2302.10681, section "phd"): loss = sum of squared error +
+//! lambda x bits, here per-channel normalised and, late, with the logits' KL through the frozen tail.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use isthmus_nets::weights::{Weights, to_safetensors};
+use isthmus_nets::{Backbone, Bottleneck};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::adam::Adam;
+use crate::error::TrainError;
+use crate::loader;
+use crate::pack::Pack;
+use crate::recipe::Recipe;
+
+/// Crops from which the features' statistics and Fisher weights are estimated.
+const CALIBRATION_BATCHES: u64 = 24;
+const LOG_EVERY: u64 = 20;
+
+/// One line of a run's log.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct LogLine {
+    /// Step just done.
+    pub step: u64,
+    /// Crops seen so far.
+    pub crops: u64,
+    /// Crops per second since the last line.
+    pub crops_per_s: f64,
+    /// Share of the wall time spent waiting for crops.
+    pub waiting: f64,
+    /// Feature error per element (normalised) of each level.
+    pub error: Vec<f64>,
+    /// Bytes per photo (from the likelihoods) of each level.
+    pub bytes: Vec<f64>,
+    /// KL of the logits (nats), while it is trained on.
+    pub kl: f64,
+    /// Gradient norm.
+    pub norm: f64,
+}
+
+/// A run: its networks, teacher and optimiser.
+pub struct Run {
+    /// The recipe.
+    pub recipe: Recipe,
+    /// What is trained.
+    pub net: Bottleneck,
+    /// Frozen.
+    pub teacher: Backbone,
+    /// Steps done.
+    pub step: u64,
+    adam: Adam,
+    weights: Tensor,
+    folder: PathBuf,
+}
+
+fn checkpoint(folder: &Path) -> PathBuf {
+    folder.join("checkpoint.safetensors")
+}
+
+impl Run {
+    /// Starts a run in `folder`, or resumes the one there.
+    ///
+    /// # Errors
+    /// If the folder holds a run of another recipe or cannot be written.
+    pub fn open(recipe: Recipe, folder: &Path, teacher: Backbone, device: Device, resume: bool) -> Result<Self, TrainError> {
+        tch::manual_seed(recipe.seed as i64);
+        let net = Bottleneck::new(device, recipe.encoder, &recipe.decoder(), &recipe.lambdas, recipe.prior_init_scale);
+        let adam = Adam::new(&net.vs, recipe.ema, (&["prior", "gain", "inverse"], 2.5));
+        let weights = Tensor::ones([recipe.decoder().output], (Kind::Float, device));
+        let mut run = Self { recipe, net, teacher, step: 0, adam, weights, folder: folder.into() };
+        let saved = checkpoint(folder);
+        match (saved.exists(), resume) {
+            (true, true) => run.restore(&saved, device)?,
+            (true, false) => {
+                let why = "holds a run already; use --resume to go on with it, or another --run folder";
+                return Err(TrainError::data(folder.display().to_string(), why));
+            }
+            (false, _) => {
+                std::fs::create_dir_all(folder).map_err(|e| TrainError::io(folder, e))?;
+                let text = toml::to_string(&run.recipe).map_err(|e| TrainError::data("recipe", e.to_string()))?;
+                std::fs::write(folder.join("recipe.toml"), text).map_err(|e| TrainError::io(folder, e))?;
+            }
+        }
+        Ok(run)
+    }
+
+    fn restore(&mut self, path: &Path, device: Device) -> Result<(), TrainError> {
+        let state = Weights::open(path, device)?;
+        for (name, mut variable) in self.net.vs.variables() {
+            let saved = state.get(&format!("net/{name}"), &variable.size())?;
+            tch::no_grad(|| variable.copy_(&saved));
+        }
+        self.weights = state.get("channel_weights", &self.weights.size())?;
+        self.step = state.get("step", &[1])?.double_value(&[0]) as u64;
+        self.adam.restore(&state, "adam/")
+    }
+
+    /// Writes the checkpoint (to a new file, then renamed over the old one).
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn save(&self) -> Result<(), TrainError> {
+        let mut tensors: Vec<(String, Tensor)> =
+            self.net.vs.variables().into_iter().map(|(n, t)| (format!("net/{n}"), t)).collect();
+        tensors.extend(self.adam.state().into_iter().map(|(n, t)| (format!("adam/{n}"), t)));
+        tensors.push(("channel_weights".into(), self.weights.shallow_clone()));
+        tensors.push(("step".into(), Tensor::from_slice(&[self.step as f32])));
+        let bytes = to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)))?;
+        let path = checkpoint(&self.folder);
+        let part = path.with_extension("part");
+        std::fs::write(&part, bytes).map_err(|e| TrainError::io(&part, e))?;
+        std::fs::rename(&part, &path).map_err(|e| TrainError::io(&path, e))
+    }
+
+    /// Runs `f` with the moving average in place of the weights.
+    pub fn with_average<T>(&mut self, f: impl FnOnce(&Self) -> T) -> T {
+        self.adam.swap_average();
+        let out = f(self);
+        self.adam.swap_average();
+        out
+    }
+
+    fn batch_tensors(&self, batch: &loader::Batch) -> (Tensor, Tensor) {
+        let side = i64::from(self.recipe.backbone.input_size());
+        let device = self.net.vs.device();
+        let pixels = Tensor::from_slice(&batch.pixels).view([-1, 3, side, side]).to_device(device);
+        (pixels, Tensor::from_slice(&batch.levels).to_device(device))
+    }
+
+    /// Estimates the teacher's feature statistics and how much its answer depends on each channel
+    /// (expected squared gradient of the log-probability of a class drawn from its own answer).
+    fn calibrate(&mut self, pack: &Pack) -> Result<(), TrainError> {
+        let r = self.recipe.clone();
+        let (mut sum, mut square, mut fisher) = (Vec::new(), Vec::new(), Vec::new());
+        for i in 0..CALIBRATION_BATCHES {
+            // streams from the far end, so that training never repeats them
+            let batch = loader::make(pack, r.batch, r.backbone.input_size(), r.lambdas.len() as i64, r.seed, u64::MAX - i)?;
+            let (pixels, _) = self.batch_tensors(&batch);
+            let features = tch::no_grad(|| self.teacher.head(&pixels, r.split_block)).set_requires_grad(true);
+            let log_p = self.teacher.tail(&features, r.split_block).log_softmax(-1, Kind::Float);
+            let class = log_p.exp().multinomial(1, true);
+            log_p.gather(1, &class, false).sum(Kind::Float).backward();
+            let over = [0i64, 2, 3];
+            sum.push(features.detach().mean_dim(over.as_slice(), false, Kind::Float));
+            square.push(features.detach().square().mean_dim(over.as_slice(), false, Kind::Float));
+            fisher.push(features.grad().square().mean_dim(over.as_slice(), false, Kind::Float));
+        }
+        let mean_of = |v: &[Tensor]| Tensor::stack(v, 0).mean_dim([0i64].as_slice(), false, Kind::Float);
+        let mean = mean_of(&sum);
+        let variance = mean_of(&square) - mean.square();
+        self.net.decoder.set_statistics(&mean, &variance.clamp_min(1e-6).sqrt());
+        let need = mean_of(&fisher) * &variance;
+        let need = &need / need.mean(Kind::Float);
+        self.weights = need * r.fisher + (1.0 - r.fisher);
+        Ok(())
+    }
+
+    /// Trains to the recipe's last step; `every` and `evaluate` report along the way.
+    ///
+    /// # Errors
+    /// If data, disk or libtorch fail.
+    pub fn train(
+        &mut self,
+        pack: Arc<Pack>,
+        until: u64,
+        every: u64,
+        mut evaluate: impl FnMut(&mut Self) -> Result<(), TrainError>,
+    ) -> Result<(), TrainError> {
+        let r = self.recipe.clone();
+        if self.step == 0 {
+            self.calibrate(&pack)?;
+        }
+        let levels = r.lambdas.len() as i64;
+        let device = self.net.vs.device();
+        let as_tensor = |v: &[f64]| Tensor::from_slice(v).to_kind(Kind::Float).to_device(device);
+        let (lambdas, balance) = (as_tensor(&r.lambdas), as_tensor(&r.level_weights()));
+        let batches = loader::start(pack, r.batch, r.backbone.input_size(), levels, r.seed, self.step);
+        let log_path = self.folder.join("log.jsonl");
+        let mut log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path).map_err(|e| TrainError::io(&log_path, e))?;
+        let bar = progress(until, self.step);
+        let mut totals = Totals::new(levels as usize);
+        let mut since = Instant::now();
+        while self.step < until {
+            let asked = Instant::now();
+            let batch = batches.recv().map_err(|_| TrainError::data("loader", "stopped early"))??;
+            totals.waited += asked.elapsed().as_secs_f64();
+            let (pixels, level) = self.batch_tensors(&batch);
+            tch::manual_seed((r.seed << 32 | self.step) as i64);
+
+            let target = tch::no_grad(|| self.teacher.head(&pixels, r.split_block));
+            let passed = self.net.train_pass(&pixels, &level);
+            let difference = (&passed.features - self.net.decoder.normalise(&target)).square();
+            let error = (&difference * self.weights.view([1, -1, 1, 1])).sum_dim_intlist([1i64, 2, 3].as_slice(), false, Kind::Float);
+            let lambda = lambdas.index_select(0, &level) * r.ramp_at(self.step);
+            let mut loss = &error + lambda * &passed.bits;
+            let kl_weight = r.kl_at(self.step);
+            let mut kl_value = 0.0;
+            if kl_weight > 0.0 {
+                let wanted = tch::no_grad(|| self.teacher.tail(&target, r.split_block).log_softmax(-1, Kind::Float));
+                let got = self.teacher.tail(&self.net.decoder.denormalise(&passed.features), r.split_block);
+                let kl = kl(&wanted, &got.log_softmax(-1, Kind::Float));
+                kl_value = kl.mean(Kind::Float).double_value(&[]);
+                loss = loss + kl * kl_weight;
+            }
+            let loss = (loss * balance.index_select(0, &level)).mean(Kind::Float);
+            self.adam.zero_grad();
+            loss.backward();
+            let norm = self.adam.step(r.rate_at(self.step), r.max_norm);
+            if !norm.is_finite() {
+                bar.println(format!("step {}: gradient is not finite, batch skipped", self.step));
+            }
+            self.step += 1;
+            bar.set_position(self.step);
+            totals.add(&batch.levels, &difference, &passed.bits, kl_value)?;
+
+            if self.step.is_multiple_of(LOG_EVERY) {
+                let seconds = since.elapsed().as_secs_f64();
+                let line = totals.line(self.step, r.batch as u64, seconds, norm);
+                bar.set_message(format!("{:.1} crops/s, {:?} bytes", line.crops_per_s, line.bytes.iter().map(|b| b.round() as i64).collect::<Vec<_>>()));
+                let text = serde_json::to_string(&line).map_err(|e| TrainError::data("log", e.to_string()))?;
+                writeln!(log, "{text}").map_err(|e| TrainError::io(&log_path, e))?;
+                totals = Totals::new(levels as usize);
+                since = Instant::now();
+            }
+            if self.step.is_multiple_of(every) || self.step == until {
+                self.save()?;
+                bar.suspend(|| evaluate(self))?;
+                since = Instant::now();
+            }
+        }
+        bar.finish();
+        Ok(())
+    }
+}
+
+/// KL divergence (nats) of each sample, teacher against student, from log-probabilities (N, K).
+pub fn kl(teacher: &Tensor, student: &Tensor) -> Tensor {
+    (teacher.exp() * (teacher - student)).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
+}
+
+fn progress(until: u64, from: u64) -> ProgressBar {
+    let bar = ProgressBar::new(until);
+    let template = "{bar:30} {pos}/{len} steps, {eta} left  {msg}";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.set_position(from);
+    bar.reset_eta();
+    bar
+}
+
+struct Totals {
+    error: Vec<f64>,
+    bytes: Vec<f64>,
+    count: Vec<f64>,
+    kl: f64,
+    steps: f64,
+    waited: f64,
+}
+
+impl Totals {
+    fn new(levels: usize) -> Self {
+        let zero = vec![0.0; levels];
+        Self { error: zero.clone(), bytes: zero.clone(), count: zero, kl: 0.0, steps: 0.0, waited: 0.0 }
+    }
+
+    fn add(&mut self, levels: &[i64], difference: &Tensor, bits: &Tensor, kl: f64) -> Result<(), TrainError> {
+        let error = Vec::<f32>::try_from(difference.detach().mean_dim([1i64, 2, 3].as_slice(), false, Kind::Float))?;
+        let bits = Vec::<f32>::try_from(bits.detach())?;
+        for ((&l, e), b) in levels.iter().zip(error).zip(bits) {
+            self.error[l as usize] += f64::from(e);
+            self.bytes[l as usize] += f64::from(b) / 8.0;
+            self.count[l as usize] += 1.0;
+        }
+        self.kl += kl;
+        self.steps += 1.0;
+        Ok(())
+    }
+
+    fn line(&self, step: u64, batch: u64, seconds: f64, norm: f64) -> LogLine {
+        let mean = |v: &[f64]| v.iter().zip(&self.count).map(|(s, n)| s / n.max(1.0)).collect();
+        LogLine {
+            step,
+            crops: step * batch,
+            crops_per_s: self.steps * batch as f64 / seconds,
+            waiting: self.waited / seconds,
+            error: mean(&self.error),
+            bytes: mean(&self.bytes),
+            kl: self.kl / self.steps.max(1.0),
+            norm,
+        }
+    }
+}

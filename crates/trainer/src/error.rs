@@ -1,0 +1,48 @@
+//! Errors of the trainer.
+
+use std::path::{Path, PathBuf};
+
+/// What can go wrong while fetching, training, evaluating or exporting.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// Some input is not what it should be.
+    #[error("{what}: {why}")]
+    Data {
+        /// Which file or option.
+        what: String,
+        /// What is wrong and what to do.
+        why: String,
+    },
+    /// Networks.
+    #[error(transparent)]
+    Net(#[from] isthmus_nets::NetError),
+    /// libtorch.
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+    /// Codec.
+    #[error(transparent)]
+    Codec(#[from] isthmus_codec::CodecError),
+    /// Pixels.
+    #[error(transparent)]
+    Pixels(#[from] isthmus_pixels::PixelError),
+}
+
+impl TrainError {
+    /// A [`TrainError::Data`].
+    pub fn data(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self::Data { what: what.into(), why: why.into() }
+    }
+
+    /// A [`TrainError::Io`].
+    pub fn io(path: &Path, source: std::io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+}

@@ -1,0 +1,182 @@
+//! Turns a run into a bundle: weights, edge graph, integer tables, golden container, manifest.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use isthmus_codec::bundle::{MANIFEST, sha256};
+use isthmus_codec::manifest::{DecoderEntry, EncoderEntry, FORMAT, Golden, Input, Manifest, QualityEntry, Resize, Training};
+use isthmus_codec::{BundleHash, ChannelTable, LatentShape, LevelTables, Tables, container, golden, pmf};
+use isthmus_nets::encoder::{LATENT_CHANNELS, LATENT_STRIDE};
+use isthmus_nets::pth::RawTensor;
+use isthmus_nets::weights::to_safetensors;
+use isthmus_pixels::Rgb;
+use tch::Tensor;
+
+use crate::distill::Run;
+use crate::error::TrainError;
+use crate::photos::{self, Set};
+use crate::quick::CurvePoint;
+use crate::{onnx, quick};
+
+/// Symbols to either side of a channel's median that get an own width; the rest are escapes.
+const MAX_HALF_WIDTH: i32 = 400;
+/// Logits of the golden container kept in the manifest.
+const GOLDEN_LOGITS: usize = 8;
+
+const TABLES: &str = "tables.istb";
+const GRAPH: &str = "encoder.onnx";
+const ENCODER: &str = "encoder.safetensors";
+const GOLDEN: &str = "golden.isth";
+
+fn values(t: &Tensor) -> Result<Vec<f32>, TrainError> {
+    Ok(Vec::<f32>::try_from(t.to_device(tch::Device::Cpu).contiguous().view(-1))?)
+}
+
+/// Integer tables from the learned densities and gains.
+///
+/// # Errors
+/// If a density cannot be tabulated.
+pub fn tables(run: &Run) -> Result<Tables, TrainError> {
+    let (gains, inverses) = (values(&run.net.gains())?, values(&run.net.inverses())?);
+    let channels = LATENT_CHANNELS as usize;
+    let mut levels = Vec::new();
+    for level in 0..run.recipe.lambdas.len() {
+        let mut tables = Vec::new();
+        for (c, channel) in run.net.prior.pmfs(level as i64, MAX_HALF_WIDTH)?.into_iter().enumerate() {
+            let widths = pmf::quantise(&channel.pmf, channel.tail)?;
+            let at = level * channels + c;
+            tables.push(ChannelTable::new(gains[at], inverses[at], channel.median, channel.offset, widths)?);
+        }
+        levels.push(LevelTables { channels: tables });
+    }
+    Ok(Tables { levels })
+}
+
+/// Tensors under `prefix.` of the run's variables, without the prefix, sorted.
+fn part(run: &Run, prefix: &str) -> BTreeMap<String, Tensor> {
+    let of = |(name, t): (String, Tensor)| name.strip_prefix(prefix).map(|rest| (rest.to_owned(), t));
+    run.net.vs.variables().into_iter().filter_map(of).collect()
+}
+
+fn safetensors(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>, TrainError> {
+    Ok(to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)))?)
+}
+
+/// What the manifest says beside the networks.
+pub struct Origin<'a> {
+    /// Version of the bundle.
+    pub version: &'a str,
+    /// The command that trained it.
+    pub command: &'a str,
+    /// SHA-256 of the backbone's safetensors file.
+    pub backbone_sha256: String,
+}
+
+/// Writes the bundle of `run` (weights as they stand; use the moving average) into `folder`.
+///
+/// # Errors
+/// If a table, graph or file cannot be made.
+pub fn bundle(run: &Run, point: &CurvePoint, origin: &Origin, folder: &Path) -> Result<Manifest, TrainError> {
+    let _frozen = tch::no_grad_guard();
+    let r = &run.recipe;
+    let side = r.backbone.input_size();
+    let extent = (i64::from(side) / LATENT_STRIDE) as u16;
+    let latent = LatentShape { channels: LATENT_CHANNELS as u16, height: extent, width: extent };
+    let tables = tables(run)?;
+
+    let encoder = part(run, "encoder.");
+    let mut raw = BTreeMap::new();
+    for (name, t) in &encoder {
+        raw.insert(name.clone(), RawTensor { data: values(t)?, shape: t.size().iter().map(|&d| d as usize).collect() });
+    }
+    let graph = onnx::encoder(r.encoder, &raw, side.into(), [1, LATENT_CHANNELS, extent.into(), extent.into()])?;
+    let decoder_file = format!("decoder-{}.safetensors", r.backbone.name());
+    let decoder = safetensors(&part(run, "decoder."))?;
+
+    let pixels = golden::pixels(side);
+    let rgb = Rgb::new(side, side, pixels.clone()).ok_or_else(|| TrainError::data("golden input", "has another size"))?;
+    let y = run.net.encoder.forward(&quick::stack(&[rgb], run.net.vs.device()));
+    let quality = (r.lambdas.len() / 2 + 1) as u8;
+    let level = tables.level(quality)?;
+    let symbols = level.quantise(&values(&y)?, latent)?;
+    let mut dequantised = Vec::new();
+    level.dequantise_into(&symbols, latent, &mut dequantised)?;
+    // the manifest holds this file's hash, so the container cannot hold the manifest's
+    let unbound = BundleHash([0; 32]);
+    let golden_file = container::encode(&symbols, quality, &unbound, latent, &tables)?;
+    let input = Tensor::from_slice(&dequantised).view([1, LATENT_CHANNELS, extent.into(), extent.into()]);
+    let features = run.net.decoder.forward(&input.to_device(run.net.vs.device()));
+    let logits = values(&run.teacher.tail(&features, r.split_block))?;
+    let le_bytes = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+    let symbol_bytes: Vec<u8> = symbols.iter().flat_map(|s| s.to_le_bytes()).collect();
+
+    let files: [(&str, Vec<u8>); 5] = [
+        (GRAPH, graph),
+        (ENCODER, safetensors(&encoder)?),
+        (TABLES, tables.to_bytes()),
+        (&decoder_file, decoder),
+        (GOLDEN, golden_file),
+    ];
+    std::fs::create_dir_all(folder).map_err(|e| TrainError::io(folder, e))?;
+    for (name, content) in &files {
+        let path = folder.join(name);
+        std::fs::write(&path, content).map_err(|e| TrainError::io(&path, e))?;
+    }
+    let spec = r.decoder();
+    let features = r.backbone.feature_shape(r.split_block).unwrap_or_default();
+    let manifest = Manifest {
+        format: FORMAT,
+        name: r.name.clone(),
+        version: origin.version.into(),
+        tables: TABLES.into(),
+        files: files.iter().map(|(n, c)| ((*n).to_owned(), sha256(c))).collect(),
+        input: Input { size: side, resize: Resize::CenterBicubic, mean: 127.0, scale: 128.0 },
+        latent,
+        encoder: EncoderEntry {
+            kind: r.encoder.name().into(),
+            graph: GRAPH.into(),
+            weights: ENCODER.into(),
+            parameters: r.encoder.parameters(),
+            macs: r.encoder.macs(side.into()),
+        },
+        decoders: vec![DecoderEntry {
+            backbone: r.backbone.name().into(),
+            backbone_sha256: origin.backbone_sha256.clone(),
+            split_block: r.split_block,
+            width: spec.width,
+            hidden: spec.hidden,
+            blocks: spec.blocks,
+            features,
+            weights: decoder_file.clone(),
+            parameters: spec.parameters(),
+            macs: spec.macs(extent.into(), extent.into()),
+        }],
+        quality: point
+            .levels
+            .iter()
+            .zip(&r.lambdas)
+            .map(|(l, &lambda)| QualityEntry { lambda, bytes: l.bytes, agreement: l.agreement, kl: l.kl })
+            .collect(),
+        training: Training {
+            teacher: r.backbone.name().into(),
+            photos_sha256: photos::sha256(photos::FROZEN.as_bytes()),
+            photos: photos::frozen()?.iter().filter(|e| e.set == Set::Train).count(),
+            crops: point.crops,
+            held_out_crops: point.photos,
+            command: origin.command.into(),
+        },
+        golden: Golden {
+            input_sha256: sha256(&pixels),
+            container: GOLDEN.into(),
+            symbols_sha256: sha256(&symbol_bytes),
+            latent_sha256: sha256(&le_bytes(&dequantised)),
+            logits: vec![logits.iter().take(GOLDEN_LOGITS).copied().collect()],
+        },
+    };
+    let text = toml::to_string(&manifest).map_err(|e| TrainError::data(MANIFEST, e.to_string()))?;
+    let path = folder.join(MANIFEST);
+    std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))?;
+    // read it back the way client and server do
+    isthmus_codec::Bundle::load(|name| std::fs::read(folder.join(name)), |_| true)?;
+    Ok(manifest)
+}

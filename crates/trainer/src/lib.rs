@@ -1,0 +1,24 @@
+//! Training of bottlenecks: photos, head distillation, evaluation and export of bundles.
+
+pub mod adam;
+pub mod distill;
+pub mod error;
+pub mod export;
+pub mod loader;
+pub mod onnx;
+pub mod pack;
+pub mod photos;
+pub mod quick;
+pub mod rcc;
+pub mod recipe;
+
+/// Appends `value` as one JSON line to `path`.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn append_json<T: serde::Serialize>(path: &std::path::Path, value: &T) -> Result<(), error::TrainError> {
+    use std::io::Write;
+    let text = serde_json::to_string(value).map_err(|e| error::TrainError::data("log", e.to_string()))?;
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    file.and_then(|mut f| writeln!(f, "{text}")).map_err(|e| error::TrainError::io(path, e))
+}
