@@ -1,1 +1,162 @@
-fn main(){}
+//! `edge-client`: encodes photos on the device and has a server finish the job.
+
+mod commands;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Sends photos to an offload-server as small bitstreams and prints what they show.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Encode photos, send them, print the answers.
+    Classify {
+        /// JPEG, PNG or WebP files.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        #[command(flatten)]
+        server: ServerArgs,
+        #[command(flatten)]
+        encoding: EncodingArgs,
+        /// Send the files as they are and let the server run the whole network (no bundle needed).
+        #[arg(long)]
+        whole_image: bool,
+        #[command(flatten)]
+        ask: AskArgs,
+    },
+    /// Send the photos of a folder over one stream, at a steady rate.
+    Stream {
+        /// Folder with photos, sent in order of their names.
+        folder: PathBuf,
+        /// Photos per second.
+        #[arg(long, default_value_t = 5.0)]
+        fps: f64,
+        /// Photos under way at once.
+        #[arg(long, default_value_t = 8)]
+        window: usize,
+        /// Go through the folder this many times.
+        #[arg(long, default_value_t = 1)]
+        repeat: u32,
+        #[command(flatten)]
+        server: ServerArgs,
+        #[command(flatten)]
+        encoding: EncodingArgs,
+        #[command(flatten)]
+        ask: AskArgs,
+    },
+    /// Encode a photo into a container file.
+    Encode {
+        /// JPEG, PNG or WebP file.
+        file: PathBuf,
+        /// Where to write the container (default: the photo's name with .isth, in the current folder).
+        #[arg(short, long)]
+        output: Option<PathBuf>,
+        #[command(flatten)]
+        encoding: EncodingArgs,
+    },
+    /// Print what a container file holds, as JSON; with a bundle, decode it too.
+    Inspect {
+        /// Container file.
+        file: PathBuf,
+        /// Bundle folder.
+        #[arg(long, env = "ISTHMUS_BUNDLE")]
+        bundle: Option<PathBuf>,
+    },
+    /// Check bundle, encoder, server and round trip, and say what is wrong.
+    Doctor {
+        #[command(flatten)]
+        server: ServerArgs,
+        /// Bundle folder.
+        #[arg(long, env = "ISTHMUS_BUNDLE", default_value = DEFAULT_BUNDLE)]
+        bundle: PathBuf,
+        /// Time limit of each call.
+        #[arg(long, default_value = "5s", value_parser = humantime::parse_duration)]
+        deadline: Duration,
+        /// Print JSON lines.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+const DEFAULT_BUNDLE: &str = "bundles/lite0-patch-stem";
+
+#[derive(Args)]
+struct ServerArgs {
+    /// Server, http://HOST:PORT or https://HOST:PORT.
+    #[arg(long, env = "ISTHMUS_SERVER", default_value = "http://127.0.0.1:50051")]
+    server: String,
+    /// PEM file with the CA certificate of the server (default: the public CAs).
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// Allow plain HTTP to another machine.
+    #[arg(long)]
+    insecure: bool,
+}
+
+#[derive(Args)]
+struct EncodingArgs {
+    /// Bundle folder.
+    #[arg(long, env = "ISTHMUS_BUNDLE", default_value = DEFAULT_BUNDLE)]
+    bundle: PathBuf,
+    /// Quality level, from 1 (fewest bytes); default: the middle one.
+    #[arg(long)]
+    quality: Option<u8>,
+    /// Threads of the encoder.
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+}
+
+#[derive(Args)]
+struct AskArgs {
+    /// Model to use (default: the server's).
+    #[arg(long, default_value = "")]
+    model: String,
+    /// Labels per photo.
+    #[arg(long, default_value_t = 3)]
+    top_k: u32,
+    /// Time limit per photo, from sending to answer.
+    #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+    deadline: Duration,
+    /// Print JSON lines (also when the output is no terminal).
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let run = || -> anyhow::Result<bool> {
+        // one thread: a device has better uses for the others, and the encoder has its own pool
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            match cli.command {
+                Command::Classify { files, server, encoding, whole_image, ask } => {
+                    commands::classify::run(&files, &server, &encoding, whole_image, &ask).await
+                }
+                Command::Stream { folder, fps, window, repeat, server, encoding, ask } => {
+                    let pace = commands::stream::Pace { fps, window, repeat };
+                    commands::stream::run(&folder, &pace, &server, &encoding, &ask).await
+                }
+                Command::Encode { file, output, encoding } => commands::files::encode(&file, output, &encoding),
+                Command::Inspect { file, bundle } => commands::files::inspect(&file, bundle.as_deref()),
+                Command::Doctor { server, bundle, deadline, json } => commands::doctor::run(&server, &bundle, deadline, json).await,
+            }
+        })
+    };
+    match run() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(e) => {
+            eprintln!("edge-client: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! The server's half of a split network: containers and images in, labels out.
+//!
+//! Path of a request: [`service`] (limits, deadline) -> [`intake`] (entropy or image decoding on a bounded
+//! pool) -> [`batcher`] (what waits together runs together) -> [`model`] (decoder and tail on libtorch).
+
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod batcher;
+pub mod config;
+pub mod error;
+pub mod intake;
+pub mod labels;
+pub mod model;
+pub mod registry;
+pub mod serve;
+pub mod service;
+pub mod telemetry;
+
+pub use config::Config;
+pub use error::ServerError;
+pub use serve::{Running, start};

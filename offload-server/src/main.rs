@@ -1,1 +1,107 @@
-fn main(){}
+//! `offload-server`: decodes bitstreams into a backbone's features and finishes the job.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use offload_server::{Config, start, telemetry};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Answers bitstreams of edge clients (and whole images) over gRPC.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    /// TOML file; flags override it. configs/offload-server.toml explains every key.
+    #[arg(long, env = "ISTHMUS_CONFIG")]
+    config: Option<PathBuf>,
+    /// Address of the gRPC listener.
+    #[arg(long)]
+    listen: Option<SocketAddr>,
+    /// Address of the admin listener (metrics, health).
+    #[arg(long)]
+    admin_listen: Option<SocketAddr>,
+    /// Bundle folder; may be given several times.
+    #[arg(long)]
+    bundle: Vec<PathBuf>,
+    /// Folder with NAME.safetensors and labels.json.
+    #[arg(long)]
+    backbones: Option<PathBuf>,
+    /// Backbone to load; may be given several times, the first is the default.
+    #[arg(long)]
+    model: Vec<String>,
+    /// auto, cpu or cuda:N.
+    #[arg(long)]
+    device: Option<String>,
+    /// Threads of libtorch.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Most requests computed together.
+    #[arg(long)]
+    max_batch: Option<usize>,
+    /// PEM certificate chain.
+    #[arg(long, requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// PEM private key.
+    #[arg(long, requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Allow listening without TLS off loopback.
+    #[arg(long)]
+    insecure: bool,
+    /// Print the configuration that would be used, and stop.
+    #[arg(long)]
+    print_config: bool,
+}
+
+impl Cli {
+    fn config(self) -> Result<(Config, bool)> {
+        let mut c = match &self.config {
+            Some(path) => Config::open(path)?,
+            None => Config::default(),
+        };
+        fn set<T>(target: &mut T, value: Option<T>) {
+            if let Some(value) = value {
+                *target = value;
+            }
+        }
+        set(&mut c.listen, self.listen);
+        set(&mut c.admin_listen, self.admin_listen.map(Some));
+        set(&mut c.bundles, (!self.bundle.is_empty()).then_some(self.bundle));
+        set(&mut c.backbones, self.backbones);
+        set(&mut c.models, (!self.model.is_empty()).then_some(self.model));
+        set(&mut c.device, self.device);
+        set(&mut c.network_threads, self.threads);
+        set(&mut c.max_batch, self.max_batch);
+        set(&mut c.tls_cert, self.tls_cert.map(Some));
+        set(&mut c.tls_key, self.tls_key.map(Some));
+        c.insecure |= self.insecure;
+        c.check()?;
+        Ok((c, self.print_config))
+    }
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let (config, print) = Cli::parse().config()?;
+    if print {
+        print!("{}", toml::to_string(&config).context("configuration")?);
+        return Ok(());
+    }
+    telemetry::install_logs(config.log_format);
+    let metrics = telemetry::install_metrics()?;
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut running = start(config, metrics).await?;
+    // for scripts that let the system choose the port
+    println!("listening on {}", running.address);
+    tokio::select! {
+        ended = running.ended() => return Ok(ended?),
+        _ = term.recv() => tracing::info!("SIGTERM: finishing what is in flight"),
+        _ = int.recv() => tracing::info!("interrupted: finishing what is in flight"),
+    }
+    tokio::select! {
+        stopped = running.stop() => stopped?,
+        _ = int.recv() => anyhow::bail!("interrupted again: stopped at once"),
+    }
+    tracing::info!("stopped");
+    Ok(())
+}

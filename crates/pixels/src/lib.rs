@@ -124,6 +124,15 @@ impl Rgb {
         self.crop(x, y, crop, crop).resize(side, side)
     }
 
+    /// The network's square input: an image that is exactly `side` x `side` is taken as already
+    /// preprocessed, any other goes through [`Rgb::center_square`].
+    ///
+    /// # Errors
+    /// As [`Rgb::resize`].
+    pub fn network_input(&self, side: u32) -> Result<Self, PixelError> {
+        if (self.width, self.height) == (side, side) { Ok(self.clone()) } else { self.center_square(side) }
+    }
+
     /// `(x - 127) / 128` as CHW floats, appended to `out`.
     pub fn normalise_into(&self, out: &mut Vec<f32>) {
         out.reserve(self.data.len());

@@ -1,0 +1,187 @@
+//! gRPC client of the offload server.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use isthmus_codec::BundleHash;
+use isthmus_proto::offload_v1::infer_request::Payload as WirePayload;
+use isthmus_proto::offload_v1::offload_service_client::OffloadServiceClient;
+use isthmus_proto::offload_v1::{DescribeRequest, DescribeResponse, InferRequest, InferResponse};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Uri};
+
+use crate::ClientError;
+use crate::error::chain;
+
+/// Largest answer accepted (1000 logits and labels are about 10 kB).
+const MAX_ANSWER: usize = 4 << 20;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const KEEPALIVE: Duration = Duration::from_secs(20);
+
+/// Where the server is and how to trust it.
+#[derive(Debug, Clone)]
+pub struct Endpoint {
+    uri: Uri,
+    ca: Option<Vec<u8>>,
+    insecure: bool,
+    connect_timeout: Duration,
+}
+
+impl Endpoint {
+    /// Parses `http://HOST:PORT` or `https://HOST:PORT`.
+    ///
+    /// # Errors
+    /// [`ClientError::Usage`] if it is neither.
+    pub fn new(url: &str) -> Result<Self, ClientError> {
+        let uri: Uri = url.parse().map_err(|e| ClientError::Usage(format!("server address {url:?}: {e}")))?;
+        if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none() {
+            return Err(ClientError::Usage(format!("server address {url:?}: write http://HOST:PORT or https://HOST:PORT")));
+        }
+        Ok(Self { uri, ca: None, insecure: false, connect_timeout: CONNECT_TIMEOUT })
+    }
+
+    /// Trusts the CA certificate(s) in `pem` instead of the public ones.
+    #[must_use]
+    pub fn with_ca(mut self, pem: Vec<u8>) -> Self {
+        self.ca = Some(pem);
+        self
+    }
+
+    /// Allows plain HTTP to hosts other than this machine.
+    #[must_use]
+    pub fn allow_insecure(mut self, allow: bool) -> Self {
+        self.insecure = allow;
+        self
+    }
+
+    /// Gives up connecting after `limit` (5 s unless set).
+    #[must_use]
+    pub fn with_connect_timeout(mut self, limit: Duration) -> Self {
+        self.connect_timeout = limit;
+        self
+    }
+
+    fn is_loopback(&self) -> bool {
+        let host = self.uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    }
+}
+
+/// What to send.
+#[derive(Debug, Clone)]
+pub enum Payload {
+    /// A container made by [`crate::Encoder`].
+    Bitstream(Bytes),
+    /// A JPEG, PNG or WebP file.
+    Image(Bytes),
+}
+
+impl Payload {
+    /// Bytes of the payload itself.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Bitstream(b) | Self::Image(b) => b.len(),
+        }
+    }
+
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What to ask for.
+#[derive(Debug, Clone)]
+pub struct InferOptions {
+    /// Model name; empty for the server's default.
+    pub model: String,
+    /// Labels wanted.
+    pub top_k: u32,
+    /// Also all logits.
+    pub logits: bool,
+    /// Give up after this long.
+    pub deadline: Duration,
+}
+
+impl Default for InferOptions {
+    fn default() -> Self {
+        Self { model: String::new(), top_k: 5, logits: false, deadline: Duration::from_secs(10) }
+    }
+}
+
+impl InferOptions {
+    /// The request for `payload`.
+    pub fn request(&self, id: u64, payload: Payload) -> InferRequest {
+        let payload = match payload {
+            Payload::Bitstream(b) => WirePayload::Bitstream(b),
+            Payload::Image(b) => WirePayload::Image(b),
+        };
+        let timeout_ms = u32::try_from(self.deadline.as_millis()).unwrap_or(u32::MAX);
+        InferRequest { id, model: self.model.clone(), payload: Some(payload), top_k: self.top_k, logits: self.logits, timeout_ms }
+    }
+}
+
+/// A connection to one server; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Client {
+    inner: OffloadServiceClient<Channel>,
+}
+
+impl Client {
+    /// Connects.
+    ///
+    /// # Errors
+    /// [`ClientError::Usage`] for plain HTTP to another machine (unless allowed),
+    /// [`ClientError::Connect`] if the server cannot be reached.
+    pub async fn connect(endpoint: &Endpoint) -> Result<Self, ClientError> {
+        let url = endpoint.uri.to_string();
+        let unreachable = |why: String| ClientError::Connect { url: url.clone(), why };
+        let mut channel = Channel::builder(endpoint.uri.clone())
+            .connect_timeout(endpoint.connect_timeout)
+            .http2_keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE)
+            .tcp_nodelay(true);
+        if endpoint.uri.scheme_str() == Some("https") {
+            let tls = match &endpoint.ca {
+                Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
+                None => ClientTlsConfig::new().with_webpki_roots(),
+            };
+            channel = channel.tls_config(tls).map_err(|e| unreachable(chain(&e)))?;
+        } else if !endpoint.is_loopback() && !endpoint.insecure {
+            let why = format!("{url} is not this machine and has no TLS; use https://, or --insecure on a network you trust");
+            return Err(ClientError::Usage(why));
+        }
+        let channel = tokio::time::timeout(endpoint.connect_timeout, channel.connect())
+            .await
+            .map_err(|_| unreachable(format!("no connection within {:?}", endpoint.connect_timeout)))?
+            .map_err(|e| unreachable(chain(&e)))?;
+        Ok(Self { inner: OffloadServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER) })
+    }
+
+    /// What the server has loaded; refused with FAILED_PRECONDITION if it lacks the given bundle.
+    ///
+    /// # Errors
+    /// [`ClientError::Server`] or [`ClientError::Deadline`].
+    pub async fn describe(&mut self, bundle: Option<&BundleHash>, deadline: Duration) -> Result<DescribeResponse, ClientError> {
+        let bundle_hash = bundle.map(|h| Bytes::copy_from_slice(&h.0)).unwrap_or_default();
+        let mut request = tonic::Request::new(DescribeRequest { bundle_hash });
+        request.set_timeout(deadline);
+        let answer = tokio::time::timeout(deadline, self.inner.describe(request));
+        Ok(answer.await.map_err(|_| ClientError::Deadline(deadline))??.into_inner())
+    }
+
+    /// One photo, one answer.
+    ///
+    /// # Errors
+    /// [`ClientError::Server`] or [`ClientError::Deadline`].
+    pub async fn infer(&mut self, payload: Payload, options: &InferOptions) -> Result<InferResponse, ClientError> {
+        let mut request = tonic::Request::new(options.request(0, payload));
+        request.set_timeout(options.deadline);
+        let answer = tokio::time::timeout(options.deadline, self.inner.infer(request));
+        Ok(answer.await.map_err(|_| ClientError::Deadline(options.deadline))??.into_inner())
+    }
+
+    /// The generated client, for streams.
+    pub fn raw(&mut self) -> &mut OffloadServiceClient<Channel> {
+        &mut self.inner
+    }
+}

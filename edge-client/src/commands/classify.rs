@@ -1,0 +1,46 @@
+//! `classify`: one request per photo.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Result;
+use edge_client::{Client, ClientError, Encoder, InferOptions, Payload};
+
+use super::output::{Line, Printer};
+use crate::{AskArgs, EncodingArgs, ServerArgs};
+
+pub async fn run(files: &[PathBuf], server: &ServerArgs, encoding: &EncodingArgs, whole_image: bool, ask: &AskArgs) -> Result<bool> {
+    let endpoint = super::endpoint(server)?;
+    let mut encoder = if whole_image { None } else { Some(super::encoder(encoding)?) };
+    let mut client = Client::connect(&endpoint).await?;
+    if let Some((encoder, _)) = &encoder {
+        client.describe(Some(&encoder.bundle().hash), ask.deadline).await?;
+    }
+    let options = InferOptions { model: ask.model.clone(), top_k: ask.top_k, logits: false, deadline: ask.deadline };
+    let mut printer = Printer::new(ask.json, files.len() as u64);
+    for path in files {
+        let name = path.display().to_string();
+        let line = match one(path, encoder.as_mut(), &mut client, &options).await {
+            Ok(line) => line,
+            Err(e) => Line::failed(name, &e),
+        };
+        printer.print(&line)?;
+    }
+    printer.finish();
+    Ok(printer.failures == 0)
+}
+
+async fn one(path: &Path, encoder: Option<&mut (Encoder, u8)>, client: &mut Client, options: &InferOptions) -> Result<Line, ClientError> {
+    let file = super::read(path)?;
+    let (payload, quality, timing) = match encoder {
+        Some((encoder, quality)) => {
+            let encoded = encoder.encode(&file, *quality)?;
+            (Payload::Bitstream(encoded.container.into()), Some(*quality), Some(encoded.timing))
+        }
+        None => (Payload::Image(file.into()), None, None),
+    };
+    let bytes = payload.len();
+    let start = Instant::now();
+    let answer = client.infer(payload, options).await?;
+    Ok(Line::answered(path.display().to_string(), quality, bytes, timing, start.elapsed(), answer))
+}

@@ -1,0 +1,46 @@
+//! `encode` and `inspect`: containers as files.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use edge_client::{ClientError, open_bundle};
+use isthmus_codec::bundle::hex;
+use isthmus_codec::{Container, coder};
+use serde_json::json;
+
+use crate::EncodingArgs;
+
+pub fn encode(file: &Path, output: Option<PathBuf>, encoding: &EncodingArgs) -> Result<bool> {
+    let (mut encoder, quality) = super::encoder(encoding)?;
+    let encoded = encoder.encode(&super::read(file)?, quality).with_context(|| file.display().to_string())?;
+    let stem = file.file_stem().unwrap_or_default();
+    let path = output.unwrap_or_else(|| PathBuf::from(stem).with_extension("isth"));
+    std::fs::write(&path, &encoded.container).map_err(|source| ClientError::Io { path: path.clone(), source })?;
+    let line = json!({
+        "file": file.display().to_string(), "container": path.display().to_string(),
+        "bytes": encoded.container.len(), "quality": quality, "encode": encoded.timing,
+    });
+    println!("{line}");
+    Ok(true)
+}
+
+pub fn inspect(file: &Path, bundle: Option<&Path>) -> Result<bool> {
+    let bytes = super::read(file)?;
+    let container = Container::parse(&bytes).with_context(|| file.display().to_string())?;
+    let h = &container.header;
+    let mut line = json!({
+        "file": file.display().to_string(), "bytes": bytes.len(), "bundle": hex(&h.bundle), "quality": h.quality,
+        "latent": [h.shape.channels, h.shape.height, h.shape.width], "symbols": h.symbols, "payload_bytes": h.payload_len,
+    });
+    if let Some(folder) = bundle {
+        let bundle = open_bundle(folder)?;
+        let symbols = container.decode(&bundle.hash, bundle.manifest.latent, &bundle.tables).with_context(|| file.display().to_string())?;
+        let level = bundle.tables.level(h.quality)?;
+        line["decodes"] = json!(true);
+        line["zero_symbols"] = json!(symbols.iter().filter(|&&s| s == 0).count());
+        line["largest_symbol"] = json!(symbols.iter().map(|s| s.unsigned_abs()).max());
+        line["ideal_payload_bytes"] = json!(coder::ideal_bits(&symbols, level, bundle.manifest.latent) / 8.0);
+    }
+    println!("{line:#}");
+    Ok(true)
+}

@@ -1,0 +1,33 @@
+//! The subcommands. Each returns whether everything went well.
+
+use std::path::Path;
+
+use edge_client::{ClientError, Encoder, Endpoint, open_bundle};
+
+use crate::{EncodingArgs, ServerArgs};
+
+pub mod classify;
+pub mod doctor;
+pub mod files;
+pub mod output;
+pub mod stream;
+
+pub fn endpoint(args: &ServerArgs) -> Result<Endpoint, ClientError> {
+    let mut endpoint = Endpoint::new(&args.server)?.allow_insecure(args.insecure);
+    if let Some(path) = &args.ca {
+        endpoint = endpoint.with_ca(read(path)?);
+    }
+    Ok(endpoint)
+}
+
+/// The encoder and the quality level to use.
+pub fn encoder(args: &EncodingArgs) -> Result<(Encoder, u8), ClientError> {
+    let encoder = Encoder::new(open_bundle(&args.bundle)?, args.threads)?;
+    let quality = args.quality.unwrap_or_else(|| encoder.default_quality());
+    encoder.bundle().tables.level(quality)?;
+    Ok((encoder, quality))
+}
+
+pub fn read(path: &Path) -> Result<Vec<u8>, ClientError> {
+    std::fs::read(path).map_err(|source| ClientError::Io { path: path.into(), source })
+}

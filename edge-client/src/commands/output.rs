@@ -1,0 +1,124 @@
+//! What is printed for one photo: a line for people, or a JSON line for programs.
+
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use edge_client::{ClientError, EncodeTiming};
+use indicatif::{ProgressBar, ProgressStyle};
+use isthmus_proto::offload_v1::{InferResponse, Timing};
+use serde::Serialize;
+
+/// One line of output.
+#[derive(Debug, Default, Serialize)]
+pub struct Line {
+    pub file: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quality: Option<u8>,
+    /// Payload bytes: the container, or the image file.
+    pub bytes: usize,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub labels: Vec<LabelLine>,
+    /// Milliseconds: encoding, everything between the machines, server.
+    pub encode_ms: f64,
+    pub wire_ms: f64,
+    pub server_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encode: Option<EncodeTiming>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub server: Option<ServerTiming>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct LabelLine {
+    pub index: u32,
+    pub name: String,
+    pub score: f32,
+}
+
+#[derive(Debug, Serialize)]
+pub struct ServerTiming {
+    pub decode_us: u64,
+    pub queue_us: u64,
+    pub network_us: u64,
+    pub batch_size: u32,
+}
+
+impl Line {
+    pub fn failed(file: String, error: &ClientError) -> Self {
+        Self { file, error: Some(error.to_string()), ..Self::default() }
+    }
+
+    pub fn answered(file: String, quality: Option<u8>, bytes: usize, encode: Option<EncodeTiming>, round_trip: Duration, answer: InferResponse) -> Self {
+        let timing: Timing = answer.timing.unwrap_or_default();
+        let server_ms = timing.total_us as f64 / 1e3;
+        let labels = answer.labels.into_iter().map(|l| LabelLine { index: l.index, name: l.name, score: l.score }).collect();
+        Self {
+            file,
+            error: None,
+            quality,
+            bytes,
+            labels,
+            encode_ms: encode.map_or(0.0, |e| e.total_us() as f64 / 1e3),
+            wire_ms: (round_trip.as_secs_f64() * 1e3 - server_ms).max(0.0),
+            server_ms,
+            encode,
+            server: Some(ServerTiming {
+                decode_us: timing.decode_us,
+                queue_us: timing.queue_us,
+                network_us: timing.network_us,
+                batch_size: timing.batch_size,
+            }),
+        }
+    }
+}
+
+/// Prints lines, with a progress bar on a terminal.
+pub struct Printer {
+    json: bool,
+    bar: ProgressBar,
+    pub failures: usize,
+}
+
+impl Printer {
+    pub fn new(json: bool, total: u64) -> Self {
+        let json = json || !std::io::stdout().is_terminal();
+        let bar = if std::io::stderr().is_terminal() && total > 1 { ProgressBar::new(total) } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {per_sec}") {
+            bar.set_style(style);
+        }
+        Self { json, bar, failures: 0 }
+    }
+
+    pub fn print(&mut self, line: &Line) -> std::io::Result<()> {
+        self.failures += usize::from(line.error.is_some());
+        let text = if self.json { serde_json::to_string(line)? } else { human(line) };
+        self.bar.inc(1);
+        self.bar.suspend(|| writeln!(std::io::stdout(), "{text}"))
+    }
+
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+fn human(line: &Line) -> String {
+    if let Some(error) = &line.error {
+        return format!("{}: error: {error}", line.file);
+    }
+    let labels: Vec<String> = line.labels.iter().map(|l| format!("{} {:.0} %", l.name, l.score * 100.0)).collect();
+    format!(
+        "{}: {}  [{} B; encode {:.1} ms, wire {:.1} ms, server {:.1} ms]",
+        line.file,
+        labels.join(", "),
+        line.bytes,
+        line.encode_ms,
+        line.wire_ms,
+        line.server_ms
+    )
+}

@@ -1,0 +1,99 @@
+//! `stream`: the photos of a folder over one bidirectional stream, at a steady rate.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use edge_client::stream::{Answer, open};
+use edge_client::{Client, ClientError, EncodeTiming, InferOptions, Payload};
+
+use super::output::{Line, Printer};
+use crate::{AskArgs, EncodingArgs, ServerArgs};
+
+pub struct Pace {
+    pub fps: f64,
+    pub window: usize,
+    pub repeat: u32,
+}
+
+struct Sent {
+    file: String,
+    bytes: usize,
+    timing: EncodeTiming,
+}
+
+fn photos(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder).with_context(|| format!("{} cannot be listed", folder.display()))?;
+    let known = |p: &Path| {
+        let extension = p.extension().map(|e| e.to_string_lossy().to_lowercase());
+        matches!(extension.as_deref(), Some("jpg" | "jpeg" | "png" | "webp"))
+    };
+    let mut files: Vec<PathBuf> = entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| known(p)).collect();
+    files.sort();
+    ensure!(!files.is_empty(), "{} holds no .jpg, .jpeg, .png or .webp files", folder.display());
+    Ok(files)
+}
+
+pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &EncodingArgs, ask: &AskArgs) -> Result<bool> {
+    ensure!(pace.fps.is_finite() && pace.fps > 0.0 && pace.fps <= 10_000.0, "--fps must be above 0 and at most 10000");
+    let files = photos(folder)?;
+    let (mut encoder, quality) = super::encoder(encoding)?;
+    let mut client = Client::connect(&super::endpoint(server)?).await?;
+    client.describe(Some(&encoder.bundle().hash), ask.deadline).await?;
+    let options = InferOptions { model: ask.model.clone(), top_k: ask.top_k, logits: false, deadline: ask.deadline };
+    let (sender, mut receiver) = open(&mut client, pace.window, options).await?;
+    let mut sender = Some(sender);
+    let total = files.len() as u64 * u64::from(pace.repeat);
+    let mut printer = Printer::new(ask.json, total);
+    let mut under_way: HashMap<u64, Sent> = HashMap::new();
+    let mut queue = (0..pace.repeat).flat_map(|_| files.iter());
+    let mut tick = tokio::time::interval(Duration::from_secs_f64(1.0 / pace.fps));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let interrupted = tokio::signal::ctrl_c();
+    tokio::pin!(interrupted);
+    loop {
+        tokio::select! {
+            _ = tick.tick(), if sender.is_some() && receiver.pending() < pace.window.max(1) => {
+                let Some(path) = queue.next() else {
+                    sender = None; // half-close: the answers under way still come
+                    continue;
+                };
+                let name = path.display().to_string();
+                let encoded = super::read(path).and_then(|file| encoder.encode(&file, quality));
+                match (encoded, sender.as_mut()) {
+                    (Ok(encoded), Some(open)) => {
+                        let bytes = encoded.container.len();
+                        let id = open.send(Payload::Bitstream(encoded.container.into())).await?;
+                        under_way.insert(id, Sent { file: name, bytes, timing: encoded.timing });
+                    }
+                    (Err(e), _) => printer.print(&Line::failed(name, &e))?,
+                    (Ok(_), None) => {}
+                }
+            }
+            answer = receiver.next() => match answer? {
+                Some(answer) => print(&mut printer, &mut under_way, answer, quality)?,
+                None => break,
+            },
+            _ = &mut interrupted => {
+                printer.finish();
+                eprintln!("edge-client: interrupted; {} photos were under way", receiver.pending());
+                return Ok(false);
+            }
+        }
+    }
+    printer.finish();
+    if !printer.is_json() {
+        println!("{total} photos, {} failed", printer.failures);
+    }
+    Ok(printer.failures == 0)
+}
+
+fn print(printer: &mut Printer, under_way: &mut HashMap<u64, Sent>, answer: Answer, quality: u8) -> Result<()> {
+    let Some(sent) = under_way.remove(&answer.id) else { return Ok(()) };
+    let line = match answer.result {
+        Ok(response) => Line::answered(sent.file, Some(quality), sent.bytes, Some(sent.timing), answer.elapsed, response),
+        Err(status) => Line::failed(sent.file, &ClientError::from(status)),
+    };
+    Ok(printer.print(&line)?)
+}

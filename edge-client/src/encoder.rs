@@ -1,0 +1,139 @@
+//! Photo to container: preprocess, encoder network, rounding, entropy coding.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use isthmus_codec::{Bundle, CodecError};
+use isthmus_pixels::Rgb;
+
+use crate::ClientError;
+use crate::engine::{Engine, RtenEngine};
+
+/// Reads the parts of a bundle folder that a client needs (no decoder weights).
+///
+/// # Errors
+/// [`ClientError::Codec`] names the file that is missing or wrong.
+pub fn open_bundle(folder: &Path) -> Result<Bundle, ClientError> {
+    let read = |name: &str| std::fs::read(folder.join(name));
+    if !folder.is_dir() {
+        return Err(ClientError::Usage(format!("{} is no bundle folder; --bundle names one, for example bundles/lite0-patch-stem", folder.display())));
+    }
+    let named = |e: CodecError| match e {
+        CodecError::BadBundle(why) => CodecError::BadBundle(format!("{}: {why}", folder.display())),
+        other => other,
+    };
+    Ok(Bundle::load(read, |name| name.ends_with(".onnx")).map_err(named)?)
+}
+
+/// Where the encode time went.
+#[derive(Debug, Clone, Copy, Default, serde::Serialize)]
+pub struct EncodeTiming {
+    /// Decoding, cropping, resizing and normalising the photo.
+    pub preprocess_us: u64,
+    /// The encoder network.
+    pub network_us: u64,
+    /// Rounding, entropy coding and framing.
+    pub entropy_us: u64,
+}
+
+impl EncodeTiming {
+    /// All three.
+    pub fn total_us(&self) -> u64 {
+        self.preprocess_us + self.network_us + self.entropy_us
+    }
+}
+
+/// An encoded photo.
+#[derive(Debug, Clone)]
+pub struct Encoded {
+    /// The container to send.
+    pub container: Vec<u8>,
+    /// How long it took.
+    pub timing: EncodeTiming,
+}
+
+/// Encodes photos with one bundle.
+pub struct Encoder {
+    bundle: Bundle,
+    engine: Box<dyn Engine>,
+}
+
+fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+impl Encoder {
+    /// Prepares the default engine with `threads` threads.
+    ///
+    /// # Errors
+    /// If the bundle's graph cannot be loaded.
+    pub fn new(bundle: Bundle, threads: usize) -> Result<Self, ClientError> {
+        let graph = bundle.file(&bundle.manifest.encoder.graph)?;
+        let engine = RtenEngine::new(graph, bundle.manifest.input.size, threads)?;
+        Ok(Self::with_engine(bundle, Box::new(engine)))
+    }
+
+    /// Uses another engine.
+    pub fn with_engine(bundle: Bundle, engine: Box<dyn Engine>) -> Self {
+        Self { bundle, engine }
+    }
+
+    /// The bundle.
+    pub fn bundle(&self) -> &Bundle {
+        &self.bundle
+    }
+
+    /// The quality level used when none is given: the middle one.
+    pub fn default_quality(&self) -> u8 {
+        self.bundle.levels() / 2 + 1
+    }
+
+    /// Encodes a JPEG, PNG or WebP file at quality level `quality` (from 1).
+    ///
+    /// # Errors
+    /// If the photo cannot be decoded, the level does not exist, or the encoder fails.
+    pub fn encode(&mut self, file: &[u8], quality: u8) -> Result<Encoded, ClientError> {
+        let start = Instant::now();
+        let photo = isthmus_pixels::decode(file)?;
+        self.encode_from(&photo, quality, start)
+    }
+
+    /// Encodes decoded pixels (a camera frame, for example).
+    ///
+    /// # Errors
+    /// As [`Encoder::encode`].
+    pub fn encode_rgb(&mut self, photo: &Rgb, quality: u8) -> Result<Encoded, ClientError> {
+        self.encode_from(photo, quality, Instant::now())
+    }
+
+    /// The latent of a photo before gain and rounding (channel-major).
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn latent(&mut self, photo: &Rgb) -> Result<Vec<f32>, ClientError> {
+        let mut pixels = Vec::new();
+        photo.network_input(self.bundle.manifest.input.size)?.normalise_into(&mut pixels);
+        self.engine.run(pixels)
+    }
+
+    fn encode_from(&mut self, photo: &Rgb, quality: u8, start: Instant) -> Result<Encoded, ClientError> {
+        let level = self.bundle.tables.level(quality)?;
+        let mut pixels = Vec::new();
+        photo.network_input(self.bundle.manifest.input.size)?.normalise_into(&mut pixels);
+        let preprocess_us = micros(start);
+        let start = Instant::now();
+        let latent = self.engine.run(pixels)?;
+        let network_us = micros(start);
+        let start = Instant::now();
+        let shape = self.bundle.manifest.latent;
+        let symbols = level.quantise(&latent, shape)?;
+        let container = isthmus_codec::container::encode(&symbols, quality, &self.bundle.hash, shape, &self.bundle.tables)?;
+        let entropy_us = micros(start);
+        Ok(Encoded { container, timing: EncodeTiming { preprocess_us, network_us, entropy_us } })
+    }
+}
+
+/// A duration in microseconds, saturating.
+pub fn as_micros(d: Duration) -> u64 {
+    u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,115 @@
+//! A bidirectional stream with a bounded window: at most so many photos are under way at once.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
+use isthmus_proto::offload_v1::{InferRequest, InferResponse, InferStreamResponse};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming};
+
+use crate::{Client, ClientError, InferOptions, Payload};
+
+/// Photos under way: when they were sent, and their place in the window.
+type Pending = Arc<Mutex<HashMap<u64, (Instant, OwnedSemaphorePermit)>>>;
+
+/// Sending half.
+pub struct Sender {
+    requests: mpsc::Sender<InferRequest>,
+    window: Arc<Semaphore>,
+    pending: Pending,
+    options: InferOptions,
+    next: u64,
+}
+
+/// Receiving half.
+pub struct Receiver {
+    answers: Streaming<InferStreamResponse>,
+    pending: Pending,
+    deadline: Duration,
+}
+
+/// One answer of the stream.
+#[derive(Debug)]
+pub struct Answer {
+    /// Id given by [`Sender::send`].
+    pub id: u64,
+    /// Time since the photo was sent.
+    pub elapsed: Duration,
+    /// The answer, or why there is none.
+    pub result: Result<InferResponse, Status>,
+}
+
+/// Opens a stream with at most `window` photos under way.
+///
+/// # Errors
+/// [`ClientError::Server`] if the server refuses, [`ClientError::Deadline`] if it does not answer.
+pub async fn open(client: &mut Client, window: usize, options: InferOptions) -> Result<(Sender, Receiver), ClientError> {
+    let window = window.max(1);
+    let (requests, outgoing) = mpsc::channel(window);
+    let deadline = options.deadline;
+    let opening = client.raw().infer_stream(ReceiverStream::new(outgoing));
+    let answers = tokio::time::timeout(deadline, opening).await.map_err(|_| ClientError::Deadline(deadline))??.into_inner();
+    let pending = Pending::default();
+    let sender = Sender { requests, window: Arc::new(Semaphore::new(window)), pending: pending.clone(), options, next: 1 };
+    Ok((sender, Receiver { answers, pending, deadline }))
+}
+
+impl Sender {
+    /// Waits for a free place in the window, then sends. Returns the id of the answer to come.
+    ///
+    /// # Errors
+    /// [`ClientError::Deadline`] if no answer frees a place in time, [`ClientError::Server`] if the
+    /// stream has ended.
+    pub async fn send(&mut self, payload: Payload) -> Result<u64, ClientError> {
+        let deadline = self.options.deadline;
+        let ended = || ClientError::from(Status::unavailable("the stream has ended"));
+        let place = tokio::time::timeout(deadline, self.window.clone().acquire_owned());
+        let place = place.await.map_err(|_| ClientError::Deadline(deadline))?.map_err(|_| ended())?;
+        let id = self.next;
+        self.next += 1;
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).insert(id, (Instant::now(), place));
+        self.requests.send(self.options.request(id, payload)).await.map_err(|_| ended())?;
+        Ok(id)
+    }
+}
+
+impl Receiver {
+    /// Photos still under way.
+    pub fn pending(&self) -> usize {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// The next answer, or `None` when the stream has ended and nothing is under way.
+    ///
+    /// # Errors
+    /// [`ClientError::Deadline`] if photos are under way but no answer comes within the deadline,
+    /// [`ClientError::Server`] if the stream breaks.
+    pub async fn next(&mut self) -> Result<Option<Answer>, ClientError> {
+        let message = loop {
+            let waiting = self.pending() > 0;
+            match tokio::time::timeout(self.deadline, self.answers.message()).await {
+                Ok(message) => break message?,
+                // with nothing under way, silence is no failure
+                Err(_) if !waiting => {}
+                Err(_) => return Err(ClientError::Deadline(self.deadline)),
+            }
+        };
+        let Some(message) = message else {
+            if self.pending() > 0 {
+                return Err(Status::unavailable("the stream ended with photos unanswered").into());
+            }
+            return Ok(None);
+        };
+        let (id, result) = match message.result {
+            Some(Outcome::Response(response)) => (response.id, Ok(response)),
+            Some(Outcome::Error(error)) => (error.id, Err(Status::new(Code::from(error.code), error.message))),
+            None => return Err(Status::internal("the server sent an empty answer").into()),
+        };
+        let sent = self.pending.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        let elapsed = sent.map(|(at, _)| at.elapsed()).unwrap_or_default();
+        Ok(Some(Answer { id, elapsed, result }))
+    }
+}

@@ -1,0 +1,145 @@
+//! Configuration: a TOML file, overridden by flags.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ServerError;
+
+/// Everything that can be set. configs/offload-server.toml explains each key.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Address of the gRPC listener.
+    pub listen: SocketAddr,
+    /// Address of the admin listener (metrics, health); none if empty.
+    pub admin_listen: Option<SocketAddr>,
+    /// Bundle folders.
+    pub bundles: Vec<PathBuf>,
+    /// Folder with backbones (NAME.safetensors) and labels.json.
+    pub backbones: PathBuf,
+    /// Backbones to load; the first is the default model.
+    pub models: Vec<String>,
+    /// `auto`, `cpu` or `cuda:N`.
+    pub device: String,
+    /// Threads of libtorch; 0 is one per core.
+    pub network_threads: usize,
+    /// Most requests computed together.
+    pub max_batch: usize,
+    /// Most requests waiting for the network.
+    pub max_queue: usize,
+    /// Entropy and image decodings at once; 0 is one per core.
+    pub decode_workers: usize,
+    /// Most requests between arrival and answer.
+    pub max_in_flight: usize,
+    /// Most requests of one stream under way.
+    pub stream_window: usize,
+    /// Largest request message in bytes.
+    pub max_request_bytes: usize,
+    /// Deadline of requests that set none, and upper limit of those that do.
+    #[serde(with = "humantime_serde")]
+    pub max_deadline: Duration,
+    /// A stream ends when nothing moves on it for this long.
+    #[serde(with = "humantime_serde")]
+    pub stream_idle: Duration,
+    /// On SIGTERM, requests in flight have this long.
+    #[serde(with = "humantime_serde")]
+    pub drain_limit: Duration,
+    /// PEM certificate chain.
+    pub tls_cert: Option<PathBuf>,
+    /// PEM private key.
+    pub tls_key: Option<PathBuf>,
+    /// Allow listening without TLS off loopback.
+    pub insecure: bool,
+    /// `text` or `json`.
+    pub log_format: LogFormat,
+}
+
+/// How logs are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 50051),
+            admin_listen: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9464)),
+            bundles: vec!["bundles/lite0-patch-stem".into()],
+            backbones: "data/backbones".into(),
+            models: vec!["efficientnet-lite0".into()],
+            device: "auto".into(),
+            network_threads: 0,
+            max_batch: 16,
+            max_queue: 256,
+            decode_workers: 0,
+            max_in_flight: 512,
+            stream_window: 32,
+            max_request_bytes: 8 << 20,
+            max_deadline: Duration::from_secs(30),
+            stream_idle: Duration::from_secs(60),
+            drain_limit: Duration::from_secs(20),
+            tls_cert: None,
+            tls_key: None,
+            insecure: false,
+            log_format: LogFormat::Text,
+        }
+    }
+}
+
+impl Config {
+    /// Reads a TOML file; missing keys keep their defaults.
+    ///
+    /// # Errors
+    /// Names the file and the key that is wrong.
+    pub fn open(path: &Path) -> Result<Self, ServerError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ServerError::Io { path: path.into(), source })?;
+        toml::from_str(&text).map_err(|e| ServerError::Config(format!("{}: {e}", path.display())))
+    }
+
+    /// Checks what belongs together.
+    ///
+    /// # Errors
+    /// [`ServerError::Config`] says what is wrong.
+    pub fn check(&self) -> Result<(), ServerError> {
+        let bad = |why: &str| Err(ServerError::Config(why.into()));
+        if self.tls_cert.is_some() != self.tls_key.is_some() {
+            return bad("tls_cert and tls_key belong together");
+        }
+        if !self.listen.ip().is_loopback() && self.tls_cert.is_none() && !self.insecure {
+            return bad("listening off loopback needs tls_cert and tls_key (or insecure = true on a network you trust)");
+        }
+        if self.models.is_empty() {
+            return bad("models: at least one is needed");
+        }
+        let positive = [self.max_batch, self.max_queue, self.max_in_flight, self.stream_window];
+        if positive.contains(&0) || self.max_request_bytes < 1024 {
+            return bad("max_batch, max_queue, max_in_flight and stream_window must be positive, max_request_bytes at least 1024");
+        }
+        if self.max_deadline.is_zero() || self.stream_idle.is_zero() {
+            return bad("max_deadline and stream_idle must be positive");
+        }
+        Ok(())
+    }
+
+    /// Decode workers, resolved.
+    pub fn decode_workers(&self) -> usize {
+        if self.decode_workers > 0 { self.decode_workers } else { cores() }
+    }
+
+    /// libtorch threads, resolved.
+    pub fn network_threads(&self) -> usize {
+        if self.network_threads > 0 { self.network_threads } else { cores() }
+    }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}

@@ -1,0 +1,94 @@
+//! Errors of the server, and the one place where they become gRPC status codes.
+
+use std::path::PathBuf;
+
+use isthmus_codec::CodecError;
+use isthmus_pixels::PixelError;
+use tonic::{Code, Status};
+
+/// Why the server did not start, or a request was not answered.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The configuration is wrong.
+    #[error("configuration: {0}")]
+    Config(String),
+    /// A file could not be read.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A network could not be loaded.
+    #[error(transparent)]
+    Net(#[from] isthmus_nets::NetError),
+    /// The listener or transport failed.
+    #[error("transport: {0}")]
+    Transport(String),
+    /// A container is malformed or does not fit.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    /// An image is unusable.
+    #[error(transparent)]
+    Pixels(#[from] PixelError),
+    /// The request lacks something.
+    #[error("{0}")]
+    Invalid(String),
+    /// The model is not loaded.
+    #[error("model {0:?} is not loaded; Describe lists the models")]
+    UnknownModel(String),
+    /// The client's bundle is not loaded.
+    #[error("bundle {0} is not loaded on this server; use the same bundle on both sides")]
+    UnknownBundle(String),
+    /// The queues are full.
+    #[error("the server is busy ({0}); try again later")]
+    Busy(&'static str),
+    /// The deadline has passed.
+    #[error("the deadline passed while the request was {0}")]
+    Deadline(&'static str),
+    /// The server is going down.
+    #[error("the server is shutting down")]
+    Draining,
+    /// libtorch failed on a batch.
+    #[error("the network failed: {0}")]
+    Network(String),
+}
+
+impl ServerError {
+    /// Short, bounded name for metrics.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Config(_) | Self::Io { .. } | Self::Net(_) | Self::Transport(_) => "setup",
+            Self::Codec(CodecError::WrongBundle { .. }) | Self::UnknownBundle(_) => "wrong_bundle",
+            Self::Codec(_) => "bad_container",
+            Self::Pixels(_) => "bad_image",
+            Self::Invalid(_) => "bad_request",
+            Self::UnknownModel(_) => "unknown_model",
+            Self::Busy(_) => "busy",
+            Self::Deadline(_) => "deadline",
+            Self::Draining => "draining",
+            Self::Network(_) => "network",
+        }
+    }
+
+    /// The gRPC code of this error.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Codec(CodecError::WrongBundle { .. }) | Self::UnknownBundle(_) => Code::FailedPrecondition,
+            Self::Codec(CodecError::BadTables(_) | CodecError::BadBundle(_)) => Code::Internal,
+            Self::Codec(_) | Self::Pixels(_) | Self::Invalid(_) => Code::InvalidArgument,
+            Self::UnknownModel(_) => Code::NotFound,
+            Self::Busy(_) => Code::ResourceExhausted,
+            Self::Deadline(_) => Code::DeadlineExceeded,
+            Self::Draining => Code::Unavailable,
+            Self::Config(_) | Self::Io { .. } | Self::Net(_) | Self::Transport(_) | Self::Network(_) => Code::Internal,
+        }
+    }
+}
+
+impl From<ServerError> for Status {
+    fn from(error: ServerError) -> Self {
+        Self::new(error.code(), error.to_string())
+    }
+}

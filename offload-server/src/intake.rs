@@ -1,0 +1,91 @@
+//! From payload bytes to network input, on a bounded pool of blocking threads.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use isthmus_codec::Container;
+use tokio::sync::Semaphore;
+
+use crate::ServerError;
+use crate::model::Stage;
+use crate::registry::Registry;
+use crate::telemetry::{self, Kind};
+
+/// The decode pool.
+pub struct Intake {
+    workers: Arc<Semaphore>,
+}
+
+/// A decoded payload.
+pub struct Ready {
+    /// Where it enters the network.
+    pub stage: Stage,
+    /// Latent or pixels.
+    pub input: Vec<f32>,
+    /// Waiting for a worker.
+    pub waited: Duration,
+    /// Decoding.
+    pub took: Duration,
+}
+
+impl Intake {
+    /// A pool of `workers` decodings at once.
+    pub fn new(workers: usize) -> Self {
+        Self { workers: Arc::new(Semaphore::new(workers)) }
+    }
+
+    /// Decodes `payload` for the model called `model`.
+    ///
+    /// # Errors
+    /// [`ServerError::Deadline`] if no worker is free in time, and whatever is wrong with the payload.
+    pub async fn decode(
+        &self,
+        registry: &Arc<Registry>,
+        model: &str,
+        kind: Kind,
+        payload: Bytes,
+        deadline: Instant,
+    ) -> Result<Ready, ServerError> {
+        let asked = Instant::now();
+        let worker = tokio::time::timeout_at(deadline.into(), self.workers.clone().acquire_owned());
+        let worker = worker.await.map_err(|_| ServerError::Deadline("waiting for the decode pool"))?;
+        let worker = worker.map_err(|_| ServerError::Draining)?;
+        let waited = asked.elapsed();
+        let registry = registry.clone();
+        let model = model.to_owned();
+        let decoded = tokio::task::spawn_blocking(move || {
+            let _worker = worker;
+            let start = Instant::now();
+            let (stage, input) = match kind {
+                Kind::Bitstream => bitstream(&registry, &model, &payload)?,
+                Kind::Image => image(&registry, &model, &payload)?,
+            };
+            let took = start.elapsed();
+            telemetry::decoded(kind, took);
+            Ok(Ready { stage, input, waited, took })
+        });
+        decoded.await.map_err(|e| ServerError::Network(format!("decoding: {e}")))?
+    }
+}
+
+fn bitstream(registry: &Registry, model: &str, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
+    let container = Container::parse(payload)?;
+    let bundle = registry.bundle(&container.header.bundle)?;
+    let entry = registry.model(model)?;
+    let stage = entry.stage(&bundle.hash).ok_or_else(|| {
+        ServerError::UnknownBundle(format!("{} (no decoder for model {})", bundle.manifest.name, entry.name))
+    })?;
+    let shape = bundle.manifest.latent;
+    let symbols = container.decode(&bundle.hash, shape, &bundle.tables)?;
+    let mut input = Vec::new();
+    bundle.tables.level(container.header.quality)?.dequantise_into(&symbols, shape, &mut input)?;
+    Ok((stage, input))
+}
+
+fn image(registry: &Registry, model: &str, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
+    let side = registry.model(model)?.input_size;
+    let mut input = Vec::new();
+    isthmus_pixels::decode(payload)?.network_input(side)?.normalise_into(&mut input);
+    Ok((Stage::Pixels, input))
+}

@@ -1,0 +1,162 @@
+//! A backbone with the decoders that feed it.
+
+use std::path::Path;
+
+use isthmus_codec::manifest::DecoderEntry;
+use isthmus_codec::{Bundle, BundleHash};
+use isthmus_nets::weights::Weights;
+use isthmus_nets::{Backbone, BackboneKind, Decoder, DecoderSpec, NetError};
+use tch::{Device, Tensor, nn};
+
+use crate::ServerError;
+
+/// Golden logits may differ by this much between machines.
+const GOLDEN_TOLERANCE: f32 = 2e-2;
+
+/// One decoder blueprint: from a bundle's latents to the backbone's features.
+struct Blueprint {
+    hash: BundleHash,
+    decoder: Decoder,
+    split_block: usize,
+    latent: [i64; 3],
+}
+
+/// What a batch consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// De-quantised latents of the blueprint with this index.
+    Latent(usize),
+    /// Normalised pixels.
+    Pixels,
+}
+
+/// A loaded backbone.
+pub struct Model {
+    kind: BackboneKind,
+    backbone: Backbone,
+    blueprints: Vec<Blueprint>,
+    device: Device,
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, ServerError> {
+    std::fs::read(path).map_err(|source| ServerError::Io { path: path.into(), source })
+}
+
+impl Model {
+    /// Loads the backbone called `name` from `folder`, and a decoder for it from each bundle that has one.
+    ///
+    /// # Errors
+    /// If a file is missing or differs from the manifest, or a golden test fails.
+    pub fn load(name: &str, folder: &Path, bundles: &[Bundle], device: Device) -> Result<Self, ServerError> {
+        let kind = BackboneKind::from_name(name).ok_or_else(|| {
+            let known: Vec<_> = BackboneKind::ALL.iter().map(|k| k.name()).collect();
+            ServerError::Config(format!("model {name:?} is unknown; known: {}", known.join(", ")))
+        })?;
+        let path = folder.join(format!("{name}.safetensors"));
+        let bytes = read(&path).map_err(|e| ServerError::Config(format!("{e}; `make setup` imports the backbones")))?;
+        let digest = isthmus_codec::bundle::sha256(&bytes);
+        let backbone = Backbone::new(kind, &Weights::from_safetensors(&bytes, &path.display().to_string(), device)?)?;
+        let mut model = Self { kind, backbone, blueprints: Vec::new(), device };
+        for bundle in bundles {
+            let Some(at) = bundle.manifest.decoders.iter().position(|d| d.backbone == name) else { continue };
+            let entry = &bundle.manifest.decoders[at];
+            if entry.backbone_sha256 != digest {
+                let why = format!("bundle {} was made for another {name} (SHA-256 {})", bundle.manifest.name, entry.backbone_sha256);
+                return Err(ServerError::Config(why));
+            }
+            model.add(bundle, entry)?;
+            model.check_golden(bundle, at)?;
+        }
+        Ok(model)
+    }
+
+    fn add(&mut self, bundle: &Bundle, entry: &DecoderEntry) -> Result<(), ServerError> {
+        let l = bundle.manifest.latent;
+        if self.kind.feature_shape(entry.split_block) != Some(entry.features) {
+            let why = format!("bundle {}: features {:?} are not those of block {}", bundle.manifest.name, entry.features, entry.split_block);
+            return Err(ServerError::Config(why));
+        }
+        let spec = DecoderSpec { width: entry.width, hidden: entry.hidden, blocks: entry.blocks, output: entry.features[0] };
+        let weights = Weights::from_safetensors(bundle.file(&entry.weights)?, &entry.weights, self.device)?;
+        let vs = nn::VarStore::new(self.device);
+        let decoder = Decoder::new(&vs.root(), &spec);
+        for (name, mut variable) in vs.variables() {
+            let saved = weights.get(&name, &variable.size())?;
+            tch::no_grad(|| variable.copy_(&saved));
+        }
+        let latent = [l.channels.into(), l.height.into(), l.width.into()];
+        self.blueprints.push(Blueprint { hash: bundle.hash, decoder, split_block: entry.split_block, latent });
+        Ok(())
+    }
+
+    /// Runs the golden container and compares the first logits with the manifest.
+    fn check_golden(&self, bundle: &Bundle, decoder: usize) -> Result<(), ServerError> {
+        let (header, symbols) = bundle.golden_symbols()?;
+        let mut latent = Vec::new();
+        bundle.tables.level(header.quality)?.dequantise_into(&symbols, bundle.manifest.latent, &mut latent)?;
+        let stage = self.stage(&bundle.hash).ok_or_else(|| ServerError::Config("no blueprint".into()))?;
+        let logits = self.run(stage, &[latent.as_slice()])?;
+        let expected = bundle.manifest.golden.logits.get(decoder).map(Vec::as_slice).unwrap_or_default();
+        let worst = expected.iter().zip(&logits[0]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        if expected.is_empty() || worst > GOLDEN_TOLERANCE {
+            let why = format!("bundle {}: golden logits differ by {worst} (at most {GOLDEN_TOLERANCE})", bundle.manifest.name);
+            return Err(ServerError::Config(why));
+        }
+        Ok(())
+    }
+
+    /// Public name.
+    pub fn name(&self) -> &'static str {
+        self.kind.name()
+    }
+
+    /// Side of the square input.
+    pub fn input_size(&self) -> u32 {
+        self.kind.input_size()
+    }
+
+    /// Hashes of the bundles that this model can answer.
+    pub fn bundles(&self) -> impl Iterator<Item = &BundleHash> {
+        self.blueprints.iter().map(|b| &b.hash)
+    }
+
+    /// The stage at which latents of bundle `hash` enter.
+    pub fn stage(&self, hash: &BundleHash) -> Option<Stage> {
+        self.blueprints.iter().position(|b| b.hash == *hash).map(Stage::Latent)
+    }
+
+    /// Logits of a batch that enters at `stage`.
+    ///
+    /// # Errors
+    /// [`ServerError::Network`] if libtorch fails or an input has another length.
+    pub fn run(&self, stage: Stage, inputs: &[&[f32]]) -> Result<Vec<Vec<f32>>, ServerError> {
+        let _inference = tch::no_grad_guard();
+        let failed = |e: tch::TchError| ServerError::Network(e.to_string());
+        let side = i64::from(self.input_size());
+        let (shape, blueprint) = match stage {
+            Stage::Pixels => ([3, side, side], None),
+            Stage::Latent(i) => {
+                let b = self.blueprints.get(i).ok_or_else(|| ServerError::Network("no such blueprint".into()))?;
+                (b.latent, Some(b))
+            }
+        };
+        let wanted = shape.iter().product::<i64>() as usize;
+        if inputs.iter().any(|i| i.len() != wanted) {
+            return Err(ServerError::Network(format!("an input has not {wanted} values")));
+        }
+        let flat = inputs.concat();
+        let batch = Tensor::f_from_slice(&flat).map_err(failed)?.f_view([inputs.len() as i64, shape[0], shape[1], shape[2]]).map_err(failed)?;
+        let batch = batch.to_device(self.device);
+        let logits = match blueprint {
+            None => self.backbone.forward(&batch),
+            Some(b) => self.backbone.tail(&b.decoder.forward(&batch), b.split_block),
+        };
+        let logits = logits.to_device(Device::Cpu).contiguous();
+        let classes = logits.size().last().copied().unwrap_or(1).max(1) as usize;
+        let flat = Vec::<f32>::try_from(logits.view(-1)).map_err(failed)?;
+        if flat.len() != classes * inputs.len() {
+            return Err(NetError::format("logits", "unexpected size").into());
+        }
+        Ok(flat.chunks_exact(classes).map(<[f32]>::to_vec).collect())
+    }
+}

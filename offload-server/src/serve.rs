@@ -1,0 +1,118 @@
+//! Brings the parts together: listeners, health, reflection, shutdown.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use isthmus_proto::offload_v1::offload_service_server::OffloadServiceServer;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Identity, Server, ServerTlsConfig};
+
+use crate::registry::Registry;
+use crate::service::Service;
+use crate::{Config, ServerError, admin};
+
+const KEEPALIVE: Duration = Duration::from_secs(30);
+const MAX_STREAMS: u32 = 256;
+const MAX_HEADERS: u32 = 16 << 10;
+
+/// A started server.
+pub struct Running {
+    /// Address of the gRPC listener.
+    pub address: SocketAddr,
+    /// Address of the admin listener.
+    pub admin_address: Option<SocketAddr>,
+    draining: CancellationToken,
+    served: JoinHandle<Result<(), ServerError>>,
+    drain_limit: Duration,
+}
+
+impl Running {
+    /// Stops taking requests, finishes what is in flight, and ends; at most `drain_limit` later.
+    ///
+    /// # Errors
+    /// If the transport failed or the limit passed.
+    pub async fn stop(self) -> Result<(), ServerError> {
+        self.draining.cancel();
+        let limit = self.drain_limit;
+        let ended = tokio::time::timeout(limit, self.served).await;
+        let ended = ended.map_err(|_| ServerError::Transport(format!("requests were still in flight after {limit:?}")))?;
+        ended.map_err(|e| ServerError::Transport(e.to_string()))?
+    }
+
+    /// Ends when the listener does (which it does by itself only on failure).
+    ///
+    /// # Errors
+    /// What made it end.
+    pub async fn ended(&mut self) -> Result<(), ServerError> {
+        let ended = (&mut self.served).await;
+        ended.map_err(|e| ServerError::Transport(e.to_string()))?
+    }
+}
+
+fn read(path: &std::path::Path) -> Result<Vec<u8>, ServerError> {
+    std::fs::read(path).map_err(|source| ServerError::Io { path: path.into(), source })
+}
+
+/// Loads models and bundles, binds the listeners, and serves.
+///
+/// # Errors
+/// Names what is wrong: configuration, a file, an address in use.
+pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running, ServerError> {
+    config.check()?;
+    let loading = config.clone();
+    let registry = tokio::task::spawn_blocking(move || Registry::load(&loading));
+    let registry = registry.await.map_err(|e| ServerError::Transport(e.to_string()))??;
+    let bind = |address: SocketAddr| async move {
+        let in_use = |e: std::io::Error| ServerError::Transport(format!("cannot listen on {address}: {e}"));
+        TcpListener::bind(address).await.map_err(in_use)
+    };
+    let listener = bind(config.listen).await?;
+    let address = listener.local_addr().map_err(|e| ServerError::Transport(e.to_string()))?;
+    let draining = CancellationToken::new();
+    let mut admin_address = None;
+    if let Some(wanted) = config.admin_listen {
+        let listener = bind(wanted).await?;
+        admin_address = listener.local_addr().ok();
+        tokio::spawn(admin::serve(listener, metrics, draining.clone()));
+    }
+
+    let service = Service::new(registry, &config, draining.clone());
+    let offload = OffloadServiceServer::new(service)
+        .max_decoding_message_size(config.max_request_bytes)
+        .max_encoding_message_size(1 << 20);
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<OffloadServiceServer<Service>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(isthmus_proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|e| ServerError::Transport(e.to_string()))?;
+    let mut server = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_header_list_size(MAX_HEADERS)
+        .tcp_nodelay(true);
+    if let (Some(cert), Some(key)) = (&config.tls_cert, &config.tls_key) {
+        let tls = ServerTlsConfig::new().identity(Identity::from_pem(read(cert)?, read(key)?));
+        server = server.tls_config(tls).map_err(|e| ServerError::Config(format!("tls_cert, tls_key: {e}")))?;
+    }
+    let router = server.add_service(health_service).add_service(reflection).add_service(offload);
+    let stopping = draining.clone();
+    let shutdown = async move {
+        stopping.cancelled().await;
+        // balancers look away before connections close
+        health.set_not_serving::<OffloadServiceServer<Service>>().await;
+    };
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let served = tokio::spawn(async move {
+        let served = router.serve_with_incoming_shutdown(incoming, shutdown).await;
+        served.map_err(|e| ServerError::Transport(e.to_string()))
+    });
+    tracing::info!(%address, admin = ?admin_address, tls = config.tls_cert.is_some(), "serving");
+    Ok(Running { address, admin_address, draining, served, drain_limit: config.drain_limit })
+}

@@ -1,0 +1,279 @@
+//! `isthmus.offload.v1.OffloadService`.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use isthmus_codec::BundleHash;
+use isthmus_proto::offload_v1::infer_request::Payload;
+use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
+use isthmus_proto::offload_v1::offload_service_server::OffloadService;
+use isthmus_proto::offload_v1::{
+    Bundle as WireBundle, DescribeRequest, DescribeResponse, InferError, InferRequest, InferResponse, InferStreamResponse, Label, Model as WireModel, Timing,
+};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::metadata::MetadataMap;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::batcher::Computed;
+use crate::intake::Intake;
+use crate::registry::Registry;
+use crate::telemetry::{self, InFlight, Kind};
+use crate::{Config, ServerError};
+
+const DEFAULT_TOP_K: u32 = 5;
+
+/// The service; clones share everything.
+#[derive(Clone)]
+pub struct Service {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    registry: Arc<Registry>,
+    intake: Intake,
+    in_flight: Arc<Semaphore>,
+    draining: CancellationToken,
+    window: usize,
+    max_deadline: Duration,
+    stream_idle: Duration,
+}
+
+impl Service {
+    /// `draining` stops new work; what is in flight goes on.
+    pub fn new(registry: Registry, config: &Config, draining: CancellationToken) -> Self {
+        let shared = Shared {
+            registry: Arc::new(registry),
+            intake: Intake::new(config.decode_workers()),
+            in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
+            draining,
+            window: config.stream_window,
+            max_deadline: config.max_deadline,
+            stream_idle: config.stream_idle,
+        };
+        Self { shared: Arc::new(shared) }
+    }
+}
+
+impl Shared {
+    /// One request, with metrics.
+    async fn infer(&self, request: InferRequest, arrived: Instant, budget: Duration) -> Result<InferResponse, ServerError> {
+        let (kind, payload) = match request.payload {
+            Some(Payload::Bitstream(b)) => (Kind::Bitstream, b),
+            Some(Payload::Image(b)) => (Kind::Image, b),
+            None => {
+                let error = ServerError::Invalid("the request has no payload: set bitstream or image".into());
+                telemetry::answered(Kind::Bitstream, 0, arrived.elapsed(), Some(&error));
+                return Err(error);
+            }
+        };
+        let bytes = payload.len();
+        let ask = Ask { id: request.id, model: request.model, top_k: request.top_k, logits: request.logits };
+        let result = self.compute(ask, kind, payload, arrived, arrived + budget).await;
+        telemetry::answered(kind, bytes, arrived.elapsed(), result.as_ref().err());
+        if let Err(error) = &result {
+            tracing::debug!(%error, kind = kind.label(), bytes, "request failed");
+        }
+        result
+    }
+
+    async fn compute(&self, ask: Ask, kind: Kind, payload: Bytes, arrived: Instant, deadline: Instant) -> Result<InferResponse, ServerError> {
+        if self.draining.is_cancelled() {
+            return Err(ServerError::Draining);
+        }
+        let _place = self.in_flight.try_acquire().map_err(|_| ServerError::Busy("too many requests in flight"))?;
+        let _counted = InFlight::enter();
+        let entry = self.registry.model(&ask.model)?;
+        let ready = self.intake.decode(&self.registry, &ask.model, kind, payload, deadline).await?;
+        if Instant::now() >= deadline {
+            return Err(ServerError::Deadline("being decoded"));
+        }
+        let answer = entry.batcher.submit(ready.stage, ready.input, deadline)?;
+        let answer = tokio::time::timeout_at(deadline.into(), answer).await;
+        let answer = answer.map_err(|_| ServerError::Deadline("waiting for the network"))?;
+        let computed: Computed = answer.map_err(|_| ServerError::Draining)??;
+        let queue = ready.waited + computed.waited;
+        telemetry::queued(queue);
+        let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+        let timing = Timing {
+            decode_us: micros(ready.took),
+            queue_us: micros(queue),
+            network_us: micros(computed.network),
+            batch_size: computed.batch_size as u32,
+            total_us: micros(arrived.elapsed()),
+        };
+        let top_k = if ask.top_k == 0 { DEFAULT_TOP_K } else { ask.top_k };
+        let labels = best(&computed.logits, top_k as usize, &self.registry.labels);
+        let logits = if ask.logits { computed.logits } else { Vec::new() };
+        Ok(InferResponse { id: ask.id, model: entry.name.into(), labels, logits, timing: Some(timing) })
+    }
+
+    /// The smaller of what the client asks for and the server's limit.
+    fn budget(&self, asked: Option<Duration>) -> Duration {
+        asked.map_or(self.max_deadline, |a| a.min(self.max_deadline))
+    }
+}
+
+struct Ask {
+    id: u64,
+    model: String,
+    top_k: u32,
+    logits: bool,
+}
+
+/// The `k` best labels with their softmax probabilities.
+fn best(logits: &[f32], k: usize, names: &[String]) -> Vec<Label> {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = logits.iter().map(|l| (l - highest).exp()).sum();
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+    let label = |i: usize| Label {
+        index: i as u32,
+        name: names.get(i).cloned().unwrap_or_default(),
+        score: (logits[i] - highest).exp() / sum,
+    };
+    order.into_iter().take(k).map(label).collect()
+}
+
+/// The client's time limit from the `grpc-timeout` header (digits and a unit H, M, S, m, u or n).
+fn grpc_timeout(metadata: &MetadataMap) -> Option<Duration> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 {
+        return None;
+    }
+    let value: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(value * 3600),
+        "M" => Duration::from_secs(value * 60),
+        "S" => Duration::from_secs(value),
+        "m" => Duration::from_millis(value),
+        "u" => Duration::from_micros(value),
+        "n" => Duration::from_nanos(value),
+        _ => return None,
+    })
+}
+
+#[tonic::async_trait]
+impl OffloadService for Service {
+    async fn describe(&self, request: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        let registry = &self.shared.registry;
+        let wanted = request.into_inner().bundle_hash;
+        if !wanted.is_empty() {
+            let hash: [u8; 32] = wanted.as_ref().try_into().map_err(|_| ServerError::Invalid("bundle_hash: 32 bytes are needed".into()))?;
+            if !registry.bundles.iter().any(|b| b.hash == BundleHash(hash)) {
+                return Err(ServerError::UnknownBundle(isthmus_codec::bundle::hex(&hash)).into());
+            }
+        }
+        let models = registry.models.iter().map(|m| WireModel {
+            name: m.name.into(),
+            input_size: m.input_size,
+            classes: registry.labels.len() as u32,
+            device: m.device.clone(),
+            bundles: registry
+                .bundles
+                .iter()
+                .filter(|b| m.stage(&b.hash).is_some())
+                .map(|b| WireBundle {
+                    name: b.manifest.name.clone(),
+                    version: b.manifest.version.clone(),
+                    hash: Bytes::copy_from_slice(&b.hash.0),
+                    quality_levels: b.levels().into(),
+                })
+                .collect(),
+        });
+        Ok(Response::new(DescribeResponse { version: env!("CARGO_PKG_VERSION").into(), models: models.collect() }))
+    }
+
+    async fn infer(&self, request: Request<InferRequest>) -> Result<Response<InferResponse>, Status> {
+        let arrived = Instant::now();
+        let budget = self.shared.budget(grpc_timeout(request.metadata()));
+        Ok(Response::new(self.shared.infer(request.into_inner(), arrived, budget).await?))
+    }
+
+    type InferStreamStream = ReceiverStream<Result<InferStreamResponse, Status>>;
+
+    async fn infer_stream(&self, request: Request<Streaming<InferRequest>>) -> Result<Response<Self::InferStreamStream>, Status> {
+        let (answers, outgoing) = mpsc::channel(self.shared.window);
+        tokio::spawn(pump(self.shared.clone(), request.into_inner(), answers));
+        Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+}
+
+/// Reads requests while the window has room, answers each as it is ready, and ends when the client does,
+/// when nothing moves for too long, or when the server drains. Dropping the set of tasks cancels what is
+/// under way.
+async fn pump(shared: Arc<Shared>, mut requests: Streaming<InferRequest>, answers: mpsc::Sender<Result<InferStreamResponse, Status>>) {
+    let mut tasks: JoinSet<Result<(), ()>> = JoinSet::new();
+    let mut open = true;
+    while open || !tasks.is_empty() {
+        let room = open && tasks.len() < shared.window;
+        tokio::select! {
+            () = answers.closed() => return,
+            () = shared.draining.cancelled(), if open => open = false,
+            done = tasks.join_next(), if !tasks.is_empty() => {
+                if !matches!(done, Some(Ok(Ok(())))) {
+                    return; // the client does not read its answers
+                }
+            }
+            message = tokio::time::timeout(shared.stream_idle, requests.message()), if room => match message {
+                Ok(Ok(Some(request))) => {
+                    let (shared, answers) = (shared.clone(), answers.clone());
+                    tasks.spawn(answer(shared, request, answers));
+                }
+                Ok(Ok(None)) => open = false,
+                Ok(Err(_)) => return, // the stream broke
+                Err(_) => {
+                    let status = Status::from(ServerError::Deadline("awaited: the stream was idle"));
+                    let _ = answers.try_send(Err(status));
+                    open = false;
+                }
+            },
+        }
+    }
+}
+
+async fn answer(shared: Arc<Shared>, request: InferRequest, answers: mpsc::Sender<Result<InferStreamResponse, Status>>) -> Result<(), ()> {
+    let id = request.id;
+    let asked = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms.into()));
+    let budget = shared.budget(asked);
+    let result = match shared.infer(request, Instant::now(), budget).await {
+        Ok(response) => Outcome::Response(response),
+        Err(error) => Outcome::Error(InferError { id, code: error.code() as i32, message: error.to_string() }),
+    };
+    let message = InferStreamResponse { result: Some(result) };
+    let sent = tokio::time::timeout(shared.stream_idle, answers.send(Ok(message))).await;
+    sent.map_err(|_| ())?.map_err(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_read_as_grpc_writes_them() {
+        let parse = |text: &str| {
+            let mut m = MetadataMap::new();
+            m.insert("grpc-timeout", text.parse().unwrap());
+            grpc_timeout(&m)
+        };
+        assert_eq!(parse("250m"), Some(Duration::from_millis(250)));
+        assert_eq!(parse("3S"), Some(Duration::from_secs(3)));
+        assert_eq!(parse("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        for bad in ["", "m", "12", "-3S", "123456789S", "1x"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_best_labels_come_first_and_scores_are_probabilities() {
+        let names: Vec<String> = ["a", "b", "c"].map(String::from).to_vec();
+        let labels = best(&[1.0, 3.0, 2.0], 2, &names);
+        assert_eq!(labels.iter().map(|l| l.name.as_str()).collect::<Vec<_>>(), ["b", "c"]);
+        assert!((labels[0].score - 0.665).abs() < 1e-3);
+        assert_eq!(best(&[0.0; 3], 10, &names).len(), 3);
+    }
+}

@@ -1,0 +1,120 @@
+//! Logs and metrics. docs/metrics.md specifies every metric; a test compares it with what is exported.
+
+use std::time::Duration;
+
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::ServerError;
+use crate::config::LogFormat;
+use crate::model::Stage;
+
+const SECONDS: [f64; 14] = [0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+const BYTES: [f64; 10] = [500.0, 1e3, 2e3, 4e3, 8e3, 16e3, 64e3, 256e3, 1e6, 8e6];
+const BATCH: [f64; 8] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0];
+
+/// What a request carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A container.
+    Bitstream,
+    /// An image file.
+    Image,
+}
+
+impl Kind {
+    /// Value of the `payload` label.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Bitstream => "bitstream",
+            Self::Image => "image",
+        }
+    }
+}
+
+/// Installs the recorder of this process; a second call finds the first one's place taken.
+///
+/// # Errors
+/// If another recorder is installed.
+pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
+    let failed = |e: metrics_exporter_prometheus::BuildError| ServerError::Config(format!("metrics: {e}"));
+    let builder = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS)
+        .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("_bytes".into()), &BYTES))
+        .and_then(|b| b.set_buckets_for_metric(Matcher::Full("isthmus_batch_size".into()), &BATCH))
+        .map_err(failed)?;
+    let handle = builder.install_recorder().map_err(failed)?;
+    describe_counter!("isthmus_requests_total", "Requests answered, by payload and gRPC code");
+    describe_counter!("isthmus_refused_total", "Requests that failed, by reason");
+    describe_counter!("isthmus_dropped_total", "Requests dropped from the network queue, by reason");
+    describe_histogram!("isthmus_request_bytes", "Payload bytes of a request");
+    describe_histogram!("isthmus_request_seconds", "Time from arrival to answer");
+    describe_histogram!("isthmus_entropy_decode_seconds", "Entropy decoding of a container");
+    describe_histogram!("isthmus_image_decode_seconds", "Decoding and resizing of an image");
+    describe_histogram!("isthmus_queue_seconds", "Waiting for the decode pool and the batch");
+    describe_histogram!("isthmus_batch_size", "Requests computed together");
+    describe_histogram!("isthmus_network_seconds", "A batch in the network, by stage");
+    describe_gauge!("isthmus_in_flight", "Requests between arrival and answer");
+    Ok(handle)
+}
+
+/// Starts logging to standard error; `RUST_LOG` filters (default `info`).
+pub fn install_logs(format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // a second call (tests) keeps the first subscriber
+    let _ = match format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+}
+
+pub(crate) fn dropped(reason: &'static str) {
+    counter!("isthmus_dropped_total", "reason" => reason).increment(1);
+}
+
+pub(crate) fn batch(stage: Stage, size: usize, network: Duration) {
+    let stage = match stage {
+        Stage::Latent(_) => "latent",
+        Stage::Pixels => "pixels",
+    };
+    histogram!("isthmus_batch_size").record(size as f64);
+    histogram!("isthmus_network_seconds", "stage" => stage).record(network);
+}
+
+pub(crate) fn decoded(kind: Kind, took: Duration) {
+    match kind {
+        Kind::Bitstream => histogram!("isthmus_entropy_decode_seconds").record(took),
+        Kind::Image => histogram!("isthmus_image_decode_seconds").record(took),
+    }
+}
+
+pub(crate) fn queued(waited: Duration) {
+    histogram!("isthmus_queue_seconds").record(waited);
+}
+
+pub(crate) fn answered(kind: Kind, bytes: usize, took: Duration, error: Option<&ServerError>) {
+    let code = error.map_or(tonic::Code::Ok, ServerError::code);
+    counter!("isthmus_requests_total", "payload" => kind.label(), "code" => format!("{code:?}")).increment(1);
+    histogram!("isthmus_request_bytes", "payload" => kind.label()).record(bytes as f64);
+    histogram!("isthmus_request_seconds", "payload" => kind.label()).record(took);
+    if let Some(error) = error {
+        counter!("isthmus_refused_total", "reason" => error.kind()).increment(1);
+    }
+}
+
+/// Counts a request as in flight while it lives.
+pub(crate) struct InFlight;
+
+impl InFlight {
+    pub(crate) fn enter() -> Self {
+        gauge!("isthmus_in_flight").increment(1.0);
+        Self
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        gauge!("isthmus_in_flight").decrement(1.0);
+    }
+}
