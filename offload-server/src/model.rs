@@ -5,7 +5,7 @@ use std::path::Path;
 use isthmus_codec::manifest::DecoderEntry;
 use isthmus_codec::{Bundle, BundleHash};
 use isthmus_nets::weights::Weights;
-use isthmus_nets::{Backbone, BackboneKind, Decoder, DecoderSpec, NetError};
+use isthmus_nets::{Backbone, BackboneKind, Decoder, DecoderSpec, Layer, NetError};
 use tch::{Device, Tensor, nn};
 
 use crate::ServerError;
@@ -17,7 +17,7 @@ const GOLDEN_TOLERANCE: f32 = 2e-2;
 struct Blueprint {
     hash: BundleHash,
     decoder: Decoder,
-    split_block: usize,
+    split: Layer,
     latent: [i64; 3],
 }
 
@@ -72,20 +72,19 @@ impl Model {
 
     fn add(&mut self, bundle: &Bundle, entry: &DecoderEntry) -> Result<(), ServerError> {
         let l = bundle.manifest.latent;
-        if self.kind.feature_shape(entry.split_block) != Some(entry.features) {
-            let why = format!("bundle {}: features {:?} are not those of block {}", bundle.manifest.name, entry.features, entry.split_block);
+        let split = Layer::from_block(entry.split_block);
+        let produced = [entry.features[0], i64::from(l.height) * entry.upsample, i64::from(l.width) * entry.upsample];
+        if self.kind.layer_shape(split) != Some(entry.features) || produced != entry.features {
+            let why = format!("bundle {}: {:?} is not the shape of {split:?}", bundle.manifest.name, entry.features);
             return Err(ServerError::Config(why));
         }
-        let spec = DecoderSpec { width: entry.width, hidden: entry.hidden, blocks: entry.blocks, output: entry.features[0] };
+        let spec = DecoderSpec::from_entry(entry);
         let weights = Weights::from_safetensors(bundle.file(&entry.weights)?, &entry.weights, self.device)?;
         let vs = nn::VarStore::new(self.device);
         let decoder = Decoder::new(&vs.root(), &spec);
-        for (name, mut variable) in vs.variables() {
-            let saved = weights.get(&name, &variable.size())?;
-            tch::no_grad(|| variable.copy_(&saved));
-        }
+        weights.copy_to(&vs)?;
         let latent = [l.channels.into(), l.height.into(), l.width.into()];
-        self.blueprints.push(Blueprint { hash: bundle.hash, decoder, split_block: entry.split_block, latent });
+        self.blueprints.push(Blueprint { hash: bundle.hash, decoder, split, latent });
         Ok(())
     }
 
@@ -149,7 +148,7 @@ impl Model {
         let batch = batch.to_device(self.device);
         let logits = match blueprint {
             None => self.backbone.forward(&batch),
-            Some(b) => self.backbone.tail(&b.decoder.forward(&batch), b.split_block),
+            Some(b) => self.backbone.tail(&b.decoder.forward(&batch), b.split),
         };
         let logits = logits.to_device(Device::Cpu).contiguous();
         let classes = logits.size().last().copied().unwrap_or(1).max(1) as usize;

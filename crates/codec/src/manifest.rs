@@ -85,15 +85,18 @@ pub struct DecoderEntry {
     pub backbone: String,
     /// SHA-256 of the backbone's safetensors file.
     pub backbone_sha256: String,
-    /// The features it rebuilds are those after this block.
-    pub split_block: usize,
+    /// It rebuilds the output of this block of the backbone, or the backbone's input if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split_block: Option<usize>,
     /// Channels of the residual trunk.
     pub width: i64,
     /// Channels inside a residual block.
     pub hidden: i64,
     /// Residual blocks.
     pub blocks: i64,
-    /// Shape (C, H, W) of the features.
+    /// Positions of the rebuilt layer per position of the latent, each way.
+    pub upsample: i64,
+    /// Shape (C, H, W) of the rebuilt layer.
     pub features: [i64; 3],
     /// Weights (safetensors).
     pub weights: String,

@@ -92,9 +92,12 @@ impl BackboneKind {
         self.blocks().len()
     }
 
-    /// Shape (C, H, W) of the features after block `index` at the native input size.
-    /// `None` if there is no such block.
-    pub fn feature_shape(self, index: usize) -> Option<[i64; 3]> {
+    /// Shape (C, H, W) of a layer at the native input size. `None` if there is no such block.
+    pub fn layer_shape(self, layer: Layer) -> Option<[i64; 3]> {
+        let Layer::Block(index) = layer else {
+            let side = i64::from(self.input_size());
+            return Some([3, side, side]);
+        };
         let blocks = self.blocks();
         let mut side = (i64::from(self.input_size()) + 1) / 2;
         for b in blocks.get(..=index)? {
@@ -120,6 +123,29 @@ impl BackboneKind {
         }
         let last = self.blocks().last().map_or(0, |b| b.output);
         (total + last * HEAD_CHANNELS * side * side + HEAD_CHANNELS * CLASSES) as u64
+    }
+}
+
+/// A place in the backbone: its input, or the output of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Layer {
+    /// The normalised pixels.
+    Input,
+    /// The output of the block with this index.
+    Block(usize),
+}
+
+impl Layer {
+    /// From the manifest's form, in which no block means the input.
+    pub fn from_block(block: Option<usize>) -> Self {
+        block.map_or(Self::Input, Self::Block)
+    }
+
+    fn next_block(self) -> usize {
+        match self {
+            Self::Input => 0,
+            Self::Block(i) => i + 1,
+        }
     }
 }
 
@@ -207,7 +233,7 @@ impl Block {
     }
 }
 
-/// A frozen pretrained classifier, usable whole or as head (up to a block) and tail (from there on).
+/// A frozen pretrained classifier, usable whole or from and to any layer.
 pub struct Backbone {
     kind: BackboneKind,
     stem: Conv,
@@ -249,32 +275,24 @@ impl Backbone {
         self.kind
     }
 
-    /// Features after block `split`: (N, 3, S, S) normalised pixels to (N, C, H, W).
-    pub fn head(&self, pixels: &Tensor, split: usize) -> Tensor {
-        let mut x = relu6(self.stem.forward(pixels));
-        for block in self.blocks.iter().take(split + 1) {
+    /// The part between two layers: values of `from` to those of `to`.
+    pub fn between(&self, x: &Tensor, from: Layer, to: Layer) -> Tensor {
+        let mut x = if from == Layer::Input && to > from { relu6(self.stem.forward(x)) } else { x.shallow_clone() };
+        for block in self.blocks.iter().take(to.next_block()).skip(from.next_block()) {
             x = block.forward(&x);
         }
         x
     }
 
-    /// Logits (N, 1000) from the features after block `split`.
-    pub fn tail(&self, features: &Tensor, split: usize) -> Tensor {
-        let mut x = features.shallow_clone();
-        for block in self.blocks.iter().skip(split + 1) {
-            x = block.forward(&x);
-        }
+    /// Logits (N, 1000) from the values of `layer`.
+    pub fn tail(&self, x: &Tensor, layer: Layer) -> Tensor {
+        let x = self.between(x, layer, Layer::Block(self.blocks.len() - 1));
         let pooled = relu6(self.head.forward(&x)).mean_dim([2i64, 3].as_slice(), false, None);
         pooled.linear(&self.fc_weight, Some(&self.fc_bias))
     }
 
     /// Logits (N, 1000) of normalised pixels (N, 3, S, S).
     pub fn forward(&self, pixels: &Tensor) -> Tensor {
-        let x = self.stem.forward(pixels);
-        let mut x = relu6(x);
-        for block in &self.blocks {
-            x = block.forward(&x);
-        }
-        self.tail(&x, self.blocks.len())
+        self.tail(pixels, Layer::Input)
     }
 }

@@ -27,8 +27,8 @@ pub struct Bottleneck {
 
 /// Result of a training forward pass.
 pub struct Passed {
-    /// Rebuilt features, per-channel normalised (N, C, H, W).
-    pub features: Tensor,
+    /// The rebuilt layer, per-channel normalised (N, C, H, W).
+    pub rebuilt: Tensor,
     /// Bits per sample (N).
     pub bits: Tensor,
 }
@@ -65,7 +65,7 @@ impl Bottleneck {
         let noisy = &y + (y.rand_like() - 0.5);
         let bits = self.prior.bits(&noisy, level);
         let latent = noisy * Self::picked(&self.log_inverse, level);
-        Passed { features: self.decoder.forward_normalised(&latent), bits }
+        Passed { rebuilt: self.decoder.forward_normalised(&latent), bits }
     }
 
     /// As at run time, with rounding around the medians.
@@ -76,7 +76,7 @@ impl Bottleneck {
         let rounded = (&y - &median).round() + median;
         let bits = self.prior.bits(&rounded, level);
         let latent = rounded * Self::picked(&self.log_inverse, level);
-        Passed { features: self.decoder.forward_normalised(&latent), bits }
+        Passed { rebuilt: self.decoder.forward_normalised(&latent), bits }
     }
 
     /// Encoder-side gains (levels, C).

@@ -1,11 +1,14 @@
 //! Decoder blueprints: de-quantised latent to the features of one backbone at its split point.
 //!
-//! Restoration (residual blocks at the latent's resolution) then a projection to the backbone's
-//! channels, as FrankenSplit's blueprints for CNN backbones; the output is produced per-channel
-//! normalised and scaled back with statistics of the teacher's features.
+//! Restoration (residual blocks at the latent's resolution), then a projection to the channels of the layer
+//! to rebuild and, where that layer is finer than the latent, a sub-pixel rearrangement. The layer may be
+//! any of the backbone's, down to its input: the later it is, the more the decoder must learn by itself of what
+//! the backbone's frozen blocks know already. The output is produced per-channel normalised and scaled back
+//! with statistics of the teacher.
 
+use isthmus_codec::manifest::DecoderEntry;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor, nn};
+use tch::{Tensor, nn};
 
 use crate::encoder::{LATENT_CHANNELS, conv2d};
 
@@ -18,27 +21,31 @@ pub struct DecoderSpec {
     pub hidden: i64,
     /// Residual blocks.
     pub blocks: i64,
-    /// Channels of the features to rebuild.
+    /// Channels of the layer to rebuild.
     pub output: i64,
+    /// Positions of that layer per position of the latent, each way.
+    pub upsample: i64,
 }
 
 impl DecoderSpec {
-    /// The default for features of `output` channels at the latent's resolution.
-    pub fn default_for(output: i64) -> Self {
-        Self { width: 128, hidden: 64, blocks: 4, output }
+    /// The decoder that a manifest describes.
+    pub fn from_entry(entry: &DecoderEntry) -> Self {
+        Self { width: entry.width, hidden: entry.hidden, blocks: entry.blocks, output: entry.features[0], upsample: entry.upsample }
     }
 
     /// Trainable parameters.
     pub fn parameters(&self) -> u64 {
         let conv = |i: i64, o: i64, k: i64| o * (i * k * k + 1);
         let block = conv(self.width, self.hidden, 1) + conv(self.hidden, self.hidden, 3) + conv(self.hidden, self.width, 1);
-        (conv(LATENT_CHANNELS, self.width, 3) + self.blocks * block + conv(self.width, self.output, 3)) as u64
+        (conv(LATENT_CHANNELS, self.width, 3) + self.blocks * block + conv(self.width, self.output * self.upsample * self.upsample, 3)) as u64
     }
 
     /// Multiply-accumulates for a latent of `h` x `w`.
     pub fn macs(&self, h: i64, w: i64) -> u64 {
         let block = 2 * self.width * self.hidden + 9 * self.hidden * self.hidden;
-        ((9 * LATENT_CHANNELS * self.width + self.blocks * block + 9 * self.width * self.output) * h * w) as u64
+        ((9 * LATENT_CHANNELS * self.width + self.blocks * block + 9 * self.width * self.output * self.upsample * self.upsample)
+            * h
+            * w) as u64
     }
 }
 
@@ -53,6 +60,7 @@ pub struct Decoder {
     input: nn::Conv2D,
     blocks: Vec<Residual>,
     output: nn::Conv2D,
+    upsample: i64,
     mean: Tensor,
     std: Tensor,
 }
@@ -75,7 +83,8 @@ impl Decoder {
         Self {
             input: conv("input", LATENT_CHANNELS, spec.width, 3),
             blocks,
-            output: conv("output", spec.width, spec.output, 3),
+            output: conv("output", spec.width, spec.output * spec.upsample * spec.upsample, 3),
+            upsample: spec.upsample,
             mean: path.zeros_no_train("feature_mean", &[spec.output]),
             std: path.ones_no_train("feature_std", &[spec.output]),
         }
@@ -99,12 +108,7 @@ impl Decoder {
         features * self.std.view([1, -1, 1, 1]) + self.mean.view([1, -1, 1, 1])
     }
 
-    /// Per-channel standard deviation of the teacher's features.
-    pub fn std(&self) -> &Tensor {
-        &self.std
-    }
-
-    /// De-quantised, gain-corrected latent (N, 48, h, w) to normalised features (N, C, h, w).
+    /// De-quantised, gain-corrected latent (N, 48, h, w) to the rebuilt layer (N, C, H, W), normalised.
     pub fn forward_normalised(&self, latent: &Tensor) -> Tensor {
         let mut x = leaky(latent.apply(&self.input));
         for b in &self.blocks {
@@ -112,16 +116,12 @@ impl Decoder {
             let y = leaky(y.apply(&b.mix));
             x = x + y.apply(&b.expand);
         }
-        leaky(x).apply(&self.output)
+        let out = leaky(x).apply(&self.output);
+        if self.upsample == 1 { out } else { out.pixel_shuffle(self.upsample) }
     }
 
-    /// De-quantised, gain-corrected latent (N, 48, h, w) to the backbone's features.
+    /// De-quantised, gain-corrected latent (N, 48, h, w) to the rebuilt layer of the backbone.
     pub fn forward(&self, latent: &Tensor) -> Tensor {
         self.denormalise(&self.forward_normalised(latent))
     }
-}
-
-/// A zero latent of the given size, for warm-up.
-pub fn zero_latent(batch: i64, h: i64, w: i64, device: Device) -> Tensor {
-    Tensor::zeros([batch, LATENT_CHANNELS, h, w], (Kind::Float, device))
 }

@@ -14,7 +14,7 @@ pub mod prior;
 pub mod pth;
 pub mod weights;
 
-pub use backbone::{Backbone, BackboneKind};
+pub use backbone::{Backbone, BackboneKind, Layer};
 pub use bottleneck::Bottleneck;
 pub use decoder::{Decoder, DecoderSpec};
 pub use encoder::{Encoder, EncoderKind};

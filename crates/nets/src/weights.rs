@@ -65,6 +65,23 @@ impl Weights {
         }
     }
 
+    /// The tensor `name`, whatever its shape.
+    pub fn get_any(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    /// Copies the tensors into the variables of `vs` by name.
+    ///
+    /// # Errors
+    /// [`NetError::Shape`] if one is missing or has another shape.
+    pub fn copy_to(&self, vs: &tch::nn::VarStore) -> Result<(), NetError> {
+        for (name, mut variable) in vs.variables() {
+            let saved = self.get(&name, &variable.size())?;
+            tch::no_grad(|| variable.copy_(&saved));
+        }
+        Ok(())
+    }
+
     /// Total number of elements.
     pub fn parameters(&self) -> usize {
         self.tensors.values().map(Tensor::numel).sum()

@@ -102,14 +102,20 @@ impl Rgb {
             return Ok(self.clone());
         }
         let fail = |e: String| PixelError::Resize(e);
-        let source = fir::images::ImageRef::new(self.width, self.height, &self.data, fir::PixelType::U8x3)
+        // four bytes a pixel: the only layout the resizer is built for (its others triple the binary)
+        let wide: Vec<u8> = self.data.chunks_exact(3).flat_map(|p| [p[0], p[1], p[2], 0]).collect();
+        let source = fir::images::ImageRef::new(self.width, self.height, &wide, fir::PixelType::U8x4)
             .map_err(|e| fail(e.to_string()))?;
-        let mut target = fir::images::Image::new(width, height, fir::PixelType::U8x3);
         let filter = fir::ResizeAlg::Convolution(fir::FilterType::CatmullRom);
-        fir::Resizer::new()
-            .resize(&source, &mut target, &fir::ResizeOptions::new().resize_alg(filter))
-            .map_err(|e| fail(e.to_string()))?;
-        Self::new(width, height, target.into_vec()).ok_or_else(|| fail("zero size".into()))
+        let options = fir::ResizeOptions::new().resize_alg(filter).use_alpha(false);
+        // rows first, then columns, rounded in between: the order of the reference (the resizer's own differs)
+        let mut rows = fir::images::Image::new(width, self.height, fir::PixelType::U8x4);
+        let mut target = fir::images::Image::new(width, height, fir::PixelType::U8x4);
+        let mut resizer = fir::Resizer::new();
+        resizer.resize(&source, &mut rows, &options).map_err(|e| fail(e.to_string()))?;
+        resizer.resize(&rows, &mut target, &options).map_err(|e| fail(e.to_string()))?;
+        let data = target.buffer().chunks_exact(4).flat_map(|p| [p[0], p[1], p[2]]).collect();
+        Self::new(width, height, data).ok_or_else(|| fail("zero size".into()))
     }
 
     /// Centre crop and resize to the network's square input of `side` pixels.

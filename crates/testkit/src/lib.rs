@@ -1,0 +1,177 @@
+//! Helpers of the tests: where things are, child processes that end with the test, free ports.
+//!
+//! A helper that lacks what it needs panics with what to do: a test must not pass because it could not run.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().expect("the repository's root exists")
+}
+
+/// Folder of an unpacked third-party package.
+pub fn third_party(package: &str) -> PathBuf {
+    let folder = root().join("third_party").join(package);
+    assert!(folder.exists(), "{} is missing: run `make setup`", folder.display());
+    folder.canonicalize().expect("checked above")
+}
+
+/// Folder with imported backbones and labels.
+pub fn backbones() -> PathBuf {
+    let folder = root().join("data/backbones");
+    assert!(folder.join("labels.json").exists(), "{} is missing: run `make setup`", folder.display());
+    folder
+}
+
+/// The default bundle.
+pub fn bundle() -> PathBuf {
+    root().join("bundles/lite0-patch-stem")
+}
+
+/// The 20 ImageNet photos of foolbox, in order of name.
+pub fn demo_photos() -> Vec<PathBuf> {
+    let folder = third_party("foolbox").join("foolbox/data");
+    let entries = std::fs::read_dir(folder).expect("foolbox/data");
+    let mut files: Vec<PathBuf> = entries.filter_map(Result::ok).map(|e| e.path()).collect();
+    files.retain(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("imagenet_")));
+    files.sort();
+    assert_eq!(files.len(), 20, "foolbox holds 20 ImageNet photos");
+    files
+}
+
+/// The first file with this extension below `folder`.
+pub fn find_file(folder: &Path, extension: &str) -> PathBuf {
+    let mut pending = vec![folder.to_path_buf()];
+    while let Some(next) = pending.pop() {
+        for entry in std::fs::read_dir(&next).expect("readable folder").filter_map(Result::ok) {
+            let path = entry.path();
+            if path.is_dir() {
+                pending.push(path);
+            } else if path.extension().is_some_and(|e| e == extension) {
+                return path;
+            }
+        }
+    }
+    panic!("no .{extension} file below {}", folder.display());
+}
+
+/// Path of a binary of this workspace, built in the profile of the running test if it is not there.
+pub fn binary(package: &str) -> PathBuf {
+    static BUILT: OnceLock<std::sync::Mutex<Vec<String>>> = OnceLock::new();
+    let mut built = BUILT.get_or_init(Default::default).lock().expect("no test panics while building");
+    let target = std::env::current_exe().expect("test binary");
+    let profile = target.ancestors().find(|p| p.ends_with("deps")).and_then(Path::parent).expect("target folder");
+    if !built.iter().any(|b| b == package) {
+        let release: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let status = Command::new(cargo).args(["build", "-p", package]).args(release).current_dir(root()).status();
+        assert!(status.is_ok_and(|s| s.success()), "cargo build -p {package} failed");
+        built.push(package.to_owned());
+    }
+    profile.join(package)
+}
+
+/// A child process that is killed when dropped.
+pub struct Process {
+    child: Child,
+}
+
+impl Process {
+    /// Process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal by name, for example `TERM`.
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").args([&format!("-{name}"), &self.id().to_string()]).status();
+        assert!(status.is_ok_and(|s| s.success()), "kill -{name} {}", self.id());
+    }
+
+    /// Waits at most `limit` for the end; the exit code, or `None` if killed by a signal.
+    pub fn wait(&mut self, limit: Duration) -> Option<i32> {
+        let start = Instant::now();
+        while start.elapsed() < limit {
+            if let Some(status) = self.child.try_wait().expect("child") {
+                return status.code();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("process {} still runs after {limit:?}", self.id());
+    }
+
+    /// Memory in kB under `key` of /proc/PID/status, for example `VmHWM`.
+    pub fn memory_kb(&self, key: &str) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("process status");
+        let line = text.lines().find(|l| l.starts_with(key)).expect("key in process status");
+        line.split_whitespace().nth(1).and_then(|v| v.parse().ok()).expect("a number of kB")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A running offload-server on ports of the system's choice.
+pub struct Server {
+    /// The process.
+    pub process: Process,
+    /// gRPC address.
+    pub address: SocketAddr,
+    /// Admin address.
+    pub admin: SocketAddr,
+}
+
+impl Server {
+    /// Starts the real binary with the default bundle and `extra` flags, and waits until it serves.
+    pub fn start(extra: &[&str]) -> Self {
+        let admin = free_port();
+        let mut command = Command::new(binary("offload-server"));
+        command.args(["--listen", "127.0.0.1:0", "--admin-listen", &admin.to_string()]);
+        command.arg("--bundle").arg(bundle()).arg("--backbones").arg(backbones()).args(extra);
+        command.stdout(Stdio::piped()).stderr(Stdio::inherit());
+        let mut child = command.spawn().expect("offload-server starts");
+        let stdout = child.stdout.take().expect("piped");
+        let process = Process { child };
+        let mut lines = BufReader::new(stdout).lines();
+        let line = lines.next().and_then(Result::ok).expect("offload-server says where it listens (its error is above)");
+        let address = line.strip_prefix("listening on ").and_then(|a| a.parse().ok()).expect("an address");
+        Self { process, address, admin }
+    }
+
+    /// URL for clients.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// The metrics page.
+    pub fn metrics(&self) -> String {
+        http_get(self.admin, "/metrics")
+    }
+}
+
+/// A loopback port that was free a moment ago.
+pub fn free_port() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port")
+}
+
+/// Body of a plain HTTP GET.
+pub fn http_get(address: SocketAddr, path: &str) -> String {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(5)).expect("admin listener");
+    stream.set_read_timeout(Some(Duration::from_secs(5))).expect("timeout");
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").expect("request");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("answer");
+    let (head, body) = text.split_once("\r\n\r\n").expect("an HTTP answer");
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    body.to_owned()
+}

@@ -96,6 +96,15 @@ impl Adam {
         });
     }
 
+    /// Starts the moving average anew from the current weights.
+    pub fn restart_average(&mut self) {
+        tch::no_grad(|| {
+            for s in &mut self.slots {
+                s.average.copy_(&s.variable);
+            }
+        });
+    }
+
     /// Updates done so far.
     pub fn steps(&self) -> i64 {
         self.steps

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use isthmus_nets::weights::{Weights, to_safetensors};
-use isthmus_nets::{Backbone, Bottleneck};
+use isthmus_nets::{Backbone, Bottleneck, Layer};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -55,8 +55,31 @@ pub struct Run {
     /// Steps done.
     pub step: u64,
     adam: Adam,
-    weights: Tensor,
+    measure: Measure,
     folder: PathBuf,
+}
+
+/// How errors at the measured layer count: statistics of the teacher's features there, and channel weights.
+struct Measure {
+    mean: Tensor,
+    std: Tensor,
+    weights: Tensor,
+}
+
+impl Measure {
+    fn new(channels: i64, device: Device) -> Self {
+        let ones = || Tensor::ones([channels], (Kind::Float, device));
+        Self { mean: ones() - 1.0, std: ones(), weights: ones() }
+    }
+
+    fn parts(&mut self) -> [(&'static str, &mut Tensor); 3] {
+        [("mean", &mut self.mean), ("std", &mut self.std), ("weights", &mut self.weights)]
+    }
+
+    /// Squared difference (N, C, H, W) in units of the teacher's variance.
+    fn squared(&self, wanted: &Tensor, got: &Tensor) -> Tensor {
+        ((got - wanted) / self.std.view([1, -1, 1, 1])).square()
+    }
 }
 
 fn checkpoint(folder: &Path) -> PathBuf {
@@ -72,8 +95,9 @@ impl Run {
         tch::manual_seed(recipe.seed as i64);
         let net = Bottleneck::new(device, recipe.encoder, &recipe.decoder(), &recipe.lambdas, recipe.prior_init_scale);
         let adam = Adam::new(&net.vs, recipe.ema, (&["prior", "gain", "inverse"], 2.5));
-        let weights = Tensor::ones([recipe.decoder().output], (Kind::Float, device));
-        let mut run = Self { recipe, net, teacher, step: 0, adam, weights, folder: folder.into() };
+        let channels = recipe.backbone.layer_shape(recipe.measure()).map_or(1, |s| s[0]);
+        let measure = Measure::new(channels, device);
+        let mut run = Self { recipe, net, teacher, step: 0, adam, measure, folder: folder.into() };
         let saved = checkpoint(folder);
         match (saved.exists(), resume) {
             (true, true) => run.restore(&saved, device)?,
@@ -96,7 +120,9 @@ impl Run {
             let saved = state.get(&format!("net/{name}"), &variable.size())?;
             tch::no_grad(|| variable.copy_(&saved));
         }
-        self.weights = state.get("channel_weights", &self.weights.size())?;
+        for (name, tensor) in self.measure.parts() {
+            *tensor = state.get(&format!("measure/{name}"), &tensor.size())?;
+        }
         self.step = state.get("step", &[1])?.double_value(&[0]) as u64;
         self.adam.restore(&state, "adam/")
     }
@@ -109,7 +135,10 @@ impl Run {
         let mut tensors: Vec<(String, Tensor)> =
             self.net.vs.variables().into_iter().map(|(n, t)| (format!("net/{n}"), t)).collect();
         tensors.extend(self.adam.state().into_iter().map(|(n, t)| (format!("adam/{n}"), t)));
-        tensors.push(("channel_weights".into(), self.weights.shallow_clone()));
+        let m = &self.measure;
+        for (name, tensor) in [("mean", &m.mean), ("std", &m.std), ("weights", &m.weights)] {
+            tensors.push((format!("measure/{name}"), tensor.shallow_clone()));
+        }
         tensors.push(("step".into(), Tensor::from_slice(&[self.step as f32])));
         let bytes = to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)))?;
         let path = checkpoint(&self.folder);
@@ -118,12 +147,38 @@ impl Run {
         std::fs::rename(&part, &path).map_err(|e| TrainError::io(&path, e))
     }
 
+    /// Takes encoder, gains, prior and whatever fits of the decoder from the moving average of another run.
+    ///
+    /// # Errors
+    /// If the checkpoint cannot be read or nothing fits.
+    pub fn warm_start(&mut self, folder: &Path, device: Device) -> Result<usize, TrainError> {
+        let path = checkpoint(folder);
+        let state = Weights::open(&path, device)?;
+        let mut taken = 0;
+        for (name, mut variable) in self.net.vs.variables() {
+            if let Ok(saved) = state.get(&format!("adam/average/{name}"), &variable.size()) {
+                tch::no_grad(|| variable.copy_(&saved));
+                taken += 1;
+            }
+        }
+        if taken == 0 {
+            return Err(TrainError::data(path.display().to_string(), "holds nothing that fits this recipe"));
+        }
+        self.adam.restart_average();
+        Ok(taken)
+    }
+
     /// Runs `f` with the moving average in place of the weights.
     pub fn with_average<T>(&mut self, f: impl FnOnce(&Self) -> T) -> T {
         self.adam.swap_average();
         let out = f(self);
         self.adam.swap_average();
         out
+    }
+
+    /// Mean squared error at the measured layer, in units of the teacher's variance.
+    pub fn error(&self, wanted: &Tensor, got: &Tensor) -> f64 {
+        self.measure.squared(wanted, got).mean(Kind::Float).double_value(&[])
     }
 
     fn batch_tensors(&self, batch: &loader::Batch) -> (Tensor, Tensor) {
@@ -137,27 +192,26 @@ impl Run {
     /// (expected squared gradient of the log-probability of a class drawn from its own answer).
     fn calibrate(&mut self, pack: &Pack) -> Result<(), TrainError> {
         let r = self.recipe.clone();
-        let (mut sum, mut square, mut fisher) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut rebuilt, mut measured, mut fisher) = (Moments::default(), Moments::default(), Vec::new());
         for i in 0..CALIBRATION_BATCHES {
             // streams from the far end, so that training never repeats them
             let batch = loader::make(pack, r.batch, r.backbone.input_size(), r.lambdas.len() as i64, r.seed, u64::MAX - i)?;
             let (pixels, _) = self.batch_tensors(&batch);
-            let features = tch::no_grad(|| self.teacher.head(&pixels, r.split_block)).set_requires_grad(true);
-            let log_p = self.teacher.tail(&features, r.split_block).log_softmax(-1, Kind::Float);
+            let layer = tch::no_grad(|| self.teacher.between(&pixels, Layer::Input, r.split()));
+            rebuilt.add(&layer);
+            let features = tch::no_grad(|| self.teacher.between(&layer, r.split(), r.measure())).set_requires_grad(true);
+            let log_p = self.teacher.tail(&features, r.measure()).log_softmax(-1, Kind::Float);
             let class = log_p.exp().multinomial(1, true);
             log_p.gather(1, &class, false).sum(Kind::Float).backward();
-            let over = [0i64, 2, 3];
-            sum.push(features.detach().mean_dim(over.as_slice(), false, Kind::Float));
-            square.push(features.detach().square().mean_dim(over.as_slice(), false, Kind::Float));
-            fisher.push(features.grad().square().mean_dim(over.as_slice(), false, Kind::Float));
+            measured.add(&features.detach());
+            fisher.push(per_channel(&features.grad().square()));
         }
-        let mean_of = |v: &[Tensor]| Tensor::stack(v, 0).mean_dim([0i64].as_slice(), false, Kind::Float);
-        let mean = mean_of(&sum);
-        let variance = mean_of(&square) - mean.square();
-        self.net.decoder.set_statistics(&mean, &variance.clamp_min(1e-6).sqrt());
-        let need = mean_of(&fisher) * &variance;
+        let (mean, variance) = rebuilt.finish();
+        self.net.decoder.set_statistics(&mean, &variance.sqrt());
+        let (mean, variance) = measured.finish();
+        let need = Tensor::stack(&fisher, 0).mean_dim([0i64].as_slice(), false, Kind::Float) * &variance;
         let need = &need / need.mean(Kind::Float);
-        self.weights = need * r.fisher + (1.0 - r.fisher);
+        self.measure = Measure { mean, std: variance.sqrt(), weights: need * r.fisher + (1.0 - r.fisher) };
         Ok(())
     }
 
@@ -193,17 +247,26 @@ impl Run {
             let (pixels, level) = self.batch_tensors(&batch);
             tch::manual_seed((r.seed << 32 | self.step) as i64);
 
-            let target = tch::no_grad(|| self.teacher.head(&pixels, r.split_block));
+            let layer = tch::no_grad(|| self.teacher.between(&pixels, Layer::Input, r.split()));
+            let target = tch::no_grad(|| self.teacher.between(&layer, r.split(), r.measure()));
             let passed = self.net.train_pass(&pixels, &level);
-            let difference = (&passed.features - self.net.decoder.normalise(&target)).square();
-            let error = (&difference * self.weights.view([1, -1, 1, 1])).sum_dim_intlist([1i64, 2, 3].as_slice(), false, Kind::Float);
+            let rebuilt = self.net.decoder.denormalise(&passed.rebuilt);
+            let got = self.teacher.between(&rebuilt, r.split(), r.measure());
+            let difference = self.measure.squared(&target, &got);
+            let over = [1i64, 2, 3];
+            let mut error = (&difference * self.measure.weights.view([1, -1, 1, 1])).sum_dim_intlist(over.as_slice(), false, Kind::Float);
+            if r.rebuild_weight > 0.0 && r.split() != r.measure() {
+                let elements = (target.numel() as i64 / pixels.size()[0]) as f64;
+                let own = (&passed.rebuilt - self.net.decoder.normalise(&layer)).square().mean_dim(over.as_slice(), false, Kind::Float);
+                error = error + own * (elements * r.rebuild_weight);
+            }
             let lambda = lambdas.index_select(0, &level) * r.ramp_at(self.step);
             let mut loss = &error + lambda * &passed.bits;
             let kl_weight = r.kl_at(self.step);
             let mut kl_value = 0.0;
             if kl_weight > 0.0 {
-                let wanted = tch::no_grad(|| self.teacher.tail(&target, r.split_block).log_softmax(-1, Kind::Float));
-                let got = self.teacher.tail(&self.net.decoder.denormalise(&passed.features), r.split_block);
+                let wanted = tch::no_grad(|| self.teacher.tail(&target, r.measure()).log_softmax(-1, Kind::Float));
+                let got = self.teacher.tail(&got, r.measure());
                 let kl = kl(&wanted, &got.log_softmax(-1, Kind::Float));
                 kl_value = kl.mean(Kind::Float).double_value(&[]);
                 loss = loss + kl * kl_weight;
@@ -236,6 +299,31 @@ impl Run {
         }
         bar.finish();
         Ok(())
+    }
+}
+
+fn per_channel(t: &Tensor) -> Tensor {
+    t.mean_dim([0i64, 2, 3].as_slice(), false, Kind::Float)
+}
+
+/// Mean and variance per channel over batches.
+#[derive(Default)]
+struct Moments {
+    first: Vec<Tensor>,
+    second: Vec<Tensor>,
+}
+
+impl Moments {
+    fn add(&mut self, t: &Tensor) {
+        self.first.push(per_channel(t));
+        self.second.push(per_channel(&t.square()));
+    }
+
+    fn finish(self) -> (Tensor, Tensor) {
+        let mean_of = |v: &[Tensor]| Tensor::stack(v, 0).mean_dim([0i64].as_slice(), false, Kind::Float);
+        let mean = mean_of(&self.first);
+        let variance = (mean_of(&self.second) - mean.square()).clamp_min(1e-6);
+        (mean, variance)
     }
 }
 

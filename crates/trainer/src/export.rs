@@ -106,7 +106,7 @@ pub fn bundle(run: &Run, point: &CurvePoint, origin: &Origin, folder: &Path) -> 
     let golden_file = container::encode(&symbols, quality, &unbound, latent, &tables)?;
     let input = Tensor::from_slice(&dequantised).view([1, LATENT_CHANNELS, extent.into(), extent.into()]);
     let features = run.net.decoder.forward(&input.to_device(run.net.vs.device()));
-    let logits = values(&run.teacher.tail(&features, r.split_block))?;
+    let logits = values(&run.teacher.tail(&features, r.split()))?;
     let le_bytes = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
     let symbol_bytes: Vec<u8> = symbols.iter().flat_map(|s| s.to_le_bytes()).collect();
 
@@ -123,7 +123,7 @@ pub fn bundle(run: &Run, point: &CurvePoint, origin: &Origin, folder: &Path) -> 
         std::fs::write(&path, content).map_err(|e| TrainError::io(&path, e))?;
     }
     let spec = r.decoder();
-    let features = r.backbone.feature_shape(r.split_block).unwrap_or_default();
+    let features = r.backbone.layer_shape(r.split()).unwrap_or_default();
     let manifest = Manifest {
         format: FORMAT,
         name: r.name.clone(),
@@ -146,6 +146,7 @@ pub fn bundle(run: &Run, point: &CurvePoint, origin: &Origin, folder: &Path) -> 
             width: spec.width,
             hidden: spec.hidden,
             blocks: spec.blocks,
+            upsample: spec.upsample,
             features,
             weights: decoder_file.clone(),
             parameters: spec.parameters(),

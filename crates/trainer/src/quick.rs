@@ -1,5 +1,6 @@
 //! Evaluation during training: rounded latents, code lengths from the densities, agreement with the teacher.
 
+use isthmus_nets::Layer;
 use isthmus_pixels::Rgb;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -52,19 +53,19 @@ pub fn stack(photos: &[Rgb], device: tch::Device) -> Tensor {
 pub fn score(run: &Run, photos: &[Rgb]) -> Result<CurvePoint, TrainError> {
     let _frozen = tch::no_grad_guard();
     let levels = run.recipe.lambdas.len();
-    let split = run.recipe.split_block;
+    let (split, measure) = (run.recipe.split(), run.recipe.measure());
     let mut sums = vec![[0f64; 4]; levels];
     for chunk in photos.chunks(BATCH) {
         let pixels = stack(chunk, run.net.vs.device());
-        let target = run.teacher.head(&pixels, split);
-        let wanted = run.teacher.tail(&target, split).log_softmax(-1, Kind::Float);
-        let normalised = run.net.decoder.normalise(&target);
+        let target = run.teacher.between(&pixels, Layer::Input, measure);
+        let wanted = run.teacher.tail(&target, measure).log_softmax(-1, Kind::Float);
         for (l, sum) in sums.iter_mut().enumerate() {
             let level = run.net.level_tensor(l as i64, chunk.len() as i64);
             let passed = run.net.round_pass(&pixels, &level);
-            let got = run.teacher.tail(&run.net.decoder.denormalise(&passed.features), split).log_softmax(-1, Kind::Float);
+            let features = run.teacher.between(&run.net.decoder.denormalise(&passed.rebuilt), split, measure);
+            let got = run.teacher.tail(&features, measure).log_softmax(-1, Kind::Float);
             let same = got.argmax(-1, false).eq_tensor(&wanted.argmax(-1, false));
-            let error = (&passed.features - &normalised).square().mean(Kind::Float).double_value(&[]);
+            let error = run.error(&target, &features);
             sum[0] += passed.bits.sum(Kind::Double).double_value(&[]) / 8.0;
             sum[1] += same.sum(Kind::Double).double_value(&[]);
             sum[2] += kl(&wanted, &got).sum(Kind::Double).double_value(&[]);

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use isthmus_nets::{BackboneKind, DecoderSpec, EncoderKind};
+use isthmus_nets::encoder::LATENT_STRIDE;
+use isthmus_nets::{BackboneKind, DecoderSpec, EncoderKind, Layer};
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
@@ -17,8 +18,14 @@ pub struct Recipe {
     pub encoder: EncoderKind,
     /// Teacher and server backbone.
     pub backbone: BackboneKind,
-    /// Features are rebuilt after this block of the backbone.
-    pub split_block: usize,
+    /// The decoder rebuilds the output of this block of the backbone, or its input if absent; the server's
+    /// tail starts there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split_block: Option<usize>,
+    /// The distortion is measured after this block: the frozen blocks between the two are reused.
+    pub measure_block: usize,
+    /// Weight of the rebuilt layer's own error (per element), beside that of the measured layer.
+    pub rebuild_weight: f64,
     /// Decoder trunk.
     pub decoder_width: i64,
     /// Channels inside a decoder block.
@@ -72,9 +79,15 @@ impl Recipe {
         if self.lambdas.is_empty() || self.lambdas.len() > 255 || !falling || self.lambdas.iter().any(|&l| l <= 0.0) {
             return Err("lambdas: 1 to 255 positive values, falling".into());
         }
-        let shape = self.backbone.feature_shape(self.split_block).ok_or("split_block: the backbone has fewer blocks")?;
-        if shape[1] * 8 != i64::from(self.backbone.input_size()) {
-            return Err(format!("split_block: features are {}x{}, the latent's resolution (an eighth) is needed", shape[1], shape[2]));
+        let missing = "split_block, measure_block: the backbone has fewer blocks";
+        let shape = self.backbone.layer_shape(self.split()).ok_or(missing)?;
+        self.backbone.layer_shape(self.measure()).ok_or(missing)?;
+        if self.split() > self.measure() {
+            return Err("measure_block: must not come before split_block".into());
+        }
+        let latent = i64::from(self.backbone.input_size()) / LATENT_STRIDE;
+        if latent * LATENT_STRIDE != i64::from(self.backbone.input_size()) || shape[1] % latent != 0 {
+            return Err(format!("split_block: {} x {} is no multiple of the latent's {latent}", shape[1], shape[2]));
         }
         if self.batch == 0 || self.steps == 0 {
             return Err("batch and steps must be positive".into());
@@ -82,10 +95,21 @@ impl Recipe {
         Ok(())
     }
 
+    /// The layer that the decoder rebuilds.
+    pub fn split(&self) -> Layer {
+        Layer::from_block(self.split_block)
+    }
+
+    /// The layer at which the distortion is measured.
+    pub fn measure(&self) -> Layer {
+        Layer::Block(self.measure_block)
+    }
+
     /// The decoder for this recipe's backbone and split.
     pub fn decoder(&self) -> DecoderSpec {
-        let output = self.backbone.feature_shape(self.split_block).map_or(0, |s| s[0]);
-        DecoderSpec { width: self.decoder_width, hidden: self.decoder_hidden, blocks: self.decoder_blocks, output }
+        let [output, height, _] = self.backbone.layer_shape(self.split()).unwrap_or_default();
+        let upsample = height * LATENT_STRIDE / i64::from(self.backbone.input_size());
+        DecoderSpec { width: self.decoder_width, hidden: self.decoder_hidden, blocks: self.decoder_blocks, output, upsample }
     }
 
     /// Learning rate at `step`.

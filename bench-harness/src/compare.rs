@@ -1,0 +1,161 @@
+//! Rate against agreement: the bundle's quality levels and image codecs, answered by the same backend.
+
+use edge_client::{Encoder, Payload};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use crate::codecs::Codec;
+use crate::error::HarnessError;
+use crate::photos::PhotoSet;
+use crate::stats::{Interval, argmax, bootstrap, kl, wilson};
+
+/// Whatever turns payloads into logits: a server, or its networks in this process.
+pub trait Backend {
+    /// Logits of one payload.
+    fn logits(&mut self, payload: Payload) -> impl Future<Output = Result<Vec<f32>, HarnessError>>;
+}
+
+/// What to compare.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// WebP qualities.
+    pub webp: Vec<u8>,
+    /// JPEG qualities.
+    pub jpeg: Vec<u8>,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self { webp: vec![0, 1, 5, 10, 20, 30, 50, 75, 90], jpeg: vec![5, 10, 20, 30, 50, 75, 90] }
+    }
+}
+
+impl Plan {
+    /// Fewer settings, for a demonstration.
+    pub fn short() -> Self {
+        Self { webp: vec![0, 10, 30, 60, 85], jpeg: vec![10, 30, 60] }
+    }
+}
+
+/// One row of the comparison.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    /// Method and setting.
+    pub name: String,
+    /// Method.
+    pub family: String,
+    /// Mean payload bytes.
+    pub bytes: f64,
+    /// Share of crops whose top-1 equals the uncompressed teacher's; interval over photos.
+    pub agreement: Interval,
+    /// Mean KL (nats) to the uncompressed teacher; interval over photos.
+    pub kl: Interval,
+    /// Top-1 against the labels (Wilson interval), if the set is labelled.
+    pub accuracy: Option<Interval>,
+}
+
+/// Results on one set of photos.
+#[derive(Debug, Clone, Serialize)]
+pub struct Comparison {
+    /// Name of the set.
+    pub set: String,
+    /// Crops.
+    pub crops: usize,
+    /// Photos they come from.
+    pub photos: usize,
+    /// Bundle name and version.
+    pub bundle: String,
+    /// Top-1 of the uncompressed teacher against the labels.
+    pub teacher_accuracy: Option<Interval>,
+    /// One per method and setting.
+    pub rows: Vec<Row>,
+}
+
+/// The family name of the bundle's own rows.
+pub const OURS: &str = "Isthmus";
+
+struct Reference {
+    logits: Vec<Vec<f32>>,
+}
+
+/// Sends every photo through every method.
+///
+/// # Errors
+/// If encoding or the backend fails.
+pub async fn run(set: &PhotoSet, encoder: &mut Encoder, backend: &mut impl Backend, plan: &Plan) -> Result<Comparison, HarnessError> {
+    let levels = encoder.bundle().levels();
+    let mut codecs: Vec<Codec> = plan.webp.iter().map(|&q| Codec::Webp(q)).collect();
+    codecs.extend(plan.jpeg.iter().map(|&q| Codec::Jpeg(q)));
+    codecs.push(Codec::Png);
+    let bar = ProgressBar::new(set.photos.len() as u64 * (u64::from(levels) + codecs.len() as u64));
+    if let Ok(style) = ProgressStyle::with_template("{msg:12} {bar:30} {pos}/{len} requests, {eta} left") {
+        bar.set_style(style);
+    }
+    bar.set_message(set.name.clone());
+
+    let mut reference = Reference { logits: Vec::new() };
+    for photo in &set.photos {
+        reference.logits.push(backend.logits(Payload::Image(Codec::Png.encode(&photo.pixels)?.into())).await?);
+        bar.inc(1);
+    }
+    let mut rows = Vec::new();
+    for quality in 1..=levels {
+        let mut answers = Vec::new();
+        for photo in &set.photos {
+            let container = encoder.encode_rgb(&photo.pixels, quality)?.container;
+            let bytes = container.len();
+            answers.push((bytes, backend.logits(Payload::Bitstream(container.into())).await?));
+            bar.inc(1);
+        }
+        rows.push(row(set, &reference, format!("{OURS} q{quality}"), OURS, &answers));
+    }
+    for codec in codecs {
+        let mut answers = Vec::new();
+        for (i, photo) in set.photos.iter().enumerate() {
+            let file = codec.encode(&photo.pixels)?;
+            let bytes = file.len();
+            let logits = if codec == Codec::Png { reference.logits[i].clone() } else { backend.logits(Payload::Image(file.into())).await? };
+            answers.push((bytes, logits));
+            bar.inc(1);
+        }
+        rows.push(row(set, &reference, codec.name(), codec.family(), &answers));
+    }
+    bar.finish_and_clear();
+    let mut groups: Vec<&str> = set.photos.iter().map(|p| p.group.as_str()).collect();
+    groups.dedup();
+    let manifest = &encoder.bundle().manifest;
+    Ok(Comparison {
+        set: set.name.clone(),
+        crops: set.photos.len(),
+        photos: groups.len(),
+        bundle: format!("{} {}", manifest.name, manifest.version),
+        teacher_accuracy: accuracy(set, reference.logits.iter().map(Vec::as_slice)),
+        rows,
+    })
+}
+
+fn accuracy<'a>(set: &PhotoSet, logits: impl Iterator<Item = &'a [f32]>) -> Option<Interval> {
+    let labelled: Vec<bool> = set
+        .photos
+        .iter()
+        .zip(logits)
+        .filter(|(photo, _)| !photo.labels.is_empty())
+        .map(|(photo, l)| photo.labels.contains(&argmax(l)))
+        .collect();
+    (!labelled.is_empty()).then(|| wilson(labelled.iter().filter(|h| **h).count(), labelled.len()))
+}
+
+fn row(set: &PhotoSet, reference: &Reference, name: String, family: &str, answers: &[(usize, Vec<f32>)]) -> Row {
+    let pairs = || set.photos.iter().zip(&reference.logits).zip(answers);
+    let agreement: Vec<(&str, f64)> =
+        pairs().map(|((p, t), (_, s))| (p.group.as_str(), f64::from(u8::from(argmax(t) == argmax(s))))).collect();
+    let divergence: Vec<(&str, f64)> = pairs().map(|((p, t), (_, s))| (p.group.as_str(), kl(t, s))).collect();
+    Row {
+        name,
+        family: family.into(),
+        bytes: answers.iter().map(|(b, _)| *b as f64).sum::<f64>() / answers.len().max(1) as f64,
+        agreement: bootstrap(&agreement),
+        kl: bootstrap(&divergence),
+        accuracy: accuracy(set, answers.iter().map(|(_, l)| l.as_slice())),
+    }
+}

@@ -1,0 +1,64 @@
+//! `bench-harness`: measurements through a real server.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Result;
+use bench_harness::photos::PhotoSet;
+use bench_harness::remote::Remote;
+use bench_harness::{compare, report};
+use clap::{Parser, Subcommand};
+use edge_client::{Client, Encoder, Endpoint, open_bundle};
+
+/// Measures Isthmus against its rivals.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Send photos at every quality level, and as WebP and JPEG, to one server; print bytes and agreement.
+    Compare {
+        /// Folders with photos (and optionally labels.json), one table each.
+        #[arg(required = true)]
+        photos: Vec<PathBuf>,
+        /// Server, http://HOST:PORT or https://HOST:PORT.
+        #[arg(long, default_value = "http://127.0.0.1:50051")]
+        server: String,
+        /// Bundle folder.
+        #[arg(long, default_value = "bundles/lite0-patch-stem")]
+        bundle: PathBuf,
+        /// Time limit per request.
+        #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+        deadline: Duration,
+        /// Fewer codec settings.
+        #[arg(long)]
+        short: bool,
+        /// Folder for results as JSON, Markdown and plots.
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    let Command::Compare { photos, server, bundle, deadline, short, out } = Cli::parse().command;
+    let mut encoder = Encoder::new(open_bundle(&bundle)?, 1)?;
+    let side = encoder.bundle().manifest.input.size;
+    let sets = photos.iter().map(|p| PhotoSet::open(p, side)).collect::<Result<Vec<_>, _>>()?;
+    let mut client = Client::connect(&Endpoint::new(&server)?).await?;
+    client.describe(Some(&encoder.bundle().hash), deadline).await?;
+    let mut backend = Remote::new(client, deadline);
+    let plan = if short { compare::Plan::short() } else { compare::Plan::default() };
+    for set in &sets {
+        let comparison = compare::run(set, &mut encoder, &mut backend, &plan).await?;
+        println!("{}", report::table(&comparison));
+        if let Some(folder) = &out {
+            report::write(&comparison, folder)?;
+        }
+    }
+    Ok(())
+}

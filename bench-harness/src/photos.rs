@@ -1,0 +1,67 @@
+//! A folder of photos, with labels if it has a `labels.json`.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use isthmus_pixels::Rgb;
+
+use crate::error::HarnessError;
+
+/// One square crop at the network's size.
+pub struct Photo {
+    /// File name.
+    pub name: String,
+    /// Crops of one photo share this (the part of the name before `-K`).
+    pub group: String,
+    /// Pixels.
+    pub pixels: Rgb,
+    /// Accepted class ids; empty if unlabelled.
+    pub labels: Vec<usize>,
+}
+
+/// A named set of photos.
+pub struct PhotoSet {
+    /// Name of the folder.
+    pub name: String,
+    /// In order of file name.
+    pub photos: Vec<Photo>,
+}
+
+impl PhotoSet {
+    /// Reads every JPEG, PNG and WebP file of `folder`, cropped and resized to `side`.
+    ///
+    /// # Errors
+    /// If there are none or one cannot be read.
+    pub fn open(folder: &Path, side: u32) -> Result<Self, HarnessError> {
+        let io = |path: &Path, source| HarnessError::Io { path: path.into(), source };
+        let entries = std::fs::read_dir(folder).map_err(|e| io(folder, e))?;
+        let known = |p: &Path| {
+            let extension = p.extension().map(|e| e.to_string_lossy().to_lowercase());
+            matches!(extension.as_deref(), Some("jpg" | "jpeg" | "png" | "webp"))
+        };
+        let mut files: Vec<PathBuf> = entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| known(p)).collect();
+        files.sort();
+        if files.is_empty() {
+            return Err(HarnessError::data(folder.display().to_string(), "holds no .jpg, .jpeg, .png or .webp files"));
+        }
+        let labels_path = folder.join("labels.json");
+        let labels: HashMap<String, Vec<usize>> = match std::fs::read(&labels_path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .map_err(|e| HarnessError::data(labels_path.display().to_string(), format!("file name to class ids is needed: {e}")))?,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => HashMap::new(),
+            Err(e) => return Err(io(&labels_path, e)),
+        };
+        let mut photos = Vec::new();
+        for path in files {
+            let bytes = std::fs::read(&path).map_err(|e| io(&path, e))?;
+            let bad = |e: isthmus_pixels::PixelError| HarnessError::data(path.display().to_string(), e.to_string());
+            let pixels = isthmus_pixels::decode(&bytes).and_then(|p| p.network_input(side)).map_err(bad)?;
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let group = name.rsplit_once('-').map_or(name.as_str(), |(g, _)| g).to_owned();
+            let labels = labels.get(&name).cloned().unwrap_or_default();
+            photos.push(Photo { name, group, pixels, labels });
+        }
+        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Self { name, photos })
+    }
+}

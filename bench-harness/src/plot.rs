@@ -1,0 +1,118 @@
+//! Line charts as SVG.
+
+use std::path::Path;
+
+use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
+use plotters::prelude::*;
+
+const SIZE: (u32, u32) = (900, 560);
+const PALETTE: [RGBColor; 8] = [
+    RGBColor(0, 90, 181),
+    RGBColor(220, 50, 32),
+    RGBColor(0, 130, 90),
+    RGBColor(230, 150, 0),
+    RGBColor(120, 60, 160),
+    RGBColor(90, 90, 90),
+    RGBColor(0, 160, 190),
+    RGBColor(160, 80, 40),
+];
+
+/// An axis.
+pub struct Axis {
+    label: String,
+    log: bool,
+}
+
+impl Axis {
+    /// Linear scale.
+    pub fn linear(label: &str) -> Self {
+        Self { label: label.into(), log: false }
+    }
+
+    /// Logarithmic scale; values must be positive.
+    pub fn log(label: &str) -> Self {
+        Self { label: label.into(), log: true }
+    }
+}
+
+/// A named line with a mark at each point.
+pub struct Line {
+    /// Legend entry.
+    pub name: String,
+    /// (x, y).
+    pub points: Vec<(f64, f64)>,
+}
+
+fn range(values: impl Iterator<Item = f64>, log: bool) -> std::ops::Range<f64> {
+    let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+    if !low.is_finite() || !high.is_finite() {
+        return 0.1..1.0;
+    }
+    if log {
+        let low = low.max(1e-9);
+        return low * 0.85..(high * 1.15).max(low * 1.01);
+    }
+    let margin = ((high - low) * 0.05).max(1e-9);
+    low - margin..high + margin
+}
+
+/// Draws a chart to `path`.
+///
+/// # Errors
+/// The drawing library's message.
+pub fn chart(path: &Path, title: &str, x: &Axis, y: &Axis, lines: &[Line]) -> Result<(), String> {
+    let all = || lines.iter().flat_map(|l| l.points.iter().copied());
+    let (xs, ys) = (range(all().map(|p| p.0), x.log), range(all().map(|p| p.1), y.log));
+    match (x.log, y.log) {
+        (false, false) => draw(path, title, x, y, xs, ys, lines),
+        (true, false) => draw(path, title, x, y, xs.log_scale(), ys, lines),
+        (false, true) => draw(path, title, x, y, xs, ys.log_scale(), lines),
+        (true, true) => draw(path, title, x, y, xs.log_scale(), ys.log_scale(), lines),
+    }
+}
+
+fn draw<X, Y>(path: &Path, title: &str, x: &Axis, y: &Axis, xs: X, ys: Y, lines: &[Line]) -> Result<(), String>
+where
+    X: AsRangedCoord<Value = f64>,
+    Y: AsRangedCoord<Value = f64>,
+    X::CoordDescType: ValueFormatter<f64>,
+    Y::CoordDescType: ValueFormatter<f64>,
+{
+    let fail = |e: &dyn std::fmt::Display| e.to_string();
+    let area = SVGBackend::new(path, SIZE).into_drawing_area();
+    area.fill(&WHITE).map_err(|e| fail(&e))?;
+    let mut chart = ChartBuilder::on(&area)
+        .caption(title, ("sans-serif", 20))
+        .margin(12)
+        .x_label_area_size(46)
+        .y_label_area_size(64)
+        .build_cartesian_2d(xs, ys)
+        .map_err(|e| fail(&e))?;
+    let number = |v: &f64| if v.abs() >= 10.0 { format!("{v:.0}") } else { format!("{v:.2}") };
+    chart
+        .configure_mesh()
+        .x_desc(&x.label)
+        .y_desc(&y.label)
+        .x_label_formatter(&number)
+        .y_label_formatter(&number)
+        .light_line_style(WHITE)
+        .draw()
+        .map_err(|e| fail(&e))?;
+    for (i, line) in lines.iter().enumerate() {
+        let colour = PALETTE[i % PALETTE.len()];
+        chart
+            .draw_series(LineSeries::new(line.points.iter().copied(), colour.stroke_width(2)))
+            .map_err(|e| fail(&e))?
+            .label(&line.name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+        chart.draw_series(line.points.iter().map(|&p| Circle::new(p, 3, colour.filled()))).map_err(|e| fail(&e))?;
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::LowerRight)
+        .background_style(WHITE.mix(0.85))
+        .border_style(BLACK.mix(0.3))
+        .draw()
+        .map_err(|e| fail(&e))?;
+    area.present().map_err(|e| fail(&e))
+}

@@ -1,0 +1,89 @@
+//! Comparisons as text, JSON and plots.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use comfy_table::{CellAlignment, Table, presets};
+
+use crate::compare::{Comparison, OURS};
+use crate::error::HarnessError;
+use crate::plot::{Axis, Line, chart};
+use crate::stats::{Interval, bytes_at};
+
+fn percent(i: &Interval) -> String {
+    format!("{:.1} % [{:.0}, {:.0}]", 100.0 * i.mean, 100.0 * i.low, 100.0 * i.high)
+}
+
+/// The comparison as a Markdown table with a note on what the numbers are, and the bytes that rivals need
+/// for the agreement of each quality level.
+pub fn table(c: &Comparison) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(["method", "bytes", "agreement with teacher", "KL (nats)", "labelled top-1", "WebP needs", "JPEG needs"]);
+    for row in &c.rows {
+        let need = |family: &str| match (row.family == OURS, at(c, family, row.agreement.mean)) {
+            (true, Some(bytes)) => format!("{bytes:.0} B, {:.2}x", bytes / row.bytes),
+            (true, None) => "outside its range".into(),
+            _ => String::new(),
+        };
+        table.add_row([
+            row.name.clone(),
+            format!("{:.0}", row.bytes),
+            percent(&row.agreement),
+            format!("{:.3} [{:.2}, {:.2}]", row.kl.mean, row.kl.low, row.kl.high),
+            row.accuracy.as_ref().map(percent).unwrap_or_default(),
+            need("WebP"),
+            need("JPEG"),
+        ]);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    let mut text = format!("## {}: {} crops of {} photos, bundle {}\n\n{table}\n\n", c.set, c.crops, c.photos, c.bundle);
+    let _ = writeln!(
+        text,
+        "Agreement and KL compare with the same backbone on the uncompressed crop (not accuracy); 95 % intervals in brackets, \
+         over photos. \"Needs\": bytes of that codec at equal agreement, interpolated, and how many times ours."
+    );
+    if let Some(teacher) = &c.teacher_accuracy {
+        let _ = writeln!(text, "Labelled top-1 of the uncompressed teacher: {}.", percent(teacher));
+    }
+    text
+}
+
+fn at(c: &Comparison, family: &str, agreement: f64) -> Option<f64> {
+    let points: Vec<(f64, f64)> = c.rows.iter().filter(|r| r.family == family).map(|r| (r.bytes, r.agreement.mean)).collect();
+    bytes_at(&points, agreement)
+}
+
+/// Writes `SET.json`, `SET.md`, `SET-agreement.svg` and `SET-kl.svg` into `folder`.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn write(c: &Comparison, folder: &Path) -> Result<(), HarnessError> {
+    std::fs::create_dir_all(folder).map_err(|source| HarnessError::Io { path: folder.into(), source })?;
+    let save = |name: String, text: String| {
+        let path = folder.join(name);
+        std::fs::write(&path, text).map_err(|source| HarnessError::Io { path, source })
+    };
+    let json = serde_json::to_string_pretty(c).map_err(|e| HarnessError::data("results", e.to_string()))?;
+    save(format!("{}.json", c.set), json)?;
+    save(format!("{}.md", c.set), table(c))?;
+    type Value = fn(&crate::compare::Row) -> f64;
+    let charts: [(&str, &str, Value); 2] = [
+        ("agreement", "top-1 agreement with the uncompressed teacher", |r| r.agreement.mean),
+        ("kl", "mean KL to the uncompressed teacher (nats)", |r| r.kl.mean),
+    ];
+    for (name, label, value) in charts {
+        let line = |family: &str| Line {
+            name: family.into(),
+            points: c.rows.iter().filter(|r| r.family == family).map(|r| (r.bytes, value(r))).collect(),
+        };
+        let lines = [line(OURS), line("WebP"), line("JPEG")];
+        let title = format!("{}: {} crops of {} photos", c.set, c.crops, c.photos);
+        let path = folder.join(format!("{}-{name}.svg", c.set));
+        chart(&path, &title, &Axis::log("bytes per 224 x 224 crop"), &Axis::linear(label), &lines)
+            .map_err(|why| HarnessError::data(path.display().to_string(), why))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,74 @@
+//! The fixed evaluation crops: the centre crop of every photo, and for held-out photos four more.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use isthmus_pixels::Rgb;
+
+use crate::error::TrainError;
+use crate::photos::{Entry, Set};
+
+/// Side of the four corner crops as a share of the photo's shorter side.
+const CORNER_SHARE: f64 = 0.7;
+
+/// The crops of one photo at the network's size: centre first; with `corners`, four squares at the
+/// corners follow.
+///
+/// # Errors
+/// If the photo cannot be resized.
+pub fn of(photo: &Rgb, side: u32, corners: bool) -> Result<Vec<Rgb>, TrainError> {
+    let mut out = vec![photo.center_square(side)?];
+    if corners {
+        let (w, h) = (photo.width(), photo.height());
+        let s = (f64::from(w.min(h)) * CORNER_SHARE) as u32;
+        for (x, y) in [(0, 0), (w - s, 0), (0, h - s), (w - s, h - s)] {
+            out.push(photo.crop(x, y, s, s).resize(side, side)?);
+        }
+    }
+    Ok(out)
+}
+
+/// All crops of the held-out photos.
+///
+/// # Errors
+/// If a photo cannot be decoded.
+pub fn held_out(photos: &[(Entry, Vec<u8>)], side: u32) -> Result<Vec<Rgb>, TrainError> {
+    let mut out = Vec::new();
+    for (_, bytes) in photos.iter().filter(|(e, _)| e.set == Set::HeldOut) {
+        out.extend(of(&isthmus_pixels::decode(bytes)?, side, true)?);
+    }
+    Ok(out)
+}
+
+/// Writes the crops of the evaluation sets as PNG into `out/{demo,held-out,labelled}`, named
+/// `NNN-K.png` (photo, crop), with `labels.json` (file name to accepted class ids) where there are labels.
+///
+/// # Errors
+/// If a photo cannot be decoded or a file cannot be written.
+pub fn write(photos: &[(Entry, Vec<u8>)], side: u32, out: &Path) -> Result<(), TrainError> {
+    for (set, name) in [(Set::Demo, "demo"), (Set::HeldOut, "held-out"), (Set::Labelled, "labelled")] {
+        let folder = out.join(name);
+        std::fs::create_dir_all(&folder).map_err(|e| TrainError::io(&folder, e))?;
+        let mut labels: BTreeMap<String, Vec<i64>> = BTreeMap::new();
+        for (i, (entry, bytes)) in photos.iter().filter(|(e, _)| e.set == set).enumerate() {
+            let photo = isthmus_pixels::decode(bytes)?;
+            for (k, crop) in of(&photo, side, set == Set::HeldOut)?.into_iter().enumerate() {
+                let file = format!("{i:03}-{k}.png");
+                let path = folder.join(&file);
+                let saved = image::RgbImage::from_raw(crop.width(), crop.height(), crop.data().to_vec())
+                    .ok_or_else(|| TrainError::data(entry.name.clone(), "has no pixels"))?
+                    .save(&path);
+                saved.map_err(|e| TrainError::data(path.display().to_string(), e.to_string()))?;
+                if !entry.labels.is_empty() {
+                    labels.insert(file, entry.labels.clone());
+                }
+            }
+        }
+        if !labels.is_empty() {
+            let path = folder.join("labels.json");
+            let text = serde_json::to_vec(&labels).map_err(|e| TrainError::data("labels.json", e.to_string()))?;
+            std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))?;
+        }
+    }
+    Ok(())
+}

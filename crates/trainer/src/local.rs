@@ -1,0 +1,67 @@
+//! The server's networks in this process, for evaluation without a server.
+
+use std::path::Path;
+
+use bench_harness::compare::Backend;
+use bench_harness::error::HarnessError;
+use edge_client::Payload;
+use isthmus_codec::Bundle;
+use isthmus_nets::weights::Weights;
+use isthmus_nets::{Backbone, BackboneKind, Decoder, DecoderSpec, Layer};
+use tch::{Device, Tensor, nn};
+
+use crate::error::TrainError;
+
+/// Decoder and backbone of a bundle's first blueprint.
+pub struct Local {
+    bundle: Bundle,
+    backbone: Backbone,
+    decoder: Decoder,
+    split: Layer,
+}
+
+impl Local {
+    /// Opens a bundle folder with its decoder, and the backbone from `backbones`.
+    ///
+    /// # Errors
+    /// If a file is missing or inconsistent.
+    pub fn open(folder: &Path, backbones: &Path) -> Result<Self, TrainError> {
+        let bundle = Bundle::load(|name| std::fs::read(folder.join(name)), |name| name.starts_with("decoder"))?;
+        let entry = bundle.manifest.decoders.first().cloned().ok_or_else(|| TrainError::data("bundle", "has no decoder"))?;
+        let kind = BackboneKind::from_name(&entry.backbone)
+            .ok_or_else(|| TrainError::data("bundle", format!("unknown backbone {}", entry.backbone)))?;
+        let backbone = Backbone::open(kind, &backbones.join(format!("{}.safetensors", kind.name())), Device::Cpu)?;
+        let spec = DecoderSpec::from_entry(&entry);
+        let weights = Weights::from_safetensors(bundle.file(&entry.weights)?, &entry.weights, Device::Cpu)?;
+        let vs = nn::VarStore::new(Device::Cpu);
+        let decoder = Decoder::new(&vs.root(), &spec);
+        weights.copy_to(&vs)?;
+        Ok(Self { bundle, backbone, decoder, split: Layer::from_block(entry.split_block) })
+    }
+
+    fn logits(&self, payload: &Payload) -> Result<Vec<f32>, TrainError> {
+        let _frozen = tch::no_grad_guard();
+        let logits = match payload {
+            Payload::Bitstream(bytes) => {
+                let mut latent = Vec::new();
+                self.bundle.decode_into(bytes, &mut latent)?;
+                let s = self.bundle.manifest.latent;
+                let x = Tensor::from_slice(&latent).view([1, s.channels.into(), s.height.into(), s.width.into()]);
+                self.backbone.tail(&self.decoder.forward(&x), self.split)
+            }
+            Payload::Image(bytes) => {
+                let side = self.backbone.kind().input_size();
+                let mut pixels = Vec::new();
+                isthmus_pixels::decode(bytes)?.network_input(side)?.normalise_into(&mut pixels);
+                self.backbone.forward(&Tensor::from_slice(&pixels).view([1, 3, i64::from(side), i64::from(side)]))
+            }
+        };
+        Ok(Vec::<f32>::try_from(logits.view(-1))?)
+    }
+}
+
+impl Backend for Local {
+    async fn logits(&mut self, payload: Payload) -> Result<Vec<f32>, HarnessError> {
+        Self::logits(self, &payload).map_err(|e| HarnessError::Backend(e.to_string()))
+    }
+}
