@@ -68,3 +68,27 @@ impl Codec {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn psnr(a: &Rgb, b: &Rgb) -> f64 {
+        let squared: f64 = a.data().iter().zip(b.data()).map(|(x, y)| (f64::from(*x) - f64::from(*y)).powi(2)).sum();
+        10.0 * (255.0 * 255.0 * a.data().len() as f64 / squared.max(1e-9)).log10()
+    }
+
+    #[test]
+    fn every_codec_gives_the_picture_back() {
+        let smooth = |x: u32, y: u32, c: u32| (128.0 + 100.0 * (f64::from(x * (c + 1) + y * 2) * 0.02).sin()) as u8;
+        let data = (0..224 * 224 * 3).map(|i| smooth(i / 3 % 224, i / 672, i % 3)).collect();
+        let picture = Rgb::new(224, 224, data).unwrap();
+        for codec in [Codec::Png, Codec::Webp(50), Codec::Jpeg(10), Codec::Jpeg(50)] {
+            let file = codec.encode(&picture).unwrap();
+            let back = isthmus_pixels::decode(&file).unwrap();
+            let quality = psnr(&picture, &back);
+            assert!(quality > 24.0, "{}: {quality} dB in {} bytes", codec.name(), file.len());
+        }
+    }
+}

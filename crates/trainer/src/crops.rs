@@ -40,13 +40,16 @@ pub fn held_out(photos: &[(Entry, Vec<u8>)], side: u32) -> Result<Vec<Rgb>, Trai
     Ok(out)
 }
 
-/// Writes the crops of the evaluation sets as PNG into `out/{demo,held-out,labelled}`, named
+/// Writes the crops of the evaluation `sets` as PNG into `out/{demo,held-out,labelled}`, named
 /// `NNN-K.png` (photo, crop), with `labels.json` (file name to accepted class ids) where there are labels.
 ///
 /// # Errors
 /// If a photo cannot be decoded or a file cannot be written.
-pub fn write(photos: &[(Entry, Vec<u8>)], side: u32, out: &Path) -> Result<(), TrainError> {
+pub fn write(photos: &[(Entry, Vec<u8>)], side: u32, out: &Path, sets: &[Set]) -> Result<(), TrainError> {
     for (set, name) in [(Set::Demo, "demo"), (Set::HeldOut, "held-out"), (Set::Labelled, "labelled")] {
+        if !sets.contains(&set) {
+            continue;
+        }
         let folder = out.join(name);
         std::fs::create_dir_all(&folder).map_err(|e| TrainError::io(&folder, e))?;
         let mut labels: BTreeMap<String, Vec<i64>> = BTreeMap::new();

@@ -43,6 +43,9 @@ enum Command {
         /// Use what is in the third-party folder without running setup/fetch.py.
         #[arg(long)]
         offline: bool,
+        /// Cut the crops of the demo photos and stop there.
+        #[arg(long)]
+        only_demo: bool,
     },
     /// Convert the fetched backbones to safetensors and write the class names.
     Import {
@@ -112,7 +115,10 @@ enum Command {
 fn main() -> Result<()> {
     let cli = Cli::parse();
     match cli.command {
-        Command::Fetch { ref freeze, offline } => fetch(&cli, freeze.as_deref(), offline),
+        Command::Fetch { only_demo: true, .. } => {
+            Ok(crops::write(&photos::load(&cli.third_party, &[Set::Demo])?, EVALUATION_SIDE, &cli.data.join("eval"), &[Set::Demo])?)
+        }
+        Command::Fetch { ref freeze, offline, .. } => fetch(&cli, freeze.as_deref(), offline),
         Command::Import { ref out } => Ok(import::run(&cli.third_party, out)?),
         Command::Export { ref run, ref out, ref version, ref backbones } => export_run(&cli, run, out, version, backbones),
         Command::Evaluate { ref bundle, ref backbones, ref photos, ref out } => evaluate(bundle, backbones, photos, out),
@@ -167,7 +173,7 @@ fn fetch(cli: &Cli, freeze: Option<&Path>, offline: bool) -> Result<()> {
     let files = photos::load(&cli.third_party, &[Set::Train, Set::HeldOut, Set::Labelled, Set::Demo])?;
     println!("{} photos match the frozen split", files.len());
     std::fs::create_dir_all(&cli.data)?;
-    crops::write(&files, EVALUATION_SIDE, &cli.data.join("eval"))?;
+    crops::write(&files, EVALUATION_SIDE, &cli.data.join("eval"), &[Set::Demo, Set::HeldOut, Set::Labelled])?;
     let train = files.into_iter().filter(|(e, _)| e.set == Set::Train).map(|(e, b)| (e.name, b));
     let pack = Pack::build(train)?;
     let path = cli.data.join("train.pack");
