@@ -1,0 +1,203 @@
+//! Container and coder: round trips, sizes, and every way in which bytes can be wrong.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use isthmus_codec::{BundleHash, ChannelTable, CodecError, Container, LatentShape, LevelTables, Tables, coder, container, pmf};
+use proptest::prelude::*;
+
+const SHAPE: LatentShape = LatentShape { channels: 6, height: 7, width: 5 };
+const HASH: BundleHash = BundleHash([7; 32]);
+
+/// Two-sided geometric tables, wider for later channels.
+fn tables() -> Tables {
+    let channel = |c: usize| {
+        let (half, decay) = (3 + 4 * c as i32, 0.4f64 + 0.08 * c as f64);
+        let raw: Vec<f64> = (-half..=half).map(|s| decay.powi(s.abs())).collect();
+        let total: f64 = raw.iter().sum::<f64>() * 1.001;
+        let pmf: Vec<f64> = raw.iter().map(|p| p / total).collect();
+        let widths = pmf::quantise(&pmf, 0.001).unwrap();
+        ChannelTable::new(1.5, 0.7, 0.25, -half, widths).unwrap()
+    };
+    let level = || LevelTables { channels: (0..6).map(channel).collect() };
+    Tables { levels: vec![level(), level()] }
+}
+
+fn symbols(seed: u64, escapes: bool) -> Vec<i32> {
+    let mut state = seed | 1;
+    (0..SHAPE.symbols())
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            match state % 40 {
+                0 if escapes => (state >> 20) as i32 % 32768,
+                r => (r % 5) as i32 - 2,
+            }
+        })
+        .collect()
+}
+
+fn decode(bytes: &[u8]) -> Result<Vec<i32>, CodecError> {
+    Container::parse(bytes)?.decode(&HASH, SHAPE, &tables())
+}
+
+#[test]
+fn every_single_bit_flip_is_refused() {
+    let good = container::encode(&symbols(3, true), 1, &HASH, SHAPE, &tables()).unwrap();
+    assert!(decode(&good).is_ok());
+    for byte in 0..good.len() {
+        for bit in 0..8 {
+            let mut bad = good.clone();
+            bad[byte] ^= 1 << bit;
+            assert!(decode(&bad).is_err(), "flip of bit {bit} of byte {byte} went unnoticed");
+        }
+    }
+}
+
+#[test]
+fn every_truncation_and_extension_is_refused() {
+    let good = container::encode(&symbols(4, true), 2, &HASH, SHAPE, &tables()).unwrap();
+    for len in 0..good.len() {
+        assert!(matches!(decode(&good[..len]), Err(CodecError::Malformed(_))), "length {len}");
+    }
+    let mut longer = good.clone();
+    longer.push(0);
+    assert!(decode(&longer).is_err());
+}
+
+/// With the checksum made right again, the remaining checks must hold by themselves.
+fn reseal(bytes: &mut [u8]) {
+    let end = bytes.len() - 4;
+    let crc = crc32c::crc32c(&bytes[..end]);
+    bytes[end..].copy_from_slice(&crc.to_le_bytes());
+}
+
+#[test]
+fn resealed_garbage_never_passes_as_another_latent_of_other_size() {
+    let good = container::encode(&symbols(5, false), 1, &HASH, SHAPE, &tables()).unwrap();
+    for byte in 0..good.len() - 4 {
+        let mut bad = good.clone();
+        bad[byte] = bad[byte].wrapping_add(1);
+        reseal(&mut bad);
+        if let Ok(s) = decode(&bad) {
+            assert_eq!(s.len(), SHAPE.symbols());
+        }
+    }
+}
+
+#[test]
+fn four_gigabyte_claims_are_refused_before_any_allocation() {
+    let good = container::encode(&symbols(6, false), 1, &HASH, SHAPE, &tables()).unwrap();
+    for (at, what) in [(21, "symbol count"), (25, "payload length")] {
+        let mut bad = good.clone();
+        bad[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+        reseal(&mut bad);
+        assert!(matches!(decode(&bad), Err(CodecError::Malformed(_))), "{what}");
+    }
+    let mut bad = good.clone();
+    bad[15..21].copy_from_slice(&[0xff; 6]);
+    bad[21..25].copy_from_slice(&((65535u64.pow(3)) as u32).to_le_bytes());
+    reseal(&mut bad);
+    assert!(decode(&bad).is_err());
+}
+
+#[test]
+fn another_bundle_shape_or_level_has_its_own_error() {
+    let good = container::encode(&symbols(7, false), 1, &HASH, SHAPE, &tables()).unwrap();
+    let parsed = Container::parse(&good).unwrap();
+    let other = BundleHash([8; 32]);
+    assert!(matches!(parsed.decode(&other, SHAPE, &tables()), Err(CodecError::WrongBundle { .. })));
+    let wider = LatentShape { width: 6, ..SHAPE };
+    assert!(matches!(parsed.decode(&HASH, wider, &tables()), Err(CodecError::WrongShape { .. })));
+    for quality in [0, 3, 255] {
+        let mut bad = good.clone();
+        bad[14] = quality;
+        reseal(&mut bad);
+        assert!(matches!(decode(&bad), Err(CodecError::UnknownQuality { .. })), "quality {quality}");
+    }
+    assert!(matches!(container::encode(&symbols(7, false), 9, &HASH, SHAPE, &tables()), Err(CodecError::UnknownQuality { .. })));
+}
+
+#[test]
+fn latents_that_are_not_finite_or_have_another_size_are_refused() {
+    let t = tables();
+    let level = t.level(1).unwrap();
+    let mut latent = vec![0.5; SHAPE.symbols()];
+    assert!(level.quantise(&latent[1..], SHAPE).is_err());
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        latent[11] = bad;
+        assert!(matches!(level.quantise(&latent, SHAPE), Err(CodecError::BadLatent(_))));
+    }
+    latent[11] = 1e30;
+    assert!(level.quantise(&latent, SHAPE).unwrap()[11] == 1 << 15, "huge but finite values are clamped");
+}
+
+#[test]
+fn rounding_is_half_to_even_around_the_median_and_undone_exactly() {
+    let table = ChannelTable::new(2.0, 0.5, 0.25, -4, pmf::quantise(&[0.1; 9], 0.1).unwrap()).unwrap();
+    let level = LevelTables { channels: vec![table] };
+    let shape = LatentShape { channels: 1, height: 1, width: 4 };
+    // y * 2 - 0.25 = 0.5, 1.5, -0.5, 2.5
+    let symbols = level.quantise(&[0.375, 0.875, -0.125, 1.375], shape).unwrap();
+    assert_eq!(symbols, [0, 2, 0, 2]);
+    let mut back = Vec::new();
+    level.dequantise_into(&symbols, shape, &mut back).unwrap();
+    assert_eq!(back, [0.125, 1.125, 0.125, 1.125]);
+}
+
+/// The bytes of this container are part of the format: they must never change.
+#[test]
+fn golden_bytes() {
+    let bytes = container::encode(&symbols(1, true), 1, &HASH, SHAPE, &tables()).unwrap();
+    let digest = isthmus_codec::bundle::sha256(&bytes);
+    assert_eq!((bytes.len(), digest.as_str()), GOLDEN, "the container format changed: raise its version");
+}
+
+const GOLDEN: (usize, &str) = (133, "5178fffa21e86fd88f919cb07b95313decd478f50c733fcf532f3b9ca5094793");
+
+#[test]
+fn table_files_round_trip_and_truncations_are_refused() {
+    let bytes = tables().to_bytes();
+    let back = Tables::from_bytes(&bytes).unwrap();
+    assert_eq!(back.to_bytes(), bytes);
+    for len in 0..bytes.len() {
+        assert!(Tables::from_bytes(&bytes[..len]).is_err(), "length {len}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn symbols_round_trip(raw in prop::collection::vec(-32768i32..=32768, SHAPE.symbols()), seed: u64, wild: bool) {
+        let s = if wild { raw } else { symbols(seed, true) };
+        let bytes = container::encode(&s, 2, &HASH, SHAPE, &tables()).unwrap();
+        prop_assert_eq!(decode(&bytes).unwrap(), s);
+    }
+
+    #[test]
+    fn payload_is_within_one_percent_and_32_bytes_of_ideal(seed: u64, escapes: bool) {
+        let t = tables();
+        let s = symbols(seed, escapes);
+        let payload = coder::encode(&s, t.level(1).unwrap(), SHAPE).unwrap();
+        let ideal = coder::ideal_bits(&s, t.level(1).unwrap(), SHAPE) / 8.0;
+        prop_assert!(payload.len() as f64 <= ideal * 1.01 + 32.0, "{} bytes, ideal {ideal}", payload.len());
+    }
+
+    #[test]
+    fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        let _ = decode(&bytes);
+        let _ = Tables::from_bytes(&bytes);
+        let _ = coder::decode(&bytes, tables().level(1).unwrap(), SHAPE);
+    }
+
+    #[test]
+    fn random_payloads_in_a_sound_frame_never_panic(payload in prop::collection::vec(any::<u8>(), 0..200)) {
+        let mut bytes = container::encode(&symbols(1, false), 1, &HASH, SHAPE, &tables()).unwrap();
+        bytes.truncate(container::HEADER_LEN);
+        bytes[25..29].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+        bytes.extend(&payload);
+        bytes.extend([0; 4]);
+        reseal(&mut bytes);
+        if let Ok(s) = decode(&bytes) {
+            prop_assert_eq!(s.len(), SHAPE.symbols());
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! Whatever a client sends, it gets a clear status and the server stays healthy.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use common::{assert_healthy, client, code_of, options, sample};
+use edge_client::{ClientError, InferOptions, Payload};
+use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
+use isthmus_proto::offload_v1::{InferRequest, infer_request};
+use isthmus_testkit::Server;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+
+fn bitstream(bytes: Vec<u8>) -> Payload {
+    Payload::Bitstream(Bytes::from(bytes))
+}
+
+fn image(bytes: Vec<u8>) -> Payload {
+    Payload::Image(Bytes::from(bytes))
+}
+
+/// CRC of a PNG chunk.
+fn chunk(kind: &[u8; 4], data: &[u8]) -> Vec<u8> {
+    let crc = |bytes: &[u8]| {
+        let mut c = u32::MAX;
+        for &b in bytes {
+            c ^= u32::from(b);
+            for _ in 0..8 {
+                c = if c & 1 == 1 { 0xedb8_8320 ^ (c >> 1) } else { c >> 1 };
+            }
+        }
+        !c
+    };
+    let mut body = kind.to_vec();
+    body.extend(data);
+    let mut out = (data.len() as u32).to_be_bytes().to_vec();
+    out.extend(&body);
+    out.extend(crc(&body).to_be_bytes());
+    out
+}
+
+fn png(width: u32, height: u32, extra: Vec<u8>) -> Vec<u8> {
+    let mut out = b"\x89PNG\r\n\x1a\n".to_vec();
+    let mut header = width.to_be_bytes().to_vec();
+    header.extend(height.to_be_bytes());
+    header.extend([8, 2, 0, 0, 0]);
+    out.extend(chunk(b"IHDR", &header));
+    out.extend(extra);
+    out.extend(chunk(b"IDAT", &[0x78, 0x9c, 0x03, 0, 0, 0, 0, 1]));
+    out.extend(chunk(b"IEND", &[]));
+    out
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn containers_of_every_kind_of_wrong() {
+    let server = Server::start(&[]);
+    let mut client = client(&server).await;
+    let (good, _) = sample();
+    let before = server.process.memory_kb("VmRSS");
+
+    // every single-byte flip and a spread of truncations, over one stream each
+    let mut bad: Vec<Vec<u8>> = (0..good.len())
+        .map(|i| {
+            let mut b = good.to_vec();
+            b[i] ^= 1 << (i % 8);
+            b
+        })
+        .collect();
+    bad.extend((0..good.len()).map(|len| good[..len].to_vec()));
+    let total = bad.len();
+    let (send, requests) = tokio::sync::mpsc::channel(16);
+    tokio::spawn(async move {
+        for (id, bytes) in bad.into_iter().enumerate() {
+            let payload = Some(infer_request::Payload::Bitstream(bytes.into()));
+            let request = InferRequest { id: id as u64 + 1, payload, timeout_ms: 20_000, ..InferRequest::default() };
+            if send.send(request).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut answers = client.raw().infer_stream(ReceiverStream::new(requests)).await.unwrap().into_inner();
+    let mut seen = 0;
+    while let Some(answer) = answers.message().await.unwrap() {
+        let Some(Outcome::Error(error)) = answer.result else { panic!("a damaged container was answered: {answer:?}") };
+        assert_eq!(Code::from(error.code), Code::InvalidArgument, "{}", error.message);
+        seen += 1;
+    }
+    assert_eq!(seen, total, "every damaged container got its own answer");
+
+    let mut claims = good.to_vec();
+    claims[25..29].copy_from_slice(&u32::MAX.to_le_bytes());
+    assert_eq!(code_of(&mut client, bitstream(claims)).await.0, Code::InvalidArgument);
+    for nonsense in [vec![], vec![0; 3], b"not a container at all, but long enough for one".to_vec(), vec![0xff; 100_000]] {
+        assert_eq!(code_of(&mut client, bitstream(nonsense)).await.0, Code::InvalidArgument);
+    }
+    assert_healthy(&mut client, &good).await;
+    let grown = server.process.memory_kb("VmRSS").saturating_sub(before);
+    assert!(grown < 300_000, "memory grew by {grown} kB");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_bundle_shape_model_and_empty_requests() {
+    let server = Server::start(&[]);
+    let mut client = client(&server).await;
+    let (good, _) = sample();
+
+    let mut other_bundle = good.to_vec();
+    other_bundle[6] ^= 0xff;
+    reseal(&mut other_bundle);
+    let (code, message) = code_of(&mut client, bitstream(other_bundle)).await;
+    assert_eq!(code, Code::FailedPrecondition, "{message}");
+    assert!(message.contains("bundle"), "{message}");
+
+    let mut other_shape = good.to_vec();
+    other_shape[17..19].copy_from_slice(&14u16.to_le_bytes());
+    other_shape[21..25].copy_from_slice(&(48u32 * 14 * 28).to_le_bytes());
+    reseal(&mut other_shape);
+    let (code, message) = code_of(&mut client, bitstream(other_shape)).await;
+    assert_eq!(code, Code::InvalidArgument, "{message}");
+
+    let unknown = InferOptions { model: "resnet-9000".into(), ..options() };
+    let refused = client.infer(Payload::Bitstream(good.clone()), &unknown).await;
+    assert!(matches!(refused, Err(ClientError::Server(s)) if s.code() == Code::NotFound));
+    let nothing = client.raw().infer(InferRequest::default()).await.unwrap_err();
+    assert_eq!(nothing.code(), Code::InvalidArgument);
+    let described = client.describe(Some(&isthmus_codec::BundleHash([3; 32])), Duration::from_secs(5)).await;
+    assert!(matches!(described, Err(ClientError::Server(s)) if s.code() == Code::FailedPrecondition));
+    assert_healthy(&mut client, &good).await;
+}
+
+fn reseal(bytes: &mut [u8]) {
+    // CRC-32C, bitwise: independent of the library that the server uses
+    let end = bytes.len() - 4;
+    let mut c = u32::MAX;
+    for &b in &bytes[..end] {
+        c ^= u32::from(b);
+        for _ in 0..8 {
+            c = if c & 1 == 1 { 0x82f6_3b78 ^ (c >> 1) } else { c >> 1 };
+        }
+    }
+    bytes[end..].copy_from_slice(&(!c).to_le_bytes());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_of_every_kind_of_wrong() {
+    let server = Server::start(&[]);
+    let mut client = client(&server).await;
+    let (good, photo) = sample();
+    let before = server.process.memory_kb("VmHWM");
+
+    let animated_png = png(8, 8, chunk(b"acTL", &[0, 0, 0, 2, 0, 0, 0, 0]));
+    let mut animated_webp = b"RIFF\x2a\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\x07\0\0\x07\0\0".to_vec();
+    animated_webp.extend(b"ANIM\x06\0\0\0\0\0\0\0\0\0");
+    let cases: Vec<(&str, Vec<u8>)> = vec![
+        ("empty", vec![]),
+        ("text", b"hello, this is not an image".to_vec()),
+        ("gif", b"GIF89a\x01\0\x01\0\0\0\0;".to_vec()),
+        ("huge header", png(30_000, 30_000, vec![])),
+        ("zero size", png(0, 0, vec![])),
+        ("animated png", animated_png),
+        ("animated webp", animated_webp),
+        ("no pixels", png(100, 100, vec![])),
+        ("cut jpeg header", photo[..200].to_vec()),
+        ("just a jpeg marker", vec![0xff, 0xd8, 0xff]),
+    ];
+    for (name, bytes) in cases {
+        let start = Instant::now();
+        let (code, message) = code_of(&mut client, image(bytes)).await;
+        assert_eq!(code, Code::InvalidArgument, "{name}: {message}");
+        assert!(!message.is_empty() && start.elapsed() < Duration::from_secs(5), "{name}");
+    }
+    // larger than a message may be
+    let (code, _) = code_of(&mut client, image(vec![1; 9 << 20])).await;
+    assert!(matches!(code, Code::OutOfRange | Code::ResourceExhausted), "{code:?}");
+    assert_healthy(&mut client, &good).await;
+    let grown = server.process.memory_kb("VmHWM").saturating_sub(before);
+    assert!(grown < 400_000, "peak memory grew by {grown} kB");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_that_stop_or_never_read() {
+    let server = Server::start(&[]);
+    let mut good_client = client(&server).await;
+    let (good, photo) = sample();
+
+    // stops in the middle: the connection goes away with requests under way
+    {
+        let mut leaving = client(&server).await;
+        let (send, requests) = tokio::sync::mpsc::channel(8);
+        let answers = leaving.raw().infer_stream(ReceiverStream::new(requests)).await.unwrap();
+        for id in 0..4 {
+            let payload = Some(infer_request::Payload::Bitstream(good.clone()));
+            send.send(InferRequest { id, payload, ..InferRequest::default() }).await.unwrap();
+        }
+        drop(answers);
+    }
+    assert_healthy(&mut good_client, &good).await;
+
+    // never reads: the window fills, the server stops reading, memory stays bounded
+    let mut silent = client(&server).await;
+    let (send, requests) = tokio::sync::mpsc::channel(1);
+    let answers = silent.raw().infer_stream(ReceiverStream::new(requests)).await.unwrap();
+    let before = server.process.memory_kb("VmRSS");
+    let mut accepted = 0u64;
+    let flood = async {
+        loop {
+            let payload = Some(infer_request::Payload::Image(photo.clone()));
+            let request = InferRequest { id: accepted, payload, logits: true, ..InferRequest::default() };
+            if send.send(request).await.is_err() {
+                return;
+            }
+            accepted += 1;
+        }
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(6), flood).await;
+    let grown = server.process.memory_kb("VmRSS").saturating_sub(before);
+    assert!(accepted < 2000, "the server went on reading: {accepted} requests");
+    assert!(grown < 400_000, "memory grew by {grown} kB");
+    assert_healthy(&mut good_client, &good).await;
+    drop(answers);
+    assert_healthy(&mut good_client, &good).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deadlines_are_kept() {
+    let server = Server::start(&["--threads", "1"]);
+    let mut client = client(&server).await;
+    let (good, photo) = sample();
+    // more work than a short deadline allows
+    let mut slow = Vec::new();
+    for _ in 0..40 {
+        let mut client = client.clone();
+        let photo = photo.clone();
+        slow.push(tokio::spawn(async move { client.infer(Payload::Image(photo), &options()).await }));
+    }
+    tokio::time::sleep(Duration::from_millis(30)).await;
+    let hurried = InferOptions { deadline: Duration::from_millis(40), ..options() };
+    let start = Instant::now();
+    let refused = client.infer(Payload::Bitstream(good.clone()), &hurried).await;
+    assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
+    if let Err(error) = refused {
+        let timed_out = match &error {
+            ClientError::Deadline(_) => true,
+            ClientError::Server(s) => matches!(s.code(), Code::DeadlineExceeded | Code::Cancelled),
+            _ => false,
+        };
+        assert!(timed_out, "{error:?}");
+    }
+    for task in slow {
+        task.await.unwrap().unwrap();
+    }
+    assert_healthy(&mut client, &good).await;
+}

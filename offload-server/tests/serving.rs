@@ -1,0 +1,209 @@
+//! The running server: answers, batching, health, reflection, metrics, TLS, shutdown.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{assert_healthy, client, encoder, options, sample};
+use edge_client::{Client, ClientError, Endpoint, InferOptions, Payload};
+use isthmus_testkit::{Server, demo_photos};
+use tonic::Code;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn photos_as_bitstreams_and_as_images() {
+    let server = Server::start(&["--model", "efficientnet-lite0", "--model", "efficientnet-lite2"]);
+    let mut client = client(&server).await;
+    let mut encoder = encoder();
+    let described = client.describe(Some(&encoder.bundle().hash), Duration::from_secs(5)).await.unwrap();
+    assert_eq!(described.models.len(), 2);
+    assert_eq!((described.models[0].input_size, described.models[1].input_size), (224, 260));
+    let best = encoder.bundle().levels();
+    let (mut ours, mut lite0, mut lite2) = (0, 0, 0);
+    for path in demo_photos() {
+        let label: u32 = path.file_stem().unwrap().to_str().unwrap().rsplit('_').next().unwrap().parse().unwrap();
+        let photo = std::fs::read(path).unwrap();
+        let container = encoder.encode(&photo, best).unwrap().container;
+        let answer = client.infer(Payload::Bitstream(container.into()), &options()).await.unwrap();
+        assert_eq!(answer.model, "efficientnet-lite0");
+        assert!(answer.timing.unwrap().total_us > 0);
+        ours += u32::from(answer.labels[0].index == label);
+        let whole = client.infer(Payload::Image(photo.clone().into()), &options()).await.unwrap();
+        lite0 += u32::from(whole.labels[0].index == label);
+        let other = InferOptions { model: "efficientnet-lite2".into(), logits: true, ..options() };
+        let whole = client.infer(Payload::Image(photo.into()), &other).await.unwrap();
+        assert_eq!(whole.logits.len(), 1000);
+        lite2 += u32::from(whole.labels[0].index == label);
+    }
+    assert_eq!((lite0, lite2), (18, 18), "whole images give the backbones' own accuracy");
+    assert!(ours >= 12, "bitstreams at the best quality: {ours} of 20 right");
+    // a bitstream has no decoder for the other backbone
+    let other = InferOptions { model: "efficientnet-lite2".into(), ..options() };
+    let refused = client.infer(Payload::Bitstream(sample().0), &other).await;
+    assert!(matches!(refused, Err(ClientError::Server(s)) if s.code() == Code::FailedPrecondition));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn equal_requests_give_equal_logits_alone_and_in_batches() {
+    let server = Server::start(&[]);
+    let client = client(&server).await;
+    let (good, _) = sample();
+    let ask = InferOptions { logits: true, ..options() };
+    let alone = client.clone().infer(Payload::Bitstream(good.clone()), &ask).await.unwrap().logits;
+    let again = client.clone().infer(Payload::Bitstream(good.clone()), &ask).await.unwrap().logits;
+    assert_eq!(alone, again, "two runs of one container");
+    let mut tasks = Vec::new();
+    for _ in 0..24 {
+        let (mut client, good, ask) = (client.clone(), good.clone(), ask.clone());
+        tasks.push(tokio::spawn(async move { client.infer(Payload::Bitstream(good), &ask).await.unwrap() }));
+    }
+    let mut largest = 0;
+    for task in tasks {
+        let answer = task.await.unwrap();
+        largest = largest.max(answer.timing.unwrap().batch_size);
+        let worst = answer.logits.iter().zip(&alone).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 1e-3, "a batch changed the logits by {worst}");
+    }
+    assert!(largest > 1, "what waits together runs together");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_and_two_threads_agree() {
+    let ask = InferOptions { logits: true, ..options() };
+    let (good, _) = sample();
+    let mut all = Vec::new();
+    for threads in ["1", "2"] {
+        let server = Server::start(&["--threads", threads]);
+        all.push(client(&server).await.infer(Payload::Bitstream(good.clone()), &ask).await.unwrap().logits);
+    }
+    let worst = all[0].iter().zip(&all[1]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(worst < 1e-4, "{worst}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_finishes_what_is_in_flight() {
+    let mut server = Server::start(&["--threads", "1"]);
+    let client = client(&server).await;
+    let (_, photo) = sample();
+    let mut tasks = Vec::new();
+    for _ in 0..20 {
+        let (mut client, photo) = (client.clone(), photo.clone());
+        tasks.push(tokio::spawn(async move { client.infer(Payload::Image(photo), &options()).await }));
+    }
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    server.process.signal("TERM");
+    let mut answered = 0;
+    for task in tasks {
+        match task.await.unwrap() {
+            Ok(_) => answered += 1,
+            // those that had not arrived yet are told to go elsewhere
+            Err(ClientError::Server(s)) => assert!(matches!(s.code(), Code::Unavailable | Code::Cancelled), "{s:?}"),
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+    assert!(answered > 0);
+    drop(client);
+    assert_eq!(server.process.wait(Duration::from_secs(30)), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_and_reflection_answer_standard_clients() {
+    let server = Server::start(&[]);
+    let channel = tonic::transport::Channel::from_shared(server.url()).unwrap().connect().await.unwrap();
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel.clone());
+    let ask = tonic_health::pb::HealthCheckRequest { service: "isthmus.offload.v1.OffloadService".into() };
+    assert_eq!(health.check(ask).await.unwrap().into_inner().status, 1);
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+    let mut reflection = tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient::new(channel);
+    let request = tonic_reflection::pb::v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut answers = reflection.server_reflection_info(tokio_stream::iter([request])).await.unwrap().into_inner();
+    let Some(MessageResponse::ListServicesResponse(list)) = answers.message().await.unwrap().unwrap().message_response else {
+        panic!("no list of services")
+    };
+    assert!(list.service.iter().any(|s| s.name == "isthmus.offload.v1.OffloadService"));
+}
+
+/// docs/metrics.md and the exported metrics name the same things.
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_are_those_of_the_specification() {
+    let server = Server::start(&[]);
+    let mut client = client(&server).await;
+    let (good, photo) = sample();
+    assert_healthy(&mut client, &good).await;
+    client.infer(Payload::Image(photo), &options()).await.unwrap();
+    let _ = client.infer(Payload::Bitstream(vec![1, 2, 3].into()), &options()).await;
+    let page = server.metrics();
+    let spec = std::fs::read_to_string(isthmus_testkit::root().join("docs/metrics.md")).unwrap();
+    let documented: Vec<&str> = spec.lines().filter_map(|l| l.strip_prefix("| `")?.split('`').next()).collect();
+    assert!(documented.len() >= 10, "docs/metrics.md lists the metrics");
+    let exported: Vec<&str> = page.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    for name in &exported {
+        assert!(documented.contains(name), "{name} is not in docs/metrics.md");
+    }
+    for name in documented.iter().filter(|n| **n != "isthmus_dropped_total") {
+        assert!(exported.contains(name), "{name} of docs/metrics.md is not exported");
+    }
+    assert!(page.contains("isthmus_requests_total{payload=\"bitstream\",code=\"InvalidArgument\"} 1"), "{page}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_is_used_and_demanded_off_loopback() {
+    let folder = tempfile::tempdir().unwrap();
+    let certified = rcgen::generate_simple_self_signed(vec!["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap();
+    let (cert, key) = (folder.path().join("cert.pem"), folder.path().join("key.pem"));
+    std::fs::write(&cert, certified.cert.pem()).unwrap();
+    std::fs::write(&key, certified.signing_key.serialize_pem()).unwrap();
+    let server = Server::start(&["--tls-cert", cert.to_str().unwrap(), "--tls-key", key.to_str().unwrap()]);
+    let url = format!("https://localhost:{}", server.address.port());
+    let trusted = Endpoint::new(&url).unwrap().with_ca(std::fs::read(&cert).unwrap());
+    let mut client = Client::connect(&trusted).await.unwrap();
+    assert_healthy(&mut client, &sample().0).await;
+    let stranger = Client::connect(&Endpoint::new(&url).unwrap()).await;
+    assert!(matches!(stranger, Err(ClientError::Connect { .. })), "a certificate of nobody is not trusted");
+    let away = Client::connect(&Endpoint::new("http://192.0.2.1:50051").unwrap()).await;
+    assert!(matches!(away, Err(ClientError::Usage(_))), "no plain HTTP to another machine");
+
+    let refused = std::process::Command::new(isthmus_testkit::binary("offload-server")).args(["--listen", "0.0.0.0:0"]).output().unwrap();
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("tls_cert"), "says what is missing");
+}
+
+#[test]
+fn wrong_set_ups_say_what_is_wrong() {
+    let run = |args: &[&str]| {
+        let output = std::process::Command::new(isthmus_testkit::binary("offload-server")).args(args).output().unwrap();
+        assert!(!output.status.success(), "{args:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let bundle = isthmus_testkit::bundle();
+    let backbones = isthmus_testkit::backbones();
+    let (bundle, backbones) = (bundle.to_str().unwrap(), backbones.to_str().unwrap());
+    let base = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];
+    let with = |extra: &[&str]| run(&[&base[..], extra].concat());
+    assert!(with(&["--bundle", "/nonexistent", "--backbones", backbones]).contains("/nonexistent"));
+    assert!(with(&["--bundle", bundle, "--backbones", "/nonexistent"]).contains("labels.json"));
+    assert!(with(&["--bundle", bundle, "--backbones", backbones, "--model", "vgg"]).contains("efficientnet-lite0"));
+    assert!(with(&["--bundle", bundle, "--backbones", backbones, "--device", "cuda:7"]).contains("cuda:7"));
+    assert!(with(&["--config", "/nonexistent.toml"]).contains("/nonexistent.toml"));
+}
+
+#[test]
+fn the_sample_configuration_is_complete_and_equals_the_defaults() {
+    let path = isthmus_testkit::root().join("configs/offload-server.toml");
+    let sample = offload_server::Config::open(&path).unwrap();
+    assert_eq!(sample, offload_server::Config::default());
+    let text = std::fs::read_to_string(&path).unwrap();
+    let default = toml_keys(&offload_server::Config::default());
+    for key in default {
+        assert!(text.contains(&format!("{key} =")), "{key} is missing in the sample");
+    }
+}
+
+fn toml_keys(config: &offload_server::Config) -> Vec<String> {
+    let text = toml::to_string(config).unwrap();
+    text.lines().filter_map(|l| l.split_once(" =").map(|(k, _)| k.to_owned())).collect()
+}
