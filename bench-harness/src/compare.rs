@@ -114,7 +114,8 @@ pub async fn run(set: &PhotoSet, encoder: &mut Encoder, backend: &mut impl Backe
         for (i, photo) in set.photos.iter().enumerate() {
             let file = codec.encode(&photo.pixels)?;
             let bytes = file.len();
-            let logits = if codec == Codec::Png { reference.logits[i].clone() } else { backend.logits(Payload::Image(file.into())).await? };
+            let logits =
+                if codec == Codec::Png { reference.logits[i].clone() } else { backend.logits(Payload::Image(file.into())).await? };
             answers.push((bytes, logits));
             bar.inc(1);
         }

@@ -51,9 +51,8 @@ pub fn bootstrap(values: &[(&str, f64)]) -> Interval {
         return Interval { mean, low: mean, high: mean };
     }
     let mut rng = ChaCha8Rng::seed_from_u64(SEED);
-    let mut means: Vec<f64> = (0..RESAMPLES)
-        .map(|_| mean_of(&mut (0..groups.len()).map(|_| groups[rng.random_range(0..groups.len())])))
-        .collect();
+    let mut means: Vec<f64> =
+        (0..RESAMPLES).map(|_| mean_of(&mut (0..groups.len()).map(|_| groups[rng.random_range(0..groups.len())]))).collect();
     means.sort_by(f64::total_cmp);
     Interval { mean, low: means[RESAMPLES / 40], high: means[RESAMPLES - 1 - RESAMPLES / 40] }
 }

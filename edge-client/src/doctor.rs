@@ -62,7 +62,9 @@ pub async fn run(bundle: &Path, endpoint: &Endpoint, deadline: Duration) -> Vec<
     if let (Some(encoder), Ok(_)) = (&mut encoder, described) {
         let hash = encoder.bundle().hash;
         let known = client.describe(Some(&hash), deadline).await;
-        let known = known.map(|_| "loaded on the server".to_owned()).map_err(|e| format!("{e}; start the server with this bundle, or use the server's"));
+        let known = known
+            .map(|_| "loaded on the server".to_owned())
+            .map_err(|e| format!("{e}; start the server with this bundle, or use the server's"));
         let ok = known.is_ok();
         checks.push(check("bundle hash", known));
         if ok {

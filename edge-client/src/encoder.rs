@@ -16,7 +16,10 @@ use crate::engine::{Engine, RtenEngine};
 pub fn open_bundle(folder: &Path) -> Result<Bundle, ClientError> {
     let read = |name: &str| std::fs::read(folder.join(name));
     if !folder.is_dir() {
-        return Err(ClientError::Usage(format!("{} is no bundle folder; --bundle names one, for example bundles/lite0-patch-stem", folder.display())));
+        return Err(ClientError::Usage(format!(
+            "{} is no bundle folder; --bundle names one, for example bundles/lite0-patch-stem",
+            folder.display()
+        )));
     }
     let named = |e: CodecError| match e {
         CodecError::BadBundle(why) => CodecError::BadBundle(format!("{}: {why}", folder.display())),

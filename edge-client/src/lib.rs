@@ -26,5 +26,5 @@ pub mod error;
 pub mod stream;
 
 pub use client::{Client, Endpoint, InferOptions, Payload};
-pub use encoder::{Encoded, Encoder, EncodeTiming, open_bundle};
+pub use encoder::{EncodeTiming, Encoded, Encoder, open_bundle};
 pub use error::ClientError;

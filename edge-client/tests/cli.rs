@@ -139,7 +139,8 @@ fn doctor_passes_on_a_good_set_up_and_names_what_is_wrong() {
     let other = client(&["doctor", "--server", &server.url(), "--bundle", folder.path().to_str().unwrap()]);
     assert!(!other.status.success());
     assert!(lines(&other).iter().any(|c| c["name"] == "bundle hash" && c["ok"] == false), "{}", text(&other.stdout));
-    let refused = client(&["classify", demo_photos()[0].to_str().unwrap(), "--server", &server.url(), "--bundle", folder.path().to_str().unwrap()]);
+    let refused =
+        client(&["classify", demo_photos()[0].to_str().unwrap(), "--server", &server.url(), "--bundle", folder.path().to_str().unwrap()]);
     assert!(!refused.status.success() && text(&refused.stderr).contains("not loaded"), "{}", text(&refused.stderr));
 
     let dead = client(&["doctor", "--server", "http://127.0.0.1:1"]);

@@ -73,9 +73,9 @@ fn bitstream(registry: &Registry, model: &str, payload: &[u8]) -> Result<(Stage,
     let container = Container::parse(payload)?;
     let bundle = registry.bundle(&container.header.bundle)?;
     let entry = registry.model(model)?;
-    let stage = entry.stage(&bundle.hash).ok_or_else(|| {
-        ServerError::UnknownBundle(format!("{} (no decoder for model {})", bundle.manifest.name, entry.name))
-    })?;
+    let stage = entry
+        .stage(&bundle.hash)
+        .ok_or_else(|| ServerError::UnknownBundle(format!("{} (no decoder for model {})", bundle.manifest.name, entry.name)))?;
     let shape = bundle.manifest.latent;
     let symbols = container.decode(&bundle.hash, shape, &bundle.tables)?;
     let mut input = Vec::new();

@@ -144,7 +144,8 @@ impl Model {
             return Err(ServerError::Network(format!("an input has not {wanted} values")));
         }
         let flat = inputs.concat();
-        let batch = Tensor::f_from_slice(&flat).map_err(failed)?.f_view([inputs.len() as i64, shape[0], shape[1], shape[2]]).map_err(failed)?;
+        let batch =
+            Tensor::f_from_slice(&flat).map_err(failed)?.f_view([inputs.len() as i64, shape[0], shape[1], shape[2]]).map_err(failed)?;
         let batch = batch.to_device(self.device);
         let logits = match blueprint {
             None => self.backbone.forward(&batch),

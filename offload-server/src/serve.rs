@@ -81,9 +81,7 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     }
 
     let service = Service::new(registry, &config, draining.clone());
-    let offload = OffloadServiceServer::new(service)
-        .max_decoding_message_size(config.max_request_bytes)
-        .max_encoding_message_size(1 << 20);
+    let offload = OffloadServiceServer::new(service).max_decoding_message_size(config.max_request_bytes).max_encoding_message_size(1 << 20);
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<OffloadServiceServer<Service>>().await;
     let reflection = tonic_reflection::server::Builder::configure()

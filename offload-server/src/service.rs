@@ -9,7 +9,8 @@ use isthmus_proto::offload_v1::infer_request::Payload;
 use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
 use isthmus_proto::offload_v1::offload_service_server::OffloadService;
 use isthmus_proto::offload_v1::{
-    Bundle as WireBundle, DescribeRequest, DescribeResponse, InferError, InferRequest, InferResponse, InferStreamResponse, Label, Model as WireModel, Timing,
+    Bundle as WireBundle, DescribeRequest, DescribeResponse, InferError, InferRequest, InferResponse, InferStreamResponse, Label,
+    Model as WireModel, Timing,
 };
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -80,7 +81,14 @@ impl Shared {
         result
     }
 
-    async fn compute(&self, ask: Ask, kind: Kind, payload: Bytes, arrived: Instant, deadline: Instant) -> Result<InferResponse, ServerError> {
+    async fn compute(
+        &self,
+        ask: Ask,
+        kind: Kind,
+        payload: Bytes,
+        arrived: Instant,
+        deadline: Instant,
+    ) -> Result<InferResponse, ServerError> {
         if self.draining.is_cancelled() {
             return Err(ServerError::Draining);
         }
@@ -130,11 +138,8 @@ fn best(logits: &[f32], k: usize, names: &[String]) -> Vec<Label> {
     let sum: f32 = logits.iter().map(|l| (l - highest).exp()).sum();
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
-    let label = |i: usize| Label {
-        index: i as u32,
-        name: names.get(i).cloned().unwrap_or_default(),
-        score: (logits[i] - highest).exp() / sum,
-    };
+    let label =
+        |i: usize| Label { index: i as u32, name: names.get(i).cloned().unwrap_or_default(), score: (logits[i] - highest).exp() / sum };
     order.into_iter().take(k).map(label).collect()
 }
 

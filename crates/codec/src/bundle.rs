@@ -62,10 +62,7 @@ impl Bundle {
     ///
     /// # Errors
     /// [`CodecError::BadBundle`] names the file and what is wrong.
-    pub fn load(
-        mut read: impl FnMut(&str) -> std::io::Result<Vec<u8>>,
-        wanted: impl Fn(&str) -> bool,
-    ) -> Result<Self, CodecError> {
+    pub fn load(mut read: impl FnMut(&str) -> std::io::Result<Vec<u8>>, wanted: impl Fn(&str) -> bool) -> Result<Self, CodecError> {
         let mut get = |name: &str| read(name).map_err(|e| CodecError::bundle(format!("{name}: {e}")));
         let text = get(MANIFEST)?;
         let hash = BundleHash(Sha256::digest(&text).into());

@@ -10,9 +10,9 @@ use constriction::stream::model::UniformModel;
 use constriction::stream::stack::DefaultAnsCoder;
 use constriction::stream::{Decode, Encode};
 
+use crate::CodecError;
 use crate::pmf::PRECISION;
 use crate::tables::{LatentShape, LevelTables, MAX_MAGNITUDE};
-use crate::CodecError;
 
 /// Nibbles of the largest escape that a clamped symbol can need.
 const MAX_NIBBLES: usize = 6;
@@ -81,8 +81,7 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
         return Err(CodecError::malformed("the payload's length is no multiple of 4"));
     }
     let words: Vec<u32> = payload.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
-    let mut coder = DefaultAnsCoder::from_compressed(words)
-        .map_err(|_| CodecError::malformed("the payload ends in a zero word"))?;
+    let mut coder = DefaultAnsCoder::from_compressed(words).map_err(|_| CodecError::malformed("the payload ends in a zero word"))?;
     let garbage = || CodecError::malformed("the payload does not decode");
     let nibble = uniform();
     let mut symbols = Vec::with_capacity(shape.symbols());

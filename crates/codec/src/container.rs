@@ -126,13 +126,7 @@ impl<'a> Container<'a> {
 ///
 /// # Errors
 /// [`CodecError::UnknownQuality`] or [`CodecError::BadLatent`].
-pub fn encode(
-    symbols: &[i32],
-    quality: u8,
-    hash: &BundleHash,
-    shape: LatentShape,
-    tables: &Tables,
-) -> Result<Vec<u8>, CodecError> {
+pub fn encode(symbols: &[i32], quality: u8, hash: &BundleHash, shape: LatentShape, tables: &Tables) -> Result<Vec<u8>, CodecError> {
     let payload = coder::encode(symbols, tables.level(quality)?, shape)?;
     Ok(wrap(quality, hash, shape, &payload))
 }

@@ -11,15 +11,8 @@ use tch::{Device, Tensor};
 use crate::{NetError, weights::Weights};
 
 /// (repeats, kernel, stride, expansion, output channels) of the unscaled network.
-const STAGES: [(usize, i64, i64, i64, i64); 7] = [
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-];
+const STAGES: [(usize, i64, i64, i64, i64); 7] =
+    [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)];
 const STEM_CHANNELS: i64 = 32;
 const HEAD_CHANNELS: i64 = 1280;
 /// Classes of ImageNet-1k.

@@ -37,15 +37,15 @@ impl DecoderSpec {
     pub fn parameters(&self) -> u64 {
         let conv = |i: i64, o: i64, k: i64| o * (i * k * k + 1);
         let block = conv(self.width, self.hidden, 1) + conv(self.hidden, self.hidden, 3) + conv(self.hidden, self.width, 1);
-        (conv(LATENT_CHANNELS, self.width, 3) + self.blocks * block + conv(self.width, self.output * self.upsample * self.upsample, 3)) as u64
+        (conv(LATENT_CHANNELS, self.width, 3) + self.blocks * block + conv(self.width, self.output * self.upsample * self.upsample, 3))
+            as u64
     }
 
     /// Multiply-accumulates for a latent of `h` x `w`.
     pub fn macs(&self, h: i64, w: i64) -> u64 {
         let block = 2 * self.width * self.hidden + 9 * self.hidden * self.hidden;
-        ((9 * LATENT_CHANNELS * self.width + self.blocks * block + 9 * self.width * self.output * self.upsample * self.upsample)
-            * h
-            * w) as u64
+        ((9 * LATENT_CHANNELS * self.width + self.blocks * block + 9 * self.width * self.output * self.upsample * self.upsample) * h * w)
+            as u64
     }
 }
 
@@ -114,7 +114,7 @@ impl Decoder {
         for b in &self.blocks {
             let y = leaky(x.apply(&b.reduce));
             let y = leaky(y.apply(&b.mix));
-            x = x + y.apply(&b.expand);
+            x += y.apply(&b.expand);
         }
         let out = leaky(x).apply(&self.output);
         if self.upsample == 1 { out } else { out.pixel_shuffle(self.upsample) }

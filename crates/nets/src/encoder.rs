@@ -73,11 +73,7 @@ impl EncoderKind {
     pub fn ops(self) -> Vec<Op> {
         match self {
             Self::PatchStem => {
-                let mut ops = vec![
-                    conv("stem0", 3, STEM, 4, 4, 0),
-                    Op::Relu,
-                    conv("stem1", STEM, WIDTH, 2, 2, 0),
-                ];
+                let mut ops = vec![conv("stem0", 3, STEM, 4, 4, 0), Op::Relu, conv("stem1", STEM, WIDTH, 2, 2, 0)];
                 for b in 0..BLOCKS {
                     let n = |part: &str| format!("block{b}_{part}");
                     let body = vec![
@@ -98,12 +94,7 @@ impl EncoderKind {
                 .map(|(b, w)| {
                     let n = |part: &str| format!("block{b}_{part}");
                     Op::Residual {
-                        body: vec![
-                            conv(&n("down"), w[0], w[1], 3, 2, 1),
-                            Op::Relu,
-                            conv(&n("mix"), w[1], w[1], 3, 1, 1),
-                            Op::Relu,
-                        ],
+                        body: vec![conv(&n("down"), w[0], w[1], 3, 2, 1), Op::Relu, conv(&n("mix"), w[1], w[1], 3, 1, 1), Op::Relu],
                         skip: vec![conv(&n("skip"), w[0], w[1], 1, 2, 0)],
                     }
                 })

@@ -351,8 +351,7 @@ pub fn read(bytes: &[u8]) -> Result<Vec<(String, RawTensor)>, NetError> {
             return Err(bad("state dict entry is no named tensor"));
         };
         let Some(values) = storages.get(&storage) else { continue };
-        let data = gather(values, offset, &size, &stride)
-            .ok_or_else(|| bad(format!("tensor {name} reaches outside its storage")))?;
+        let data = gather(values, offset, &size, &stride).ok_or_else(|| bad(format!("tensor {name} reaches outside its storage")))?;
         out.push((name, RawTensor { data, shape: size }));
     }
     Ok(out)

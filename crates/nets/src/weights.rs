@@ -108,8 +108,7 @@ pub fn to_safetensors<'a>(tensors: impl IntoIterator<Item = (&'a str, &'a Tensor
     owned.sort();
     let mut views = Vec::new();
     for (name, shape, bytes) in &owned {
-        let view = TensorView::new(Dtype::F32, shape.clone(), bytes)
-            .map_err(|e| NetError::format(name.clone(), e.to_string()))?;
+        let view = TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(|e| NetError::format(name.clone(), e.to_string()))?;
         views.push((name.as_str(), view));
     }
     safetensors::serialize(views, None).map_err(|e| NetError::format("safetensors", e.to_string()))

@@ -107,8 +107,7 @@ impl Rgb {
         let fail = |e: String| PixelError::Resize(e);
         // four bytes a pixel: the only layout the resizer is built for (its others triple the binary)
         let wide: Vec<u8> = self.data.chunks_exact(3).flat_map(|p| [p[0], p[1], p[2], 0]).collect();
-        let source = fir::images::ImageRef::new(self.width, self.height, &wide, fir::PixelType::U8x4)
-            .map_err(|e| fail(e.to_string()))?;
+        let source = fir::images::ImageRef::new(self.width, self.height, &wide, fir::PixelType::U8x4).map_err(|e| fail(e.to_string()))?;
         let filter = fir::ResizeAlg::Convolution(fir::FilterType::CatmullRom);
         let options = fir::ResizeOptions::new().resize_alg(filter).use_alpha(false);
         // rows first, then columns, rounded in between: the order of the reference (the resizer's own differs)

@@ -132,8 +132,7 @@ impl Run {
     /// # Errors
     /// If it cannot be written.
     pub fn save(&self) -> Result<(), TrainError> {
-        let mut tensors: Vec<(String, Tensor)> =
-            self.net.vs.variables().into_iter().map(|(n, t)| (format!("net/{n}"), t)).collect();
+        let mut tensors: Vec<(String, Tensor)> = self.net.vs.variables().into_iter().map(|(n, t)| (format!("net/{n}"), t)).collect();
         tensors.extend(self.adam.state().into_iter().map(|(n, t)| (format!("adam/{n}"), t)));
         let m = &self.measure;
         for (name, tensor) in [("mean", &m.mean), ("std", &m.std), ("weights", &m.weights)] {
@@ -258,7 +257,7 @@ impl Run {
             if r.rebuild_weight > 0.0 && r.split() != r.measure() {
                 let elements = (target.numel() as i64 / pixels.size()[0]) as f64;
                 let own = (&passed.rebuilt - self.net.decoder.normalise(&layer)).square().mean_dim(over.as_slice(), false, Kind::Float);
-                error = error + own * (elements * r.rebuild_weight);
+                error += own * (elements * r.rebuild_weight);
             }
             let lambda = lambdas.index_select(0, &level) * r.ramp_at(self.step);
             let mut loss = &error + lambda * &passed.bits;
@@ -269,7 +268,7 @@ impl Run {
                 let got = self.teacher.tail(&got, r.measure());
                 let kl = kl(&wanted, &got.log_softmax(-1, Kind::Float));
                 kl_value = kl.mean(Kind::Float).double_value(&[]);
-                loss = loss + kl * kl_weight;
+                loss += kl * kl_weight;
             }
             let loss = (loss * balance.index_select(0, &level)).mean(Kind::Float);
             self.adam.zero_grad();
@@ -285,7 +284,11 @@ impl Run {
             if self.step.is_multiple_of(LOG_EVERY) {
                 let seconds = since.elapsed().as_secs_f64();
                 let line = totals.line(self.step, r.batch as u64, seconds, norm);
-                bar.set_message(format!("{:.1} crops/s, {:?} bytes", line.crops_per_s, line.bytes.iter().map(|b| b.round() as i64).collect::<Vec<_>>()));
+                bar.set_message(format!(
+                    "{:.1} crops/s, {:?} bytes",
+                    line.crops_per_s,
+                    line.bytes.iter().map(|b| b.round() as i64).collect::<Vec<_>>()
+                ));
                 let text = serde_json::to_string(&line).map_err(|e| TrainError::data("log", e.to_string()))?;
                 writeln!(log, "{text}").map_err(|e| TrainError::io(&log_path, e))?;
                 totals = Totals::new(levels as usize);

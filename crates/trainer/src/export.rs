@@ -110,13 +110,8 @@ pub fn bundle(run: &Run, point: &CurvePoint, origin: &Origin, folder: &Path) -> 
     let le_bytes = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
     let symbol_bytes: Vec<u8> = symbols.iter().flat_map(|s| s.to_le_bytes()).collect();
 
-    let files: [(&str, Vec<u8>); 5] = [
-        (GRAPH, graph),
-        (ENCODER, safetensors(&encoder)?),
-        (TABLES, tables.to_bytes()),
-        (&decoder_file, decoder),
-        (GOLDEN, golden_file),
-    ];
+    let files: [(&str, Vec<u8>); 5] =
+        [(GRAPH, graph), (ENCODER, safetensors(&encoder)?), (TABLES, tables.to_bytes()), (&decoder_file, decoder), (GOLDEN, golden_file)];
     std::fs::create_dir_all(folder).map_err(|e| TrainError::io(folder, e))?;
     for (name, content) in &files {
         let path = folder.join(name);

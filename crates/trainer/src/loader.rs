@@ -1,8 +1,8 @@
 //! Batches of crops, made ahead of the training loop. Batch `i` depends on the seed and `i` alone, so a
 //! resumed run sees the same data.
 
-use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
 
 use rand::SeedableRng;
 use rand::seq::IndexedRandom;

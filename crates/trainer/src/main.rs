@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
 use bench_harness::photos::PhotoSet;
 use bench_harness::{compare, report};
+use clap::{Parser, Subcommand};
 use isthmus_nets::{Backbone, device};
 use isthmus_pixels::Rgb;
 use isthmus_trainer::distill::Run;

@@ -45,15 +45,13 @@ impl Pack {
         for (i, levels) in self.photos.iter().enumerate() {
             for (l, rgb) in levels.iter().enumerate() {
                 let shape = vec![rgb.height() as usize, rgb.width() as usize, 3];
-                let view = TensorView::new(Dtype::U8, shape, rgb.data())
-                    .map_err(|e| TrainError::data("pack", e.to_string()))?;
+                let view = TensorView::new(Dtype::U8, shape, rgb.data()).map_err(|e| TrainError::data("pack", e.to_string()))?;
                 views.push((format!("{i:06}/{l}"), view));
             }
         }
         let part = path.with_extension("part");
-        safetensors::serialize_to_file(views, None, &part).map_err(|e| {
-            TrainError::data(part.display().to_string(), format!("{e} (is the disk full?)"))
-        })?;
+        safetensors::serialize_to_file(views, None, &part)
+            .map_err(|e| TrainError::data(part.display().to_string(), format!("{e} (is the disk full?)")))?;
         std::fs::rename(&part, path).map_err(|e| TrainError::io(path, e))
     }
 
@@ -63,8 +61,7 @@ impl Pack {
     /// If it is missing or malformed; says how to make it.
     pub fn open(path: &Path) -> Result<Self, TrainError> {
         let what = path.display().to_string();
-        let bytes = std::fs::read(path)
-            .map_err(|e| TrainError::data(what.clone(), format!("{e}; run `trainer fetch` first")))?;
+        let bytes = std::fs::read(path).map_err(|e| TrainError::data(what.clone(), format!("{e}; run `trainer fetch` first")))?;
         let bad = |why: String| TrainError::data(what.clone(), why);
         let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(e.to_string()))?;
         let mut names: Vec<&str> = file.names().into_iter().collect();

@@ -186,8 +186,7 @@ fn demo_label(name: &str) -> Option<i64> {
 /// # Errors
 /// If the label list cannot be parsed.
 pub fn split(found: &[Found]) -> Result<Vec<Entry>, TrainError> {
-    let labelled: Labelled =
-        serde_json::from_str(LABELLED).map_err(|e| TrainError::data("labelled.json", e.to_string()))?;
+    let labelled: Labelled = serde_json::from_str(LABELLED).map_err(|e| TrainError::data("labelled.json", e.to_string()))?;
     let labels: HashMap<String, Vec<i64>> =
         labelled.items.into_iter().map(|i| (format!("gcompris-qt-data/{}", i.path), i.imagenet_ids)).collect();
     let mut entries = Vec::new();
@@ -254,8 +253,7 @@ pub fn frozen() -> Result<Vec<Entry>, TrainError> {
 /// # Errors
 /// If a photo is missing or its hash differs from the frozen one.
 pub fn load(third_party: &Path, sets: &[Set]) -> Result<Vec<(Entry, Vec<u8>)>, TrainError> {
-    let mut files: HashMap<String, Vec<u8>> =
-        find(third_party, Some(sets))?.into_iter().map(|f| (f.name, f.bytes)).collect();
+    let mut files: HashMap<String, Vec<u8>> = find(third_party, Some(sets))?.into_iter().map(|f| (f.name, f.bytes)).collect();
     let mut out = Vec::new();
     for entry in frozen()?.into_iter().filter(|e| sets.contains(&e.set)) {
         let bytes = files.remove(&entry.name).ok_or_else(|| TrainError::data(entry.name.clone(), "is missing"))?;

@@ -84,7 +84,11 @@ fn recipes_in_the_repository_are_sound_and_wrong_ones_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("bad.toml");
     let good = std::fs::read_to_string(root().join("crates/trainer/recipes/patch-stem.toml")).unwrap();
-    for (from, to, word) in [("steps =", "stepz =", "stepz"), ("split_block = 4", "split_block = 99", "split_block"), ("lambdas = [", "lambdas = [0.0, ", "lambdas")] {
+    for (from, to, word) in [
+        ("steps =", "stepz =", "stepz"),
+        ("split_block = 4", "split_block = 99", "split_block"),
+        ("lambdas = [", "lambdas = [0.0, ", "lambdas"),
+    ] {
         assert!(good.contains(from));
         std::fs::write(&path, good.replace(from, to)).unwrap();
         let error = Recipe::open(&path).unwrap_err().to_string();

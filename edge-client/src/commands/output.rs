@@ -50,7 +50,14 @@ impl Line {
         Self { file, error: Some(error.to_string()), ..Self::default() }
     }
 
-    pub fn answered(file: String, quality: Option<u8>, bytes: usize, encode: Option<EncodeTiming>, round_trip: Duration, answer: InferResponse) -> Self {
+    pub fn answered(
+        file: String,
+        quality: Option<u8>,
+        bytes: usize,
+        encode: Option<EncodeTiming>,
+        round_trip: Duration,
+        answer: InferResponse,
+    ) -> Self {
         let timing: Timing = answer.timing.unwrap_or_default();
         let server_ms = timing.total_us as f64 / 1e3;
         let labels = answer.labels.into_iter().map(|l| LabelLine { index: l.index, name: l.name, score: l.score }).collect();

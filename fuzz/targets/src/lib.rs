@@ -4,8 +4,11 @@ use std::sync::OnceLock;
 
 use isthmus_codec::{BundleHash, ChannelTable, Container, LatentShape, LevelTables, Manifest, Tables, coder, pmf};
 
+/// A target: any bytes must be survived.
+pub type Target = fn(&[u8]);
+
 /// Name and function of every target.
-pub const TARGETS: [(&str, fn(&[u8])); 7] = [
+pub const TARGETS: [(&str, Target); 7] = [
     ("container", container),
     ("payload", payload),
     ("tables", tables),
