@@ -11,3 +11,4 @@ pub mod plot;
 pub mod remote;
 pub mod report;
 pub mod stats;
+pub mod timing;

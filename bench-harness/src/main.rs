@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use bench_harness::photos::PhotoSet;
 use bench_harness::remote::Remote;
-use bench_harness::{compare, report};
+use bench_harness::{compare, report, timing};
 use clap::{Parser, Subcommand};
 use edge_client::{Client, Encoder, Endpoint, open_bundle};
 
@@ -20,6 +20,40 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Time the encoder on this machine, stage by stage; prints JSON.
+    Encode {
+        /// Folder with photos.
+        photos: PathBuf,
+        /// Bundle folder.
+        #[arg(long, default_value = "bundles/lite0-patch-stem")]
+        bundle: PathBuf,
+        /// Time this encoder graph (ONNX) instead of the bundle's; just the network is then meaningful.
+        #[arg(long)]
+        graph: Option<PathBuf>,
+        /// Encodings timed, after as many to warm up (at most 20).
+        #[arg(long, default_value_t = 60)]
+        rounds: usize,
+        /// Threads of the encoder.
+        #[arg(long, default_value_t = 1)]
+        threads: usize,
+    },
+    /// Keep a server busy with one photo's container; prints JSON.
+    Load {
+        /// Photo to encode and send.
+        photo: PathBuf,
+        /// Server, http://HOST:PORT or https://HOST:PORT.
+        #[arg(long, default_value = "http://127.0.0.1:50051")]
+        server: String,
+        /// Bundle folder.
+        #[arg(long, default_value = "bundles/lite0-patch-stem")]
+        bundle: PathBuf,
+        /// Requests under way at once.
+        #[arg(long, default_value_t = 1)]
+        concurrency: usize,
+        /// Requests timed, after a tenth as many to warm up.
+        #[arg(long, default_value_t = 200)]
+        requests: usize,
+    },
     /// Send photos at every quality level, and as WebP and JPEG, to one server; print bytes and agreement.
     Compare {
         /// Folders with photos (and optionally labels.json), one table each.
@@ -45,19 +79,30 @@ enum Command {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
-    let Command::Compare { photos, server, bundle, deadline, short, out } = Cli::parse().command;
-    let mut encoder = Encoder::new(open_bundle(&bundle)?, 1)?;
-    let side = encoder.bundle().manifest.input.size;
-    let sets = photos.iter().map(|p| PhotoSet::open(p, side)).collect::<Result<Vec<_>, _>>()?;
-    let mut client = Client::connect(&Endpoint::new(&server)?).await?;
-    client.describe(Some(&encoder.bundle().hash), deadline).await?;
-    let mut backend = Remote::new(client, deadline);
-    let plan = if short { compare::Plan::short() } else { compare::Plan::default() };
-    for set in &sets {
-        let comparison = compare::run(set, &mut encoder, &mut backend, &plan).await?;
-        println!("{}", report::table(&comparison));
-        if let Some(folder) = &out {
-            report::write(&comparison, folder)?;
+    match Cli::parse().command {
+        Command::Encode { photos, bundle, graph, rounds, threads } => {
+            let timed = timing::encode(&photos, &bundle, graph.as_deref(), rounds, threads)?;
+            println!("{}", serde_json::to_string(&timed)?);
+        }
+        Command::Load { photo, server, bundle, concurrency, requests } => {
+            let load = timing::load(&photo, &server, &bundle, concurrency, requests).await?;
+            println!("{}", serde_json::to_string(&load)?);
+        }
+        Command::Compare { photos, server, bundle, deadline, short, out } => {
+            let mut encoder = Encoder::new(open_bundle(&bundle)?, 1)?;
+            let side = encoder.bundle().manifest.input.size;
+            let sets = photos.iter().map(|p| PhotoSet::open(p, side)).collect::<Result<Vec<_>, _>>()?;
+            let mut client = Client::connect(&Endpoint::new(&server)?).await?;
+            client.describe(Some(&encoder.bundle().hash), deadline).await?;
+            let mut backend = Remote::new(client, deadline);
+            let plan = if short { compare::Plan::short() } else { compare::Plan::default() };
+            for set in &sets {
+                let comparison = compare::run(set, &mut encoder, &mut backend, &plan).await?;
+                println!("{}", report::table(&comparison));
+                if let Some(folder) = &out {
+                    report::write(&comparison, folder)?;
+                }
+            }
         }
     }
     Ok(())

@@ -69,6 +69,11 @@ impl EncoderKind {
         }
     }
 
+    /// The kind called `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::PatchStem, Self::Frankensplit].into_iter().find(|k| k.name() == name)
+    }
+
     /// The operations in order.
     pub fn ops(self) -> Vec<Op> {
         match self {

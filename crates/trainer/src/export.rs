@@ -9,8 +9,9 @@ use isthmus_codec::{BundleHash, ChannelTable, LatentShape, LevelTables, Tables, 
 use isthmus_nets::encoder::{LATENT_CHANNELS, LATENT_STRIDE};
 use isthmus_nets::pth::RawTensor;
 use isthmus_nets::weights::to_safetensors;
+use isthmus_nets::{Encoder, EncoderKind};
 use isthmus_pixels::Rgb;
-use tch::Tensor;
+use tch::{Tensor, nn};
 
 use crate::distill::Run;
 use crate::error::TrainError;
@@ -62,6 +63,26 @@ fn safetensors(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>, TrainError
     Ok(to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)))?)
 }
 
+/// The edge engine's graph of an encoder for square inputs of `side` pixels.
+fn graph(kind: EncoderKind, weights: &BTreeMap<String, Tensor>, side: u32) -> Result<Vec<u8>, TrainError> {
+    let mut raw = BTreeMap::new();
+    for (name, t) in weights {
+        raw.insert(name.clone(), RawTensor { data: values(t)?, shape: t.size().iter().map(|&d| d as usize).collect() });
+    }
+    let extent = i64::from(side) / LATENT_STRIDE;
+    onnx::encoder(kind, &raw, side.into(), [1, LATENT_CHANNELS, extent, extent])
+}
+
+/// A graph with fresh weights: engines take as long on it as on a trained one.
+///
+/// # Errors
+/// If libtorch fails.
+pub fn untrained_graph(kind: EncoderKind, side: u32) -> Result<Vec<u8>, TrainError> {
+    let vs = nn::VarStore::new(tch::Device::Cpu);
+    let _encoder = Encoder::new(&vs.root(), kind);
+    graph(kind, &vs.variables().into_iter().collect(), side)
+}
+
 /// What the manifest says beside the networks.
 pub struct Origin<'a> {
     /// Version of the bundle.
@@ -85,11 +106,7 @@ pub fn bundle(run: &Run, point: &CurvePoint, origin: &Origin, folder: &Path) -> 
     let tables = tables(run)?;
 
     let encoder = part(run, "encoder.");
-    let mut raw = BTreeMap::new();
-    for (name, t) in &encoder {
-        raw.insert(name.clone(), RawTensor { data: values(t)?, shape: t.size().iter().map(|&d| d as usize).collect() });
-    }
-    let graph = onnx::encoder(r.encoder, &raw, side.into(), [1, LATENT_CHANNELS, extent.into(), extent.into()])?;
+    let graph = graph(r.encoder, &encoder, side)?;
     let decoder_file = format!("decoder-{}.safetensors", r.backbone.name());
     let decoder = safetensors(&part(run, "decoder."))?;
 

@@ -1,6 +1,7 @@
 //! The server's networks in this process, for evaluation without a server.
 
 use std::path::Path;
+use std::time::Instant;
 
 use bench_harness::compare::Backend;
 use bench_harness::error::HarnessError;
@@ -11,6 +12,19 @@ use isthmus_nets::{Backbone, BackboneKind, Decoder, DecoderSpec, Layer};
 use tch::{Device, Tensor, nn};
 
 use crate::error::TrainError;
+
+/// What [`Local::time`] measured.
+#[derive(Debug, serde::Serialize)]
+pub struct Direct {
+    /// Photos per call.
+    pub batch: i64,
+    /// Calls timed.
+    pub n: usize,
+    /// Median time of a call, in microseconds.
+    pub call_us: u64,
+    /// Photos per second at that median.
+    pub photos_per_second: f64,
+}
 
 /// Decoder and backbone of a bundle's first blueprint.
 pub struct Local {
@@ -37,6 +51,26 @@ impl Local {
         let decoder = Decoder::new(&vs.root(), &spec);
         weights.copy_to(&vs)?;
         Ok(Self { bundle, backbone, decoder, split: Layer::from_block(entry.split_block) })
+    }
+
+    /// Calls decoder and tail `rounds` times on a batch of zeros: the median, in a form for people and scripts.
+    pub fn time(&self, batch: i64, rounds: usize) -> Direct {
+        let _frozen = tch::no_grad_guard();
+        let s = self.bundle.manifest.latent;
+        let shape = [batch, s.channels.into(), s.height.into(), s.width.into()];
+        let x = Tensor::zeros(shape, (tch::Kind::Float, Device::Cpu));
+        let warm_up = rounds.div_ceil(10);
+        let mut times = Vec::new();
+        for _ in 0..warm_up + rounds {
+            let start = Instant::now();
+            let logits = self.backbone.tail(&self.decoder.forward(&x), self.split);
+            std::hint::black_box(logits.double_value(&[0, 0]));
+            times.push(start.elapsed().as_secs_f64());
+        }
+        let mut times = times.split_off(warm_up);
+        times.sort_by(f64::total_cmp);
+        let median = times[times.len() / 2];
+        Direct { batch, n: times.len(), call_us: (median * 1e6) as u64, photos_per_second: batch as f64 / median }
     }
 
     fn logits(&self, payload: &Payload) -> Result<Vec<f32>, TrainError> {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use bench_harness::photos::PhotoSet;
 use bench_harness::{compare, report};
 use clap::{Parser, Subcommand};
-use isthmus_nets::{Backbone, device};
+use isthmus_nets::{Backbone, EncoderKind, device};
 use isthmus_pixels::Rgb;
 use isthmus_trainer::distill::Run;
 use isthmus_trainer::pack::Pack;
@@ -83,6 +83,33 @@ enum Command {
         #[arg(long, default_value = "data/evaluation")]
         out: PathBuf,
     },
+    /// Write an untrained encoder graph (for timing engines) as ONNX.
+    Graph {
+        /// Encoder shape: patch-stem or frankensplit.
+        #[arg(long)]
+        encoder: String,
+        /// Where to write.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Run a bundle's decoder and tail in a bare loop (the server's upper bound); prints JSON.
+    Direct {
+        /// Bundle folder.
+        #[arg(long, default_value = "bundles/lite0-patch-stem")]
+        bundle: PathBuf,
+        /// Folder with imported backbones.
+        #[arg(long, default_value = "data/backbones")]
+        backbones: PathBuf,
+        /// Photos per call.
+        #[arg(long, default_value_t = 1)]
+        batch: i64,
+        /// Calls timed, after a tenth as many to warm up.
+        #[arg(long, default_value_t = 50)]
+        rounds: usize,
+        /// CPU threads (0: all cores).
+        #[arg(long, default_value_t = 0)]
+        threads: i32,
+    },
     /// Train a bottleneck.
     Distill {
         /// What to train.
@@ -121,6 +148,18 @@ fn main() -> Result<()> {
         Command::Fetch { ref freeze, offline, .. } => fetch(&cli, freeze.as_deref(), offline),
         Command::Import { ref out } => Ok(import::run(&cli.third_party, out)?),
         Command::Export { ref run, ref out, ref version, ref backbones } => export_run(&cli, run, out, version, backbones),
+        Command::Graph { ref encoder, ref out } => {
+            let kind = EncoderKind::from_name(encoder)
+                .with_context(|| format!("encoder {encoder:?} is unknown: use patch-stem or frankensplit"))?;
+            Ok(std::fs::write(out, export::untrained_graph(kind, EVALUATION_SIDE)?).with_context(|| out.display().to_string())?)
+        }
+        Command::Direct { ref bundle, ref backbones, batch, rounds, threads } => {
+            if threads > 0 {
+                tch::set_num_threads(threads);
+            }
+            println!("{}", serde_json::to_string(&local::Local::open(bundle, backbones)?.time(batch.max(1), rounds.max(1)))?);
+            Ok(())
+        }
         Command::Evaluate { ref bundle, ref backbones, ref photos, ref out } => evaluate(bundle, backbones, photos, out),
         Command::Distill { ref recipe, ref run, resume, ref warm_start, until, every, ref device, threads } => {
             if threads > 0 {

@@ -16,17 +16,13 @@ fn bundles() -> Vec<std::path::PathBuf> {
     found
 }
 
-fn kind_of(name: &str) -> EncoderKind {
-    [EncoderKind::PatchStem, EncoderKind::Frankensplit].into_iter().find(|k| k.name() == name).unwrap()
-}
-
 /// rten against tch on the 20 demo photos: latents within 1e-3, at least 99.9 % of symbols equal at every
 /// level; what decodes is bit-identical to what was rounded.
 #[test]
 fn edge_engine_equals_libtorch() {
     for folder in bundles() {
         let bundle = open_bundle(&folder).unwrap();
-        let kind = kind_of(&bundle.manifest.encoder.kind);
+        let kind = EncoderKind::from_name(&bundle.manifest.encoder.kind).unwrap();
         let bytes = std::fs::read(folder.join(&bundle.manifest.encoder.weights)).unwrap();
         let vs = nn::VarStore::new(Device::Cpu);
         let network = Network::new(&vs.root(), kind);
