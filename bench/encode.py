@@ -9,6 +9,7 @@ not depend on them). ONNX Runtime comes from PyPI into a private folder; without
 """
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BIN = ROOT / "target" / "release"
+BIN = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).absolute() / "release"
 PHOTOS = ROOT / "third_party" / "foolbox" / "foolbox" / "data"
 BUNDLE = ROOT / "bundles" / "lite0-patch-stem"
 PRIVATE = ROOT / "target" / "bench-python"

@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BIN = ROOT / "target" / "release"
+BIN = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).absolute() / "release"
 PHOTO = ROOT / "third_party" / "foolbox" / "foolbox" / "data" / "imagenet_00_243.jpg"
 
 

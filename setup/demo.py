@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BIN = ROOT / "target" / "release"
+BIN = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).absolute() / "release"
 PHOTOS = ROOT / "third_party" / "foolbox" / "foolbox" / "data"
 EVAL = ROOT / "data" / "eval"
 

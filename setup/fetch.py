@@ -67,7 +67,8 @@ def need_space(folder, size):
 
 def run_client(command, cwd, what):
     """Runs a package client; its progress goes straight to the terminal."""
-    done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
+    env = {**os.environ, "PIP_RESUME_RETRIES": os.environ.get("PIP_RESUME_RETRIES", "10")}  # where pip knows it
+    done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=env, check=False)
     if done.returncode != 0:
         raise SetupError(
             f"{what} could not be downloaded (exit status {done.returncode} of: {' '.join(map(str, command))}). "
@@ -172,12 +173,17 @@ def assemble_libtorch(parts, cache, version):
     work = Path(tempfile.mkdtemp(prefix="libtorch-", dir=cache))
     (work / "lib").mkdir()
     for part in parts:
+        # from here on the part is no complete unpacking any more, whatever interrupts this
+        (part / ".complete").unlink(missing_ok=True)
         include = part / "torch" / "include"
         if include.is_dir():
             shutil.move(str(include), work / "include")
         for lib in part.rglob("*.so*"):
             shutil.move(str(lib), work / "lib" / lib.name)
         shutil.rmtree(part)
+    if not (work / "include").is_dir() or not (work / "lib" / "libtorch_cpu.so").is_file():
+        shutil.rmtree(work)
+        raise SetupError("libtorch could not be assembled (an earlier run was interrupted); run the same command again.")
     (work / "lib" / "libtorch.so").write_text(LINKER_SCRIPT)
     (work / "build-version").write_text(version + "\n")
     work.chmod(0o755)
@@ -191,7 +197,9 @@ def link(path, target):
     if path.is_symlink() or path.exists():
         if path.is_symlink() and path.resolve() == target.resolve():
             return
-        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+        if not path.is_symlink():
+            raise SetupError(f"{path} is in the way (not made by this script); move it elsewhere and run again.")
+        path.unlink()
     path.symlink_to(target)
 
 

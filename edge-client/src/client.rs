@@ -165,8 +165,7 @@ impl Client {
         let bundle_hash = bundle.map(|h| Bytes::copy_from_slice(&h.0)).unwrap_or_default();
         let mut request = tonic::Request::new(DescribeRequest { bundle_hash });
         request.set_timeout(deadline);
-        let answer = tokio::time::timeout(deadline, self.inner.describe(request));
-        Ok(answer.await.map_err(|_| ClientError::Deadline(deadline))??.into_inner())
+        within(deadline, self.inner.describe(request)).await
     }
 
     /// One photo, one answer.
@@ -176,12 +175,21 @@ impl Client {
     pub async fn infer(&mut self, payload: Payload, options: &InferOptions) -> Result<InferResponse, ClientError> {
         let mut request = tonic::Request::new(options.request(0, payload));
         request.set_timeout(options.deadline);
-        let answer = tokio::time::timeout(options.deadline, self.inner.infer(request));
-        Ok(answer.await.map_err(|_| ClientError::Deadline(options.deadline))??.into_inner())
+        within(options.deadline, self.inner.infer(request)).await
     }
 
     /// The generated client, for streams.
     pub fn raw(&mut self) -> &mut OffloadServiceClient<Channel> {
         &mut self.inner
+    }
+}
+
+/// Waits at most `deadline`, whoever notices first that it passed: this timer, tonic's, or the server.
+async fn within<T>(deadline: Duration, call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>) -> Result<T, ClientError> {
+    let start = std::time::Instant::now();
+    match tokio::time::timeout(deadline, call).await {
+        Err(_) => Err(ClientError::Deadline(deadline)),
+        Ok(Err(status)) if status.code() == tonic::Code::Cancelled && start.elapsed() >= deadline => Err(ClientError::Deadline(deadline)),
+        Ok(answer) => Ok(answer?.into_inner()),
     }
 }

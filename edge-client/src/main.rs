@@ -41,8 +41,8 @@ enum Command {
         #[arg(long, default_value_t = 5.0)]
         fps: f64,
         /// Photos under way at once.
-        #[arg(long, default_value_t = 8)]
-        window: usize,
+        #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
+        window: u16,
         /// Go through the folder this many times.
         #[arg(long, default_value_t = 1)]
         repeat: u32,
@@ -79,7 +79,7 @@ enum Command {
         #[arg(long, env = "ISTHMUS_BUNDLE", default_value = DEFAULT_BUNDLE)]
         bundle: PathBuf,
         /// Time limit of each call.
-        #[arg(long, default_value = "5s", value_parser = humantime::parse_duration)]
+        #[arg(long, default_value = "5s", value_parser = parse_deadline)]
         deadline: Duration,
         /// Print JSON lines.
         #[arg(long)]
@@ -88,6 +88,13 @@ enum Command {
 }
 
 const DEFAULT_BUNDLE: &str = "bundles/lite0-patch-stem";
+
+/// A duration such as 500ms or 2s, at most an hour.
+fn parse_deadline(text: &str) -> Result<Duration, String> {
+    let limit = humantime::parse_duration(text).map_err(|e| e.to_string())?;
+    let sensible = Duration::from_millis(1)..=Duration::from_secs(3600);
+    if sensible.contains(&limit) { Ok(limit) } else { Err("between 1ms and 1h".into()) }
+}
 
 #[derive(Args)]
 struct ServerArgs {
@@ -124,7 +131,7 @@ struct AskArgs {
     #[arg(long, default_value_t = 3)]
     top_k: u32,
     /// Time limit per photo, from sending to answer.
-    #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "10s", value_parser = parse_deadline)]
     deadline: Duration,
     /// Print JSON lines (also when the output is no terminal).
     #[arg(long)]
@@ -142,7 +149,7 @@ fn main() -> ExitCode {
                     commands::classify::run(&files, &server, &encoding, whole_image, &ask).await
                 }
                 Command::Stream { folder, fps, window, repeat, server, encoding, ask } => {
-                    let pace = commands::stream::Pace { fps, window, repeat };
+                    let pace = commands::stream::Pace { fps, window: window.into(), repeat };
                     commands::stream::run(&folder, &pace, &server, &encoding, &ask).await
                 }
                 Command::Encode { file, output, encoding } => commands::files::encode(&file, output, &encoding),

@@ -15,6 +15,9 @@ use crate::{Client, ClientError, InferOptions, Payload};
 /// Photos under way: when they were sent, and their place in the window.
 type Pending = Arc<Mutex<HashMap<u64, (Instant, OwnedSemaphorePermit)>>>;
 
+/// Largest window.
+pub const MAX_WINDOW: usize = 1024;
+
 /// Sending half.
 pub struct Sender {
     requests: mpsc::Sender<InferRequest>,
@@ -47,7 +50,7 @@ pub struct Answer {
 /// # Errors
 /// [`ClientError::Server`] if the server refuses, [`ClientError::Deadline`] if it does not answer.
 pub async fn open(client: &mut Client, window: usize, options: InferOptions) -> Result<(Sender, Receiver), ClientError> {
-    let window = window.max(1);
+    let window = window.clamp(1, MAX_WINDOW);
     let (requests, outgoing) = mpsc::channel(window);
     let deadline = options.deadline;
     let opening = client.raw().infer_stream(ReceiverStream::new(outgoing));
@@ -82,34 +85,48 @@ impl Receiver {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// The next answer, or `None` when the stream has ended and nothing is under way.
+    /// The next answer, or `None` when the stream has ended and nothing is under way. A photo whose deadline
+    /// passes unanswered gives an answer with DEADLINE_EXCEEDED.
     ///
     /// # Errors
-    /// [`ClientError::Deadline`] if photos are under way but no answer comes within the deadline,
     /// [`ClientError::Server`] if the stream breaks.
     pub async fn next(&mut self) -> Result<Option<Answer>, ClientError> {
-        let message = loop {
-            let waiting = self.pending() > 0;
-            match tokio::time::timeout(self.deadline, self.answers.message()).await {
-                Ok(message) => break message?,
-                // with nothing under way, silence is no failure
-                Err(_) if !waiting => {}
-                Err(_) => return Err(ClientError::Deadline(self.deadline)),
+        loop {
+            let message = match self.oldest() {
+                None => self.answers.message().await?,
+                Some((id, sent)) => match tokio::time::timeout_at((sent + self.deadline).into(), self.answers.message()).await {
+                    Ok(message) => message?,
+                    Err(_) => {
+                        self.take(id);
+                        let late = Status::deadline_exceeded(format!("no answer within {:?}", self.deadline));
+                        return Ok(Some(Answer { id, elapsed: sent.elapsed(), result: Err(late) }));
+                    }
+                },
+            };
+            let Some(message) = message else {
+                if self.pending() > 0 {
+                    return Err(Status::unavailable("the stream ended with photos unanswered").into());
+                }
+                return Ok(None);
+            };
+            let (id, result) = match message.result {
+                Some(Outcome::Response(response)) => (response.id, Ok(response)),
+                Some(Outcome::Error(error)) => (error.id, Err(Status::new(Code::from(error.code), error.message))),
+                None => return Err(Status::internal("the server sent an empty answer").into()),
+            };
+            // an answer to a photo that was given up comes too late
+            if let Some(sent) = self.take(id) {
+                return Ok(Some(Answer { id, elapsed: sent.elapsed(), result }));
             }
-        };
-        let Some(message) = message else {
-            if self.pending() > 0 {
-                return Err(Status::unavailable("the stream ended with photos unanswered").into());
-            }
-            return Ok(None);
-        };
-        let (id, result) = match message.result {
-            Some(Outcome::Response(response)) => (response.id, Ok(response)),
-            Some(Outcome::Error(error)) => (error.id, Err(Status::new(Code::from(error.code), error.message))),
-            None => return Err(Status::internal("the server sent an empty answer").into()),
-        };
-        let sent = self.pending.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-        let elapsed = sent.map(|(at, _)| at.elapsed()).unwrap_or_default();
-        Ok(Some(Answer { id, elapsed, result }))
+        }
+    }
+
+    fn take(&self, id: u64) -> Option<Instant> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).remove(&id).map(|(sent, _)| sent)
+    }
+
+    fn oldest(&self) -> Option<(u64, Instant)> {
+        let pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        pending.iter().map(|(&id, (sent, _))| (id, *sent)).min_by_key(|(_, sent)| *sent)
     }
 }

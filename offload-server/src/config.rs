@@ -8,6 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::ServerError;
 
+const MAX_COUNT: usize = 1 << 16;
+const MAX_REQUEST_BYTES: usize = 256 << 20;
+const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
+
 /// Everything that can be set. configs/offload-server.toml explains each key.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -80,7 +84,7 @@ impl Default for Config {
             max_batch: 16,
             max_queue: 256,
             decode_workers: 0,
-            max_in_flight: 512,
+            max_in_flight: 128,
             stream_window: 32,
             max_request_bytes: 8 << 20,
             max_deadline: Duration::from_secs(30),
@@ -123,8 +127,13 @@ impl Config {
         if positive.contains(&0) || self.max_request_bytes < 1024 {
             return bad("max_batch, max_queue, max_in_flight and stream_window must be positive, max_request_bytes at least 1024");
         }
-        if self.max_deadline.is_zero() || self.stream_idle.is_zero() {
-            return bad("max_deadline and stream_idle must be positive");
+        let sizes = [self.max_batch, self.max_queue, self.max_in_flight, self.stream_window, self.decode_workers, self.network_threads];
+        if sizes.iter().any(|&n| n > MAX_COUNT) || self.max_request_bytes > MAX_REQUEST_BYTES {
+            return bad("counts are at most 65536, max_request_bytes at most 256 MiB");
+        }
+        let limits = [self.max_deadline, self.stream_idle, self.drain_limit];
+        if limits.iter().any(|d| d.is_zero() || *d > MAX_WAIT) {
+            return bad("max_deadline, stream_idle and drain_limit must be positive and at most a day");
         }
         Ok(())
     }

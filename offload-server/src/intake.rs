@@ -39,6 +39,7 @@ impl Intake {
     ///
     /// # Errors
     /// [`ServerError::Deadline`] if no worker is free in time, and whatever is wrong with the payload.
+    #[tracing::instrument(level = "debug", skip_all, fields(kind = kind.label(), bytes = payload.len()))]
     pub async fn decode(
         &self,
         registry: &Arc<Registry>,
@@ -57,6 +58,9 @@ impl Intake {
         let decoded = tokio::task::spawn_blocking(move || {
             let _worker = worker;
             let start = Instant::now();
+            if start >= deadline {
+                return Err(ServerError::Deadline("waiting for the decode pool"));
+            }
             let (stage, input) = match kind {
                 Kind::Bitstream => bitstream(&registry, &model, &payload)?,
                 Kind::Image => image(&registry, &model, &payload)?,
@@ -65,7 +69,10 @@ impl Intake {
             telemetry::decoded(kind, took);
             Ok(Ready { stage, input, waited, took })
         });
-        decoded.await.map_err(|e| ServerError::Network(format!("decoding: {e}")))?
+        // a decoding cannot be stopped; it keeps its place in the pool, so no more than its worker is lost
+        let decoded = tokio::time::timeout_at(deadline.into(), decoded).await;
+        let decoded = decoded.map_err(|_| ServerError::Deadline("being decoded"))?;
+        decoded.map_err(|e| ServerError::Network(format!("decoding: {e}")))?
     }
 }
 

@@ -96,9 +96,11 @@ impl Model {
         let stage = self.stage(&bundle.hash).ok_or_else(|| ServerError::Config("no blueprint".into()))?;
         let logits = self.run(stage, &[latent.as_slice()])?;
         let expected = bundle.manifest.golden.logits.get(decoder).map(Vec::as_slice).unwrap_or_default();
-        let worst = expected.iter().zip(&logits[0]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        if expected.is_empty() || worst > GOLDEN_TOLERANCE {
-            let why = format!("bundle {}: golden logits differ by {worst} (at most {GOLDEN_TOLERANCE})", bundle.manifest.name);
+        // written so that a NaN fails
+        let close = |(a, b): (&f32, &f32)| (a - b).abs() <= GOLDEN_TOLERANCE;
+        if expected.is_empty() || !expected.iter().zip(&logits[0]).all(close) {
+            let found = &logits[0][..expected.len().min(logits[0].len())];
+            let why = format!("bundle {}: golden logits are {found:?}, the manifest says {expected:?}", bundle.manifest.name);
             return Err(ServerError::Config(why));
         }
         Ok(())

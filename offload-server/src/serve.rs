@@ -16,7 +16,8 @@ use crate::service::Service;
 use crate::{Config, ServerError, admin};
 
 const KEEPALIVE: Duration = Duration::from_secs(30);
-const MAX_STREAMS: u32 = 256;
+const MAX_STREAMS: u32 = 64;
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 const MAX_HEADERS: u32 = 16 << 10;
 
 /// A started server.
@@ -28,6 +29,8 @@ pub struct Running {
     draining: CancellationToken,
     served: JoinHandle<Result<(), ServerError>>,
     drain_limit: Duration,
+    background: CancellationToken,
+    idle: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
 impl Running {
@@ -39,8 +42,13 @@ impl Running {
         self.draining.cancel();
         let limit = self.drain_limit;
         let ended = tokio::time::timeout(limit, self.served).await;
-        let ended = ended.map_err(|_| ServerError::Transport(format!("requests were still in flight after {limit:?}")))?;
-        ended.map_err(|e| ServerError::Transport(e.to_string()))?
+        self.background.cancel();
+        match ended {
+            Ok(ended) => ended.map_err(|e| ServerError::Transport(e.to_string()))?,
+            // health watches and idle connections have nothing to finish
+            Err(_) if (self.idle)() => Ok(()),
+            Err(_) => Err(ServerError::Transport(format!("requests were still in flight after {limit:?}"))),
+        }
     }
 
     /// Ends when the listener does (which it does by itself only on failure).
@@ -55,6 +63,14 @@ impl Running {
 
 fn read(path: &std::path::Path) -> Result<Vec<u8>, ServerError> {
     std::fs::read(path).map_err(|source| ServerError::Io { path: path.into(), source })
+}
+
+/// Histograms collect samples until someone drains them; nobody may ever scrape.
+async fn upkeep(metrics: PrometheusHandle, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(METRICS_UPKEEP);
+    while stop.run_until_cancelled(tick.tick()).await.is_some() {
+        metrics.run_upkeep();
+    }
 }
 
 /// Loads models and bundles, binds the listeners, and serves.
@@ -72,15 +88,18 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     };
     let listener = bind(config.listen).await?;
     let address = listener.local_addr().map_err(|e| ServerError::Transport(e.to_string()))?;
-    let draining = CancellationToken::new();
+    let (draining, background) = (CancellationToken::new(), CancellationToken::new());
+    tokio::spawn(upkeep(metrics.clone(), background.clone()));
     let mut admin_address = None;
     if let Some(wanted) = config.admin_listen {
         let listener = bind(wanted).await?;
         admin_address = listener.local_addr().ok();
-        tokio::spawn(admin::serve(listener, metrics, draining.clone()));
+        tokio::spawn(admin::serve(listener, metrics, background.clone()));
     }
 
     let service = Service::new(registry, &config, draining.clone());
+    let watched = service.clone();
+    let idle = Box::new(move || watched.is_idle());
     let offload = OffloadServiceServer::new(service).max_decoding_message_size(config.max_request_bytes).max_encoding_message_size(1 << 20);
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<OffloadServiceServer<Service>>().await;
@@ -92,6 +111,8 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     let mut server = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
+        // until the response starts, so uploads that stall end too; streams have their own limits
+        .timeout(config.max_deadline)
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_header_list_size(MAX_HEADERS)
         .tcp_nodelay(true);
@@ -112,5 +133,5 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         served.map_err(|e| ServerError::Transport(e.to_string()))
     });
     tracing::info!(%address, admin = ?admin_address, tls = config.tls_cert.is_some(), "serving");
-    Ok(Running { address, admin_address, draining, served, drain_limit: config.drain_limit })
+    Ok(Running { address, admin_address, draining, served, drain_limit: config.drain_limit, background, idle })
 }

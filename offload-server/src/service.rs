@@ -26,6 +26,7 @@ use crate::telemetry::{self, InFlight, Kind};
 use crate::{Config, ServerError};
 
 const DEFAULT_TOP_K: u32 = 5;
+const DEADLINE_MARGIN: Duration = Duration::from_millis(5);
 
 /// The service; clones share everything.
 #[derive(Clone)]
@@ -37,6 +38,7 @@ struct Shared {
     registry: Arc<Registry>,
     intake: Intake,
     in_flight: Arc<Semaphore>,
+    max_in_flight: usize,
     draining: CancellationToken,
     window: usize,
     max_deadline: Duration,
@@ -50,6 +52,7 @@ impl Service {
             registry: Arc::new(registry),
             intake: Intake::new(config.decode_workers()),
             in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
+            max_in_flight: config.max_in_flight,
             draining,
             window: config.stream_window,
             max_deadline: config.max_deadline,
@@ -57,10 +60,16 @@ impl Service {
         };
         Self { shared: Arc::new(shared) }
     }
+
+    /// True if no request is between arrival and answer.
+    pub fn is_idle(&self) -> bool {
+        self.shared.in_flight.available_permits() == self.shared.max_in_flight
+    }
 }
 
 impl Shared {
     /// One request, with metrics.
+    #[tracing::instrument(level = "debug", skip_all, fields(id = request.id, model = %request.model))]
     async fn infer(&self, request: InferRequest, arrived: Instant, budget: Duration) -> Result<InferResponse, ServerError> {
         let (kind, payload) = match request.payload {
             Some(Payload::Bitstream(b)) => (Kind::Bitstream, b),
@@ -119,9 +128,11 @@ impl Shared {
         Ok(InferResponse { id: ask.id, model: entry.name.into(), labels, logits, timing: Some(timing) })
     }
 
-    /// The smaller of what the client asks for and the server's limit.
+    /// The smaller of what the client asks for and the server's limit, less a little: the answer that the
+    /// deadline passed must leave before the transport cuts the call (which it reports as CANCELLED).
     fn budget(&self, asked: Option<Duration>) -> Duration {
-        asked.map_or(self.max_deadline, |a| a.min(self.max_deadline))
+        let budget = asked.map_or(self.max_deadline, |a| a.min(self.max_deadline));
+        budget.saturating_sub((budget / 10).min(DEADLINE_MARGIN))
     }
 }
 
@@ -208,20 +219,24 @@ impl OffloadService for Service {
     }
 }
 
-/// Reads requests while the window has room, answers each as it is ready, and ends when the client does,
-/// when nothing moves for too long, or when the server drains. Dropping the set of tasks cancels what is
-/// under way.
+/// Reads requests while the window has room and answers each as it is ready. The stream ends with the client's
+/// half-close; with DEADLINE_EXCEEDED if nothing moves for too long, UNAVAILABLE when the server drains, or the
+/// transport's status for an unreadable message, after what is under way has been answered. Dropping the set of
+/// tasks cancels what is under way.
 async fn pump(shared: Arc<Shared>, mut requests: Streaming<InferRequest>, answers: mpsc::Sender<Result<InferStreamResponse, Status>>) {
     let mut tasks: JoinSet<Result<(), ()>> = JoinSet::new();
-    let mut open = true;
-    while open || !tasks.is_empty() {
+    let mut ending: Option<Result<(), Status>> = None;
+    while ending.is_none() || !tasks.is_empty() {
+        let open = ending.is_none();
         let room = open && tasks.len() < shared.window;
         tokio::select! {
             () = answers.closed() => return,
-            () = shared.draining.cancelled(), if open => open = false,
+            () = shared.draining.cancelled(), if open => ending = Some(Err(ServerError::Draining.into())),
             done = tasks.join_next(), if !tasks.is_empty() => {
                 if !matches!(done, Some(Ok(Ok(())))) {
-                    return; // the client does not read its answers
+                    // the client does not read its answers: there is no room for a status either
+                    let _ = answers.try_send(Err(ServerError::Deadline("waiting to be read by the client").into()));
+                    return;
                 }
             }
             message = tokio::time::timeout(shared.stream_idle, requests.message()), if room => match message {
@@ -229,15 +244,15 @@ async fn pump(shared: Arc<Shared>, mut requests: Streaming<InferRequest>, answer
                     let (shared, answers) = (shared.clone(), answers.clone());
                     tasks.spawn(answer(shared, request, answers));
                 }
-                Ok(Ok(None)) => open = false,
-                Ok(Err(_)) => return, // the stream broke
-                Err(_) => {
-                    let status = Status::from(ServerError::Deadline("awaited: the stream was idle"));
-                    let _ = answers.try_send(Err(status));
-                    open = false;
-                }
+                Ok(Ok(None)) => ending = Some(Ok(())),
+                Ok(Err(status)) => ending = Some(Err(status)),
+                Err(_) if tasks.is_empty() => ending = Some(Err(ServerError::Deadline("awaited: the stream was idle").into())),
+                Err(_) => {}
             },
         }
+    }
+    if let Some(Err(status)) = ending {
+        let _ = answers.send_timeout(Err(status), shared.stream_idle).await;
     }
 }
 

@@ -11,8 +11,12 @@ use crate::NetError;
 
 const MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
 const PROTOCOL: i64 = 1001;
-/// Nothing in a backbone nests or pushes more than this.
+/// Nothing in a backbone pushes more than this,
 const MAX_STACK: usize = 1 << 16;
+/// nests deeper,
+const MAX_DEPTH: usize = 8;
+/// or takes more opcodes.
+const MAX_OPCODES: usize = 1 << 20;
 
 /// A dense tensor read from a file: row-major values and shape.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,6 +59,7 @@ impl Element {
 struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
+    opcodes: usize,
     storages: HashMap<String, (Element, usize)>,
 }
 
@@ -97,8 +102,10 @@ impl<'a> Reader<'a> {
     fn pickle(&mut self) -> Result<Value, NetError> {
         let mut stack: Vec<Value> = Vec::new();
         let mut memo: HashMap<u32, Value> = HashMap::new();
+        let start = self.opcodes;
         loop {
-            if stack.len() > MAX_STACK || memo.len() > MAX_STACK {
+            self.opcodes += 1;
+            if stack.len() > MAX_STACK || memo.len() > MAX_STACK || self.opcodes - start > MAX_OPCODES {
                 return Err(bad("pickle is larger than any backbone's"));
             }
             let op = self.byte()?;
@@ -155,18 +162,18 @@ impl<'a> Reader<'a> {
                 b'}' => stack.push(Value::Dict(Vec::new())),
                 b't' => {
                     let items = pop_mark(&mut stack)?;
-                    stack.push(Value::Seq(items));
+                    stack.push(sequence(items)?);
                 }
                 0x85..=0x87 => {
                     let n = (op - 0x84) as usize;
                     let from = stack.len().checked_sub(n).ok_or_else(|| bad("tuple from a short stack"))?;
                     let items = stack.split_off(from);
-                    stack.push(Value::Seq(items));
+                    stack.push(sequence(items)?);
                 }
                 b'e' | b'a' => {
                     let items = if op == b'e' { pop_mark(&mut stack)? } else { vec![pop(&mut stack)?] };
                     match stack.last_mut() {
-                        Some(Value::Seq(list)) => list.extend(items),
+                        Some(Value::Seq(list)) if items.iter().all(|v| v.depth() < MAX_DEPTH) => list.extend(items),
                         _ => return Err(bad("append to something that is no list")),
                     }
                 }
@@ -229,6 +236,24 @@ fn memoised(value: Value) -> Value {
     match value {
         Value::Dict(_) => Value::Dict(Vec::new()),
         other => other,
+    }
+}
+
+/// A tuple, unless it nests too deeply.
+fn sequence(items: Vec<Value>) -> Result<Value, NetError> {
+    if items.iter().any(|v| v.depth() >= MAX_DEPTH) {
+        return Err(bad("pickle nests deeper than any backbone's"));
+    }
+    Ok(Value::Seq(items))
+}
+
+impl Value {
+    /// Levels of nested sequences; at most [`MAX_DEPTH`], since nothing deeper is ever built.
+    fn depth(&self) -> usize {
+        match self {
+            Self::Seq(items) => 1 + items.iter().map(Self::depth).max().unwrap_or(0),
+            _ => 0,
+        }
     }
 }
 
@@ -314,7 +339,7 @@ fn gather(storage: &[f32], offset: usize, size: &[usize], stride: &[usize]) -> O
 /// # Errors
 /// [`NetError::Format`] names what is wrong and where; no allocation exceeds a small multiple of `bytes`.
 pub fn read(bytes: &[u8]) -> Result<Vec<(String, RawTensor)>, NetError> {
-    let mut r = Reader { bytes, at: 0, storages: HashMap::new() };
+    let mut r = Reader { bytes, at: 0, opcodes: 0, storages: HashMap::new() };
     if !matches!(r.pickle()?, Value::Magic) {
         return Err(bad("wrong magic: not torch's legacy container"));
     }
@@ -346,12 +371,17 @@ pub fn read(bytes: &[u8]) -> Result<Vec<(String, RawTensor)>, NetError> {
     }
 
     let mut out = Vec::new();
+    let mut total = 0usize;
     for (name, value) in entries {
         let (Value::Text(name), Value::Tensor { storage, offset, size, stride }) = (name, value) else {
             return Err(bad("state dict entry is no named tensor"));
         };
         let Some(values) = storages.get(&storage) else { continue };
         let data = gather(values, offset, &size, &stride).ok_or_else(|| bad(format!("tensor {name} reaches outside its storage")))?;
+        total += data.len();
+        if total > bytes.len() {
+            return Err(bad("tensors share storages so that they outgrow the file"));
+        }
         out.push((name, RawTensor { data, shape: size }));
     }
     Ok(out)

@@ -60,19 +60,18 @@ pub fn find_file(folder: &Path, extension: &str) -> PathBuf {
     panic!("no .{extension} file below {}", folder.display());
 }
 
-/// Path of a binary of this workspace, built in the profile of the running test if it is not there.
+/// Path of a binary of this workspace, built up to date in the profile of the running test.
 pub fn binary(package: &str) -> PathBuf {
-    static BUILT: OnceLock<std::sync::Mutex<Vec<String>>> = OnceLock::new();
-    let mut built = BUILT.get_or_init(Default::default).lock().expect("no test panics while building");
+    static BUILT: OnceLock<()> = OnceLock::new();
     let target = std::env::current_exe().expect("test binary");
     let profile = target.ancestors().find(|p| p.ends_with("deps")).and_then(Path::parent).expect("target folder");
-    if !built.iter().any(|b| b == package) {
+    BUILT.get_or_init(|| {
+        // the whole workspace, as `make build` does: another selection would compile other features
         let release: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let status = Command::new(cargo).args(["build", "-p", package]).args(release).current_dir(root()).status();
-        assert!(status.is_ok_and(|s| s.success()), "cargo build -p {package} failed");
-        built.push(package.to_owned());
-    }
+        let status = Command::new(cargo).args(["build", "--workspace"]).args(release).current_dir(root()).status();
+        assert!(status.is_ok_and(|s| s.success()), "cargo build --workspace failed");
+    });
     profile.join(package)
 }
 

@@ -59,6 +59,33 @@ pub struct Run {
     folder: PathBuf,
 }
 
+/// What the run saw before its first step, through the run it was started from.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Earlier {
+    /// Crops seen by the earlier run.
+    pub crops: u64,
+}
+
+impl Earlier {
+    const FILE: &str = "earlier.toml";
+
+    /// What a run folder says; `None` if the run started from fresh weights.
+    ///
+    /// # Errors
+    /// If the file is malformed.
+    pub fn open(folder: &Path) -> Result<Option<Self>, TrainError> {
+        let path = folder.join(Self::FILE);
+        let Ok(text) = std::fs::read_to_string(&path) else { return Ok(None) };
+        toml::from_str(&text).map(Some).map_err(|e| TrainError::data(path.display().to_string(), e.to_string()))
+    }
+
+    fn save(&self, folder: &Path) -> Result<(), TrainError> {
+        let path = folder.join(Self::FILE);
+        let text = toml::to_string(self).map_err(|e| TrainError::data(Self::FILE, e.to_string()))?;
+        std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))
+    }
+}
+
 /// How errors at the measured layer count: statistics of the teacher's features there, and channel weights.
 struct Measure {
     mean: Tensor,
@@ -100,7 +127,15 @@ impl Run {
         let mut run = Self { recipe, net, teacher, step: 0, adam, measure, folder: folder.into() };
         let saved = checkpoint(folder);
         match (saved.exists(), resume) {
-            (true, true) => run.restore(&saved, device)?,
+            (true, true) => {
+                let path = folder.join("recipe.toml");
+                if Recipe::open(&path)? != run.recipe {
+                    let why = "is of another recipe than the one given; use that one, or another --run folder";
+                    return Err(TrainError::data(path.display().to_string(), why));
+                }
+                run.restore(&saved, device)?;
+                run.forget_later_lines()?;
+            }
             (true, false) => {
                 let why = "holds a run already; use --resume to go on with it, or another --run folder";
                 return Err(TrainError::data(folder.display().to_string(), why));
@@ -112,6 +147,15 @@ impl Run {
             }
         }
         Ok(run)
+    }
+
+    /// Drops log lines of steps that the checkpoint does not know: they will be done again.
+    fn forget_later_lines(&self) -> Result<(), TrainError> {
+        let path = self.folder.join("log.jsonl");
+        let Ok(text) = std::fs::read_to_string(&path) else { return Ok(()) };
+        let known = |line: &&str| serde_json::from_str::<LogLine>(line).is_ok_and(|l| l.step <= self.step);
+        let kept: String = text.lines().filter(known).flat_map(|l| [l, "\n"]).collect();
+        std::fs::write(&path, kept).map_err(|e| TrainError::io(&path, e))
     }
 
     fn restore(&mut self, path: &Path, device: Device) -> Result<(), TrainError> {
@@ -164,6 +208,15 @@ impl Run {
             return Err(TrainError::data(path.display().to_string(), "holds nothing that fits this recipe"));
         }
         self.adam.restart_average();
+        let earlier = Recipe::open(&folder.join("recipe.toml"))?;
+        let steps = state.get("step", &[1])?.double_value(&[0]) as u64;
+        Earlier { crops: steps * earlier.batch as u64 }.save(&self.folder)?;
+        for name in ["recipe.toml", "curve.jsonl"] {
+            if folder.join(name).exists() {
+                let to = self.folder.join(format!("stage1-{name}"));
+                std::fs::copy(folder.join(name), &to).map_err(|e| TrainError::io(&to, e))?;
+            }
+        }
         Ok(taken)
     }
 

@@ -13,7 +13,7 @@ use isthmus_trainer::distill::Run;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
-use isthmus_trainer::{crops, curves, export, import, local, quick};
+use isthmus_trainer::{crops, curves, distill, export, import, local, quick};
 use tch::Device;
 
 /// Side of the evaluation crops: that of the Lite0 teacher.
@@ -121,8 +121,8 @@ enum Command {
         /// Go on from the checkpoint in the run folder.
         #[arg(long)]
         resume: bool,
-        /// Start from the weights of this other run, as far as they fit.
-        #[arg(long, conflicts_with = "resume")]
+        /// Start from the weights of this other run, as far as they fit (a resumed run has them already).
+        #[arg(long)]
         warm_start: Option<PathBuf>,
         /// Stop after this step instead of the recipe's last.
         #[arg(long)]
@@ -173,7 +173,7 @@ fn main() -> Result<()> {
             let watched = watched(&cli.third_party, side)?;
             let until = until.unwrap_or(recipe.steps);
             let mut active = Run::open(recipe, run, teacher, device, resume)?;
-            if let Some(other) = warm_start {
+            if let Some(other) = warm_start.as_ref().filter(|_| active.step == 0) {
                 let taken = active.warm_start(other, device)?;
                 println!("{taken} tensors taken from {}", other.display());
             }
@@ -234,14 +234,20 @@ fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path
     let teacher = Backbone::open(recipe.backbone, &path, Device::Cpu).context("run `make setup` first")?;
     let side = recipe.backbone.input_size();
     let held_out = crops::held_out(&photos::load(&cli.third_party, &[Set::HeldOut])?, side)?;
-    let command = format!("trainer distill --recipe bundles/{0}/recipe.toml --run runs/{0}", recipe.name);
     let backbone_sha256 = photos::sha256(&std::fs::read(&path)?);
+    let earlier = distill::Earlier::open(run)?;
+    let stage = |recipe: &str, rest: &str| format!("trainer distill --recipe {recipe} --run runs/{rest}");
+    let command = match &earlier {
+        None => stage("recipe.toml", "a"),
+        Some(_) => format!("{}; {}", stage("stage1-recipe.toml", "a"), stage("recipe.toml", "b --warm-start runs/a")),
+    };
     let mut active = Run::open(recipe, run, teacher, Device::Cpu, true)?;
     let manifest = active.with_average(|r| {
-        let point = quick::score(r, &held_out)?;
+        let mut point = quick::score(r, &held_out)?;
+        point.crops += earlier.as_ref().map_or(0, |e| e.crops);
         export::bundle(r, &point, &export::Origin { version, command: &command, backbone_sha256 }, out)
     })?;
-    for name in ["recipe.toml", "log.jsonl", "curve.jsonl"] {
+    for name in ["recipe.toml", "log.jsonl", "curve.jsonl", "stage1-recipe.toml", "stage1-curve.jsonl"] {
         if run.join(name).exists() {
             std::fs::copy(run.join(name), out.join(name)).with_context(|| name.to_owned())?;
         }

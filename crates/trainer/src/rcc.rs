@@ -8,7 +8,9 @@ const COMPRESSED: u16 = 1;
 const DIRECTORY: u16 = 2;
 const ZSTD: u16 = 4;
 const MAX_DEPTH: usize = 32;
-const MAX_FILE: u64 = 256 << 20;
+const MAX_NAME: usize = 255;
+const MAX_FILE: u64 = 64 << 20;
+const MAX_TOTAL: usize = 1 << 30;
 
 struct Archive<'a> {
     bytes: &'a [u8],
@@ -40,6 +42,9 @@ impl Archive<'_> {
     fn name(&self, offset: usize) -> Result<String, TrainError> {
         let at = self.names + offset;
         let units = self.u16(at)? as usize;
+        if units > MAX_NAME {
+            return Err(bad("file name is too long"));
+        }
         let raw = self.slice(at + 6, units * 2)?;
         let wide: Vec<u16> = raw.chunks_exact(2).map(|c| u16::from_be_bytes([c[0], c[1]])).collect();
         String::from_utf16(&wide).map_err(|_| bad("file name is not UTF-16"))
@@ -58,7 +63,7 @@ pub fn files(bytes: &[u8], wanted: impl Fn(&str) -> bool) -> Result<Vec<(String,
     a.node_size = if a.u32(4)? >= 2 { 22 } else { 14 };
     (a.tree, a.data, a.names) = (a.u32(8)?, a.u32(12)?, a.u32(16)?);
     let mut out = Vec::new();
-    let mut visited = 0usize;
+    let (mut visited, mut total) = (0usize, 0usize);
     let mut pending = vec![(0usize, String::new(), 0usize)];
     while let Some((index, parent, depth)) = pending.pop() {
         visited += 1;
@@ -71,8 +76,8 @@ pub fn files(bytes: &[u8], wanted: impl Fn(&str) -> bool) -> Result<Vec<(String,
         let path = if parent.is_empty() { name } else { format!("{parent}/{name}") };
         if flags & DIRECTORY != 0 {
             let (count, first) = (a.u32(at + 6)?, a.u32(at + 10)?);
-            if count > bytes.len() {
-                return Err(bad("directory claims more entries than the file has bytes"));
+            if count.saturating_mul(a.node_size) > bytes.len() {
+                return Err(bad("directory claims more entries than the file holds"));
             }
             pending.extend((first..first + count).rev().map(|child| (child, path.clone(), depth + 1)));
             continue;
@@ -90,6 +95,10 @@ pub fn files(bytes: &[u8], wanted: impl Fn(&str) -> bool) -> Result<Vec<(String,
             let stream = raw.get(4..).ok_or_else(|| bad("compressed file without length"))?;
             let inflated = flate2::read::ZlibDecoder::new(stream).take(MAX_FILE).read_to_end(&mut content);
             inflated.map_err(|e| bad(&format!("{path}: {e}")))?;
+            total += content.len();
+            if content.len() as u64 == MAX_FILE || total > MAX_TOTAL {
+                return Err(bad("unpacks to more than the limit"));
+            }
             content
         } else {
             raw.to_vec()

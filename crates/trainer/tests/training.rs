@@ -113,6 +113,11 @@ fn the_split_is_frozen_and_disjoint() {
     let count = |set| entries.iter().filter(|e| e.set == set).count();
     assert_eq!((count(Set::Demo), count(Set::HeldOut), count(Set::Labelled), count(Set::Train)), (20, 59, 64, 196));
     let third = root().join("third_party");
+    if !third.join("gcompris-qt-data").exists() {
+        assert!(std::env::var_os("CI").is_none(), "the photo packages are missing: run `make photos`");
+        eprintln!("SKIPPED: the photos on disk against the frozen split (the Debian packages are missing; `make photos` fetches them)");
+        return;
+    }
     let again = photos::split(&photos::find(&third, None).unwrap()).unwrap();
     assert!(again == entries, "`trainer fetch --freeze` gives another split than the committed one");
 }

@@ -36,7 +36,7 @@ fn photos(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &EncodingArgs, ask: &AskArgs) -> Result<bool> {
-    ensure!(pace.fps.is_finite() && pace.fps > 0.0 && pace.fps <= 10_000.0, "--fps must be above 0 and at most 10000");
+    ensure!((0.001..=10_000.0).contains(&pace.fps), "--fps must be between 0.001 and 10000");
     let files = photos(folder)?;
     let (mut encoder, quality) = super::encoder(encoding)?;
     let mut client = Client::connect(&super::endpoint(server)?).await?;
