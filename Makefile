@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 CARGO ?= cargo
 PYTHON ?= python3
+# libtorch threads that spin while waiting stall each other when cores are shared
+export OMP_WAIT_POLICY ?= PASSIVE
 RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
 
 .PHONY: demo test lint bench train setup build photos fuzz clean help
@@ -43,7 +45,7 @@ demo: photos-if-possible ## 20 ImageNet photos through the real client and serve
 	@$(PYTHON) setup/demo.py
 
 test: photos-if-possible ## all tests
-	$(CARGO) test --release --workspace
+	ISTHMUS_BINARIES=built $(CARGO) test --release --workspace
 
 lint: ## formatting, clippy, dependency policy
 	$(CARGO) fmt --all --check

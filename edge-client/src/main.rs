@@ -28,7 +28,7 @@ enum Command {
         #[command(flatten)]
         encoding: EncodingArgs,
         /// Send the files as they are and let the server run the whole network (no bundle needed).
-        #[arg(long)]
+        #[arg(long, conflicts_with = "quality")]
         whole_image: bool,
         #[command(flatten)]
         ask: AskArgs,
@@ -44,7 +44,7 @@ enum Command {
         #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
         window: u16,
         /// Go through the folder this many times.
-        #[arg(long, default_value_t = 1)]
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
         repeat: u32,
         #[command(flatten)]
         server: ServerArgs,
@@ -117,9 +117,9 @@ struct EncodingArgs {
     /// Quality level, from 1 (fewest bytes); default: the middle one.
     #[arg(long)]
     quality: Option<u8>,
-    /// Threads of the encoder.
-    #[arg(long, default_value_t = 1)]
-    threads: usize,
+    /// Threads of the encoder, 1 to 256.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: u16,
 }
 
 #[derive(Args)]
@@ -130,10 +130,10 @@ struct AskArgs {
     /// Labels per photo.
     #[arg(long, default_value_t = 3)]
     top_k: u32,
-    /// Time limit per photo, from sending to answer.
+    /// Time limit per photo, from sending to answer, such as 500ms or 2s (1ms to 1h).
     #[arg(long, default_value = "10s", value_parser = parse_deadline)]
     deadline: Duration,
-    /// Print JSON lines (also when the output is no terminal).
+    /// Print JSON lines; the default when the output is a pipe or file.
     #[arg(long)]
     json: bool,
 }

@@ -80,12 +80,37 @@ impl Cli {
     }
 }
 
+/// libtorch's OpenMP threads spin while they wait for each other; where other processes want the same cores, one
+/// call then takes seconds instead of milliseconds. The policy is read when the library is loaded, so the process
+/// starts itself once more with it set. Setting OMP_WAIT_POLICY yourself wins.
+fn wait_passively() -> std::io::Result<()> {
+    use std::os::unix::process::CommandExt;
+    if std::env::var_os("OMP_WAIT_POLICY").is_some() {
+        return Ok(());
+    }
+    let mut args = std::env::args_os();
+    let name = args.next().unwrap_or_default();
+    Err(std::process::Command::new(std::env::current_exe()?).arg0(name).args(args).env("OMP_WAIT_POLICY", "PASSIVE").exec())
+}
+
+fn main() -> std::process::ExitCode {
+    let done = wait_passively().map_err(anyhow::Error::from).and_then(|()| run());
+    match done {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("offload-server: {e:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
 #[tokio::main]
-async fn main() -> Result<()> {
+async fn run() -> Result<()> {
     let (config, print) = Cli::parse().config()?;
     if print {
-        print!("{}", toml::to_string(&config).context("configuration")?);
-        return Ok(());
+        use std::io::Write;
+        let text = toml::to_string(&config).context("configuration")?;
+        return Ok(std::io::stdout().write_all(text.as_bytes())?);
     }
     telemetry::install_logs(config.log_format);
     let metrics = telemetry::install_metrics()?;

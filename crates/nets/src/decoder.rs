@@ -114,7 +114,8 @@ impl Decoder {
         for b in &self.blocks {
             let y = leaky(x.apply(&b.reduce));
             let y = leaky(y.apply(&b.mix));
-            x += y.apply(&b.expand);
+            // out of place: the gradient of the convolutions needs x as it was
+            x = &x + y.apply(&b.expand);
         }
         let out = leaky(x).apply(&self.output);
         if self.upsample == 1 { out } else { out.pixel_shuffle(self.upsample) }

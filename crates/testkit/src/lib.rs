@@ -67,6 +67,9 @@ pub fn binary(package: &str) -> PathBuf {
     let profile = target.ancestors().find(|p| p.ends_with("deps")).and_then(Path::parent).expect("target folder");
     BUILT.get_or_init(|| {
         // the whole workspace, as `make build` does: another selection would compile other features
+        if std::env::var_os("ISTHMUS_BINARIES").is_some_and(|v| v == "built") {
+            return; // `make test` has just built them
+        }
         let release: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let status = Command::new(cargo).args(["build", "--workspace"]).args(release).current_dir(root()).status();

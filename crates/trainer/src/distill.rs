@@ -310,7 +310,7 @@ impl Run {
             if r.rebuild_weight > 0.0 && r.split() != r.measure() {
                 let elements = (target.numel() as i64 / pixels.size()[0]) as f64;
                 let own = (&passed.rebuilt - self.net.decoder.normalise(&layer)).square().mean_dim(over.as_slice(), false, Kind::Float);
-                error += own * (elements * r.rebuild_weight);
+                error = &error + own * (elements * r.rebuild_weight);
             }
             let lambda = lambdas.index_select(0, &level) * r.ramp_at(self.step);
             let mut loss = &error + lambda * &passed.bits;
@@ -321,7 +321,7 @@ impl Run {
                 let got = self.teacher.tail(&got, r.measure());
                 let kl = kl(&wanted, &got.log_softmax(-1, Kind::Float));
                 kl_value = kl.mean(Kind::Float).double_value(&[]);
-                loss += kl * kl_weight;
+                loss = &loss + kl * kl_weight;
             }
             let loss = (loss * balance.index_select(0, &level)).mean(Kind::Float);
             self.adam.zero_grad();

@@ -15,7 +15,7 @@ pub fn encode(file: &Path, output: Option<PathBuf>, encoding: &EncodingArgs) -> 
     let encoded = encoder.encode(&super::read(file)?, quality).with_context(|| file.display().to_string())?;
     let stem = file.file_stem().unwrap_or_default();
     let path = output.unwrap_or_else(|| PathBuf::from(stem).with_extension("isth"));
-    std::fs::write(&path, &encoded.container).map_err(|source| ClientError::Io { path: path.clone(), source })?;
+    std::fs::write(&path, &encoded.container).map_err(|cause| ClientError::Io { path: path.clone(), cause })?;
     let line = json!({
         "file": file.display().to_string(), "container": path.display().to_string(),
         "bytes": encoded.container.len(), "quality": quality, "encode": encoded.timing,

@@ -22,12 +22,12 @@ pub fn endpoint(args: &ServerArgs) -> Result<Endpoint, ClientError> {
 
 /// The encoder and the quality level to use.
 pub fn encoder(args: &EncodingArgs) -> Result<(Encoder, u8), ClientError> {
-    let encoder = Encoder::new(open_bundle(&args.bundle)?, args.threads)?;
+    let encoder = Encoder::new(open_bundle(&args.bundle)?, args.threads.into())?;
     let quality = args.quality.unwrap_or_else(|| encoder.default_quality());
     encoder.bundle().tables.level(quality)?;
     Ok((encoder, quality))
 }
 
 pub fn read(path: &Path) -> Result<Vec<u8>, ClientError> {
-    std::fs::read(path).map_err(|source| ClientError::Io { path: path.into(), source })
+    std::fs::read(path).map_err(|cause| ClientError::Io { path: path.into(), cause })
 }

@@ -64,20 +64,32 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
                 match (encoded, sender.as_mut()) {
                     (Ok(encoded), Some(open)) => {
                         let bytes = encoded.container.len();
-                        let id = open.send(Payload::Bitstream(encoded.container.into())).await?;
-                        under_way.insert(id, Sent { file: name, bytes, timing: encoded.timing });
+                        match open.send(Payload::Bitstream(encoded.container.into())).await {
+                            Ok(id) => {
+                                under_way.insert(id, Sent { file: name, bytes, timing: encoded.timing });
+                            }
+                            // the receiving half tells why the stream has ended
+                            Err(e) => {
+                                printer.print(&Line::failed(name, &e))?;
+                                sender = None;
+                            }
+                        }
                     }
                     (Err(e), _) => printer.print(&Line::failed(name, &e))?,
                     (Ok(_), None) => {}
                 }
             }
-            answer = receiver.next() => match answer? {
-                Some(answer) => print(&mut printer, &mut under_way, answer, quality)?,
-                None => break,
+            answer = receiver.next() => match answer {
+                Ok(Some(answer)) => print(&mut printer, &mut under_way, answer, quality)?,
+                Ok(None) => break,
+                Err(error) => {
+                    give_up(&mut printer, under_way, &error)?;
+                    return Err(error.into());
+                }
             },
             _ = &mut interrupted => {
-                printer.finish();
-                eprintln!("edge-client: interrupted; {} photos were under way", receiver.pending());
+                give_up(&mut printer, under_way, &ClientError::Usage("interrupted before the answer came".into()))?;
+                eprintln!("edge-client: interrupted");
                 return Ok(false);
             }
         }
@@ -87,6 +99,17 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
         println!("{total} photos, {} failed", printer.failures);
     }
     Ok(printer.failures == 0)
+}
+
+/// Every photo that was sent gets its line, answered or not.
+fn give_up(printer: &mut Printer, under_way: HashMap<u64, Sent>, error: &ClientError) -> Result<()> {
+    let mut left: Vec<(u64, Sent)> = under_way.into_iter().collect();
+    left.sort_by_key(|(id, _)| *id);
+    for (_, sent) in left {
+        printer.print(&Line::failed(sent.file, error))?;
+    }
+    printer.finish();
+    Ok(())
 }
 
 fn print(printer: &mut Printer, under_way: &mut HashMap<u64, Sent>, answer: Answer, quality: u8) -> Result<()> {
