@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 CARGO ?= cargo
 PYTHON ?= python3
-# libtorch threads that spin while waiting stall each other when cores are shared
-export OMP_WAIT_POLICY ?= PASSIVE
+# libtorch threads that spin without bound while waiting stall each other when cores are shared
+export GOMP_SPINCOUNT ?= 20000
 RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
 
 .PHONY: demo test lint bench train setup build photos fuzz clean help

@@ -27,6 +27,9 @@ def spread(values, unit=""):
     return f"{statistics.median(values):8.1f}{unit} [{min(values):.1f}, {max(values):.1f}]"
 
 
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # for both, as the server sets it for itself
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)

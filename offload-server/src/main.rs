@@ -81,20 +81,21 @@ impl Cli {
 }
 
 /// libtorch's OpenMP threads spin while they wait for each other; where other processes want the same cores, one
-/// call then takes seconds instead of milliseconds. The policy is read when the library is loaded, so the process
-/// starts itself once more with it set. Setting OMP_WAIT_POLICY yourself wins.
-fn wait_passively() -> std::io::Result<()> {
+/// call then takes seconds instead of milliseconds. A bounded spin keeps the idle machine's speed (passive waits halve
+/// it). The bound is read when the library is loaded, so the process starts itself once more with it set. Setting
+/// GOMP_SPINCOUNT or OMP_WAIT_POLICY yourself wins.
+fn bound_spinning() -> std::io::Result<()> {
     use std::os::unix::process::CommandExt;
-    if std::env::var_os("OMP_WAIT_POLICY").is_some() {
+    if ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"].iter().any(|v| std::env::var_os(v).is_some()) {
         return Ok(());
     }
     let mut args = std::env::args_os();
     let name = args.next().unwrap_or_default();
-    Err(std::process::Command::new(std::env::current_exe()?).arg0(name).args(args).env("OMP_WAIT_POLICY", "PASSIVE").exec())
+    Err(std::process::Command::new(std::env::current_exe()?).arg0(name).args(args).env("GOMP_SPINCOUNT", "20000").exec())
 }
 
 fn main() -> std::process::ExitCode {
-    let done = wait_passively().map_err(anyhow::Error::from).and_then(|()| run());
+    let done = bound_spinning().map_err(anyhow::Error::from).and_then(|()| run());
     match done {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(e) => {

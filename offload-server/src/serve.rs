@@ -80,8 +80,12 @@ async fn upkeep(metrics: PrometheusHandle, stop: CancellationToken) {
 pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running, ServerError> {
     config.check()?;
     let loading = config.clone();
-    let registry = tokio::task::spawn_blocking(move || Registry::load(&loading));
-    let registry = registry.await.map_err(|e| ServerError::Transport(e.to_string()))??;
+    // a thread of its own that ends: the OpenMP team of a living one would count against the network's, which
+    // then waits passively and takes twice as long
+    let (loaded, registry) = tokio::sync::oneshot::channel();
+    let load = std::thread::Builder::new().name("load".into()).spawn(move || loaded.send(Registry::load(&loading)));
+    load.map_err(|e| ServerError::Transport(e.to_string()))?;
+    let registry = registry.await.map_err(|_| ServerError::Transport("loading ended early".into()))??;
     let bind = |address: SocketAddr| async move {
         let in_use = |e: std::io::Error| ServerError::Transport(format!("cannot listen on {address}: {e}"));
         TcpListener::bind(address).await.map_err(in_use)
