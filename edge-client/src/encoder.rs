@@ -1,7 +1,7 @@
 //! Photo to container: preprocess, encoder network, rounding, entropy coding.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use isthmus_codec::{Bundle, CodecError};
 use isthmus_pixels::Rgb;
@@ -134,9 +134,4 @@ impl Encoder {
         let entropy_us = micros(start);
         Ok(Encoded { container, timing: EncodeTiming { preprocess_us, network_us, entropy_us } })
     }
-}
-
-/// A duration in microseconds, saturating.
-pub fn as_micros(d: Duration) -> u64 {
-    u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
 }

@@ -127,6 +127,7 @@ async fn run() -> Result<()> {
     tokio::select! {
         stopped = running.stop() => stopped?,
         _ = int.recv() => anyhow::bail!("interrupted again: stopped at once"),
+        _ = term.recv() => anyhow::bail!("SIGTERM again: stopped at once"),
     }
     tracing::info!("stopped");
     Ok(())

@@ -1,5 +1,6 @@
 //! Logs and metrics. docs/metrics.md specifies every metric; a test compares it with what is exported.
 
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
@@ -61,7 +62,7 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
 /// Starts logging to standard error; `RUST_LOG` filters (default `info`).
 pub fn install_logs(format: LogFormat) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr);
     // a second call (tests) keeps the first subscriber
     let _ = match format {
         LogFormat::Text => builder.try_init(),

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use image_hasher::{HashAlg, HasherConfig, ImageHash};
+use isthmus_codec::bundle::hex;
+pub use isthmus_codec::bundle::sha256;
 use isthmus_pixels::Rgb;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -159,15 +161,6 @@ pub fn find(third_party: &Path, only: Option<&[Set]>) -> Result<Vec<Found>, Trai
     }
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
-}
-
-fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// SHA-256 of `bytes`, hexadecimal.
-pub fn sha256(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
 }
 
 fn perceptual(rgb: &Rgb) -> Option<ImageHash> {
