@@ -31,11 +31,11 @@ enum Command {
         #[arg(long)]
         graph: Option<PathBuf>,
         /// Encodings timed, after as many to warm up (at most 20).
-        #[arg(long, default_value_t = 60)]
-        rounds: usize,
+        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u16).range(1..))]
+        rounds: u16,
         /// Threads of the encoder.
-        #[arg(long, default_value_t = 1)]
-        threads: usize,
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+        threads: u16,
     },
     /// Keep a server busy with one photo's container; prints JSON.
     Load {
@@ -48,11 +48,11 @@ enum Command {
         #[arg(long, default_value = "bundles/lite0-patch-stem")]
         bundle: PathBuf,
         /// Requests under way at once.
-        #[arg(long, default_value_t = 1)]
-        concurrency: usize,
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+        concurrency: u16,
         /// Requests timed, after a tenth as many to warm up.
-        #[arg(long, default_value_t = 200)]
-        requests: usize,
+        #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..))]
+        requests: u16,
     },
     /// Send photos at every quality level, and as WebP and JPEG, to one server; print bytes and agreement.
     Compare {
@@ -77,15 +77,25 @@ enum Command {
     },
 }
 
+fn main() -> std::process::ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("bench-harness: {e:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<()> {
-    match Cli::parse().command {
+async fn run(command: Command) -> Result<()> {
+    match command {
         Command::Encode { photos, bundle, graph, rounds, threads } => {
-            let timed = timing::encode(&photos, &bundle, graph.as_deref(), rounds, threads)?;
+            let timed = timing::encode(&photos, &bundle, graph.as_deref(), rounds.into(), threads.into())?;
             println!("{}", serde_json::to_string(&timed)?);
         }
         Command::Load { photo, server, bundle, concurrency, requests } => {
-            let load = timing::load(&photo, &server, &bundle, concurrency, requests).await?;
+            let load = timing::load(&photo, &server, &bundle, concurrency.into(), requests.into()).await?;
             println!("{}", serde_json::to_string(&load)?);
         }
         Command::Compare { photos, server, bundle, deadline, short, out } => {

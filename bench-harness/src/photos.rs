@@ -33,7 +33,7 @@ impl PhotoSet {
     /// # Errors
     /// If there are none or one cannot be read.
     pub fn open(folder: &Path, side: u32) -> Result<Self, HarnessError> {
-        let io = |path: &Path, source| HarnessError::Io { path: path.into(), source };
+        let io = |path: &Path, cause| HarnessError::Io { path: path.into(), cause };
         let entries = std::fs::read_dir(folder).map_err(|e| io(folder, e))?;
         let known = |p: &Path| {
             let extension = p.extension().map(|e| e.to_string_lossy().to_lowercase());

@@ -61,10 +61,10 @@ fn at(c: &Comparison, family: &str, agreement: f64) -> Option<f64> {
 /// # Errors
 /// If a file cannot be written.
 pub fn write(c: &Comparison, folder: &Path) -> Result<(), HarnessError> {
-    std::fs::create_dir_all(folder).map_err(|source| HarnessError::Io { path: folder.into(), source })?;
+    std::fs::create_dir_all(folder).map_err(|cause| HarnessError::Io { path: folder.into(), cause })?;
     let save = |name: String, text: String| {
         let path = folder.join(name);
-        std::fs::write(&path, text).map_err(|source| HarnessError::Io { path, source })
+        std::fs::write(&path, text).map_err(|cause| HarnessError::Io { path, cause })
     };
     let json = serde_json::to_string_pretty(c).map_err(|e| HarnessError::data("results", e.to_string()))?;
     save(format!("{}.json", c.set), json)?;

@@ -27,7 +27,7 @@ pub struct EncodeTimes {
 }
 
 fn io(path: &Path) -> impl Fn(std::io::Error) -> HarnessError + '_ {
-    move |source| HarnessError::Io { path: path.into(), source }
+    move |cause| HarnessError::Io { path: path.into(), cause }
 }
 
 fn median(mut values: Vec<u64>) -> u64 {

@@ -16,6 +16,7 @@ use crate::error::chain;
 const MAX_ANSWER: usize = 4 << 20;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const KEEPALIVE: Duration = Duration::from_secs(20);
+const PEM_CERTIFICATE: &[u8] = b"-----BEGIN CERTIFICATE-----";
 
 /// Where the server is and how to trust it.
 #[derive(Debug, Clone)]
@@ -35,6 +36,13 @@ impl Endpoint {
         let uri: Uri = url.parse().map_err(|e| ClientError::Usage(format!("server address {url:?}: {e}")))?;
         if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none() {
             return Err(ClientError::Usage(format!("server address {url:?}: write http://HOST:PORT or https://HOST:PORT")));
+        }
+        let port = uri.authority().and_then(|a| a.as_str().rsplit_once(':')).map(|(_, port)| port).filter(|p| !p.ends_with(']'));
+        if port.is_some_and(|p| p.parse::<u16>().map_or(true, |n| n == 0)) {
+            return Err(ClientError::Usage(format!("server address {url:?}: the port must be 1 to 65535")));
+        }
+        if uri.path_and_query().is_some_and(|p| p.as_str() != "/") {
+            return Err(ClientError::Usage(format!("server address {url:?}: there must be nothing after the port")));
         }
         Ok(Self { uri, ca: None, insecure: false, connect_timeout: CONNECT_TIMEOUT })
     }
@@ -132,6 +140,7 @@ impl Client {
     /// # Errors
     /// [`ClientError::Usage`] for plain HTTP to another machine (unless allowed),
     /// [`ClientError::Connect`] if the server cannot be reached.
+    #[tracing::instrument(level = "debug", skip_all, fields(server = %endpoint.uri), err(level = "debug"))]
     pub async fn connect(endpoint: &Endpoint) -> Result<Self, ClientError> {
         let url = endpoint.uri.to_string();
         let unreachable = |why: String| ClientError::Connect { url: url.clone(), why };
@@ -142,6 +151,9 @@ impl Client {
             .tcp_nodelay(true);
         if endpoint.uri.scheme_str() == Some("https") {
             let tls = match &endpoint.ca {
+                Some(pem) if !pem.windows(PEM_CERTIFICATE.len()).any(|w| w == PEM_CERTIFICATE) => {
+                    return Err(ClientError::Usage("the CA file holds no PEM certificate (-----BEGIN CERTIFICATE-----)".into()));
+                }
                 Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
                 None => ClientTlsConfig::new().with_webpki_roots(),
             };
@@ -153,7 +165,7 @@ impl Client {
         let channel = tokio::time::timeout(endpoint.connect_timeout, channel.connect())
             .await
             .map_err(|_| unreachable(format!("no connection within {:?}", endpoint.connect_timeout)))?
-            .map_err(|e| unreachable(chain(&e)))?;
+            .map_err(|e| unreachable(explained(&chain(&e))))?;
         Ok(Self { inner: OffloadServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER) })
     }
 
@@ -161,6 +173,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError::Server`] or [`ClientError::Deadline`].
+    #[tracing::instrument(level = "debug", skip_all, err(level = "debug"))]
     pub async fn describe(&mut self, bundle: Option<&BundleHash>, deadline: Duration) -> Result<DescribeResponse, ClientError> {
         let bundle_hash = bundle.map(|h| Bytes::copy_from_slice(&h.0)).unwrap_or_default();
         let mut request = tonic::Request::new(DescribeRequest { bundle_hash });
@@ -172,6 +185,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError::Server`] or [`ClientError::Deadline`].
+    #[tracing::instrument(level = "debug", skip_all, fields(bytes = payload.len()), err(level = "debug"))]
     pub async fn infer(&mut self, payload: Payload, options: &InferOptions) -> Result<InferResponse, ClientError> {
         let mut request = tonic::Request::new(options.request(0, payload));
         request.set_timeout(options.deadline);
@@ -192,4 +206,22 @@ async fn within<T>(deadline: Duration, call: impl Future<Output = Result<tonic::
         Ok(Err(status)) if status.code() == tonic::Code::Cancelled && start.elapsed() >= deadline => Err(ClientError::Deadline(deadline)),
         Ok(answer) => Ok(answer?.into_inner()),
     }
+}
+
+/// Adds what to do to the transport's own words.
+fn explained(why: &str) -> String {
+    let hint = if why.contains("InvalidContentType") {
+        "the server does not speak TLS there; use http://"
+    } else if why.contains("UnknownIssuer") {
+        "its certificate is not signed by a CA that is trusted here; name the right one with --ca"
+    } else if why.contains("NotValidForName") {
+        "its certificate is for another host name"
+    } else if why.contains("Connection refused") {
+        "nothing listens there; is the server running, and is the port right?"
+    } else if why.contains("dns error") {
+        "the host name is unknown"
+    } else {
+        return why.to_owned();
+    };
+    format!("{hint} ({why})")
 }

@@ -17,7 +17,7 @@ pub fn open_bundle(folder: &Path) -> Result<Bundle, ClientError> {
     let read = |name: &str| std::fs::read(folder.join(name));
     if !folder.is_dir() {
         return Err(ClientError::Usage(format!(
-            "{} is no bundle folder; --bundle names one, for example bundles/lite0-patch-stem",
+            "{} is no bundle folder; name one with --bundle or ISTHMUS_BUNDLE (the repository has bundles/lite0-patch-stem)",
             folder.display()
         )));
     }
@@ -119,6 +119,7 @@ impl Encoder {
         self.engine.run(pixels)
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(quality), err(level = "debug"))]
     fn encode_from(&mut self, photo: &Rgb, quality: u8, start: Instant) -> Result<Encoded, ClientError> {
         let level = self.bundle.tables.level(quality)?;
         let mut pixels = Vec::new();

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// A file could not be read or written.
-    #[error("{path}: {cause}")]
+    #[error("{path}: {}", because(cause))]
     Io {
         /// The file.
         path: PathBuf,
@@ -36,6 +36,9 @@ pub enum ClientError {
     /// The server answered with an error.
     #[error("server: {} ({:?})", .0.message(), .0.code())]
     Server(#[from] Box<tonic::Status>),
+    /// Something else than an offload-server listens there.
+    #[error("what listens there is no offload-server: {0} (is it the admin port, or a server with TLS that needs https://?)")]
+    NotOffload(String),
     /// Nothing came back in time.
     #[error("no answer within {0:?}")]
     Deadline(std::time::Duration),
@@ -43,7 +46,19 @@ pub enum ClientError {
 
 impl From<tonic::Status> for ClientError {
     fn from(status: tonic::Status) -> Self {
+        // tonic's words for an answer without gRPC status, and for bytes that are not HTTP/2
+        let foreign = ["grpc-status header missing", "invalid compression flag", "http2 error", "connection error"];
+        if foreign.iter().any(|f| status.message().contains(f)) {
+            return Self::NotOffload(status.message().to_owned());
+        }
         Self::Server(Box::new(status))
+    }
+}
+
+fn because(cause: &std::io::Error) -> String {
+    match cause.kind() {
+        std::io::ErrorKind::IsADirectory => "is a folder; name the files in it, or use `edge-client stream FOLDER`".into(),
+        _ => cause.to_string(),
     }
 }
 

@@ -2,13 +2,17 @@
 
 mod commands;
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::fmt::format::FmtSpan;
 
 /// Sends photos to an offload-server as small bitstreams and prints what they show.
+///
+/// ISTHMUS_LOG=debug logs every step and its time to standard error.
 #[derive(Parser)]
 #[command(version, about)]
 struct Cli {
@@ -91,7 +95,7 @@ const DEFAULT_BUNDLE: &str = "bundles/lite0-patch-stem";
 
 /// A duration such as 500ms or 2s, at most an hour.
 fn parse_deadline(text: &str) -> Result<Duration, String> {
-    let limit = humantime::parse_duration(text).map_err(|e| e.to_string())?;
+    let limit = humantime::parse_duration(text).map_err(|_| "write a number and a unit, such as 500ms or 2s")?;
     let sensible = Duration::from_millis(1)..=Duration::from_secs(3600);
     if sensible.contains(&limit) { Ok(limit) } else { Err("between 1ms and 1h".into()) }
 }
@@ -138,8 +142,22 @@ struct AskArgs {
     json: bool,
 }
 
+/// Logs to standard error, if `ISTHMUS_LOG` names a level (error, warn, info, debug, trace).
+fn install_logs() {
+    let level = std::env::var("ISTHMUS_LOG").ok().and_then(|l| l.parse::<tracing::Level>().ok());
+    if let Some(level) = level {
+        tracing_subscriber::fmt()
+            .with_max_level(level)
+            .with_span_events(FmtSpan::CLOSE)
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_writer(std::io::stderr)
+            .init();
+    }
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    install_logs();
     let run = || -> anyhow::Result<bool> {
         // one thread: a device has better uses for the others, and the encoder has its own pool
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -161,6 +179,8 @@ fn main() -> ExitCode {
     match run() {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
+        // whoever read the output has seen enough
+        Err(e) if e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("edge-client: {e:#}");
             ExitCode::FAILURE

@@ -159,12 +159,30 @@ fn wrong_uses_get_a_clear_error() {
     assert!(error(&["classify", &photo, "--server", "http://127.0.0.1:1"]).contains("127.0.0.1:1"));
     assert!(error(&["classify", &photo, "--server", "ftp://x"]).contains("http://HOST:PORT"));
     assert!(error(&["classify", &photo, "--server", "http://192.0.2.1:9"]).contains("--insecure"));
+    assert!(error(&["classify", &photo, "--server", "http://127.0.0.1:99999"]).contains("1 to 65535"));
+    assert!(error(&["classify", &photo, "--server", "http://127.0.0.1:50051/v2"]).contains("nothing after the port"));
+    assert!(error(&["classify", &photo, "--server", "http://127.0.0.1:1"]).contains("nothing listens there"));
+    let no_pem = ["classify", &photo, "--server", "https://127.0.0.1:1", "--ca", &photo];
+    assert!(error(&no_pem).contains("no PEM certificate"));
+    assert!(error(&["encode", root().to_str().unwrap()]).contains("is a folder"));
     assert!(error(&["encode", &photo, "--quality", "99"]).contains("levels 1 to"));
     assert!(error(&["encode", &photo, "--bundle", "/nonexistent"]).contains("/nonexistent"));
     assert!(error(&["classify", &photo, "--deadline", "soon"]).contains("deadline"));
     assert!(error(&["stream", "/nonexistent"]).contains("/nonexistent"));
     assert!(error(&["inspect", &photo]).contains("magic"));
     assert!(error(&["classify"]).contains("FILES"));
+}
+
+/// The right machine but the wrong port or scheme: the answer names the likely mistake.
+#[test]
+fn servers_of_another_kind_are_named() {
+    let server = Server::start(&[]);
+    let photo = demo_photos()[0].to_str().unwrap().to_owned();
+    let error = |url: &str| text(&client(&["classify", &photo, "--server", url]).stderr);
+    let admin = error(&format!("http://{}", server.admin));
+    assert!(admin.contains("no offload-server"), "{admin}");
+    let plain = error(&server.url().replace("http:", "https:"));
+    assert!(plain.contains("use http://"), "{plain}");
 }
 
 #[test]

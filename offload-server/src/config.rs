@@ -40,6 +40,10 @@ pub struct Config {
     pub max_in_flight: usize,
     /// Most requests of one stream under way.
     pub stream_window: usize,
+    /// Most open streams.
+    pub max_streams: usize,
+    /// Most open connections.
+    pub max_connections: usize,
     /// Largest request message in bytes.
     pub max_request_bytes: usize,
     /// Deadline of requests that set none, and upper limit of those that do.
@@ -86,6 +90,8 @@ impl Default for Config {
             decode_workers: 0,
             max_in_flight: 128,
             stream_window: 32,
+            max_streams: 256,
+            max_connections: 1024,
             max_request_bytes: 8 << 20,
             max_deadline: Duration::from_secs(30),
             stream_idle: Duration::from_secs(60),
@@ -104,7 +110,7 @@ impl Config {
     /// # Errors
     /// Names the file and the key that is wrong.
     pub fn open(path: &Path) -> Result<Self, ServerError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ServerError::Io { path: path.into(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|cause| ServerError::Io { path: path.into(), cause })?;
         toml::from_str(&text).map_err(|e| ServerError::Config(format!("{}: {e}", path.display())))
     }
 
@@ -123,12 +129,15 @@ impl Config {
         if self.models.is_empty() {
             return bad("models: at least one is needed");
         }
-        let positive = [self.max_batch, self.max_queue, self.max_in_flight, self.stream_window];
+        let positive = [self.max_batch, self.max_queue, self.max_in_flight, self.stream_window, self.max_streams, self.max_connections];
         if positive.contains(&0) || self.max_request_bytes < 1024 {
-            return bad("max_batch, max_queue, max_in_flight and stream_window must be positive, max_request_bytes at least 1024");
+            return bad(
+                "max_batch, max_queue, max_in_flight, stream_window, max_streams and max_connections must be positive, max_request_bytes at least 1024",
+            );
         }
-        let sizes = [self.max_batch, self.max_queue, self.max_in_flight, self.stream_window, self.decode_workers, self.network_threads];
-        if sizes.iter().any(|&n| n > MAX_COUNT) || self.max_request_bytes > MAX_REQUEST_BYTES {
+        if positive.iter().chain([&self.decode_workers, &self.network_threads]).any(|&n| n > MAX_COUNT)
+            || self.max_request_bytes > MAX_REQUEST_BYTES
+        {
             return bad("counts are at most 65536, max_request_bytes at most 256 MiB");
         }
         let limits = [self.max_deadline, self.stream_idle, self.drain_limit];

@@ -13,12 +13,12 @@ pub enum ServerError {
     #[error("configuration: {0}")]
     Config(String),
     /// A file could not be read.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Io {
         /// The file.
         path: PathBuf,
-        /// The cause.
-        source: std::io::Error,
+        /// The cause (not a `source`: its text is in this error's already).
+        cause: std::io::Error,
     },
     /// A network could not be loaded.
     #[error(transparent)]

@@ -8,6 +8,7 @@
 pub mod admin;
 pub mod batcher;
 pub mod config;
+pub mod connections;
 pub mod error;
 pub mod intake;
 pub mod labels;

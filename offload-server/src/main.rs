@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use isthmus_nets::process::{BOUNDED_SPINNING, with_environment};
 use offload_server::{Config, start, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -80,22 +81,8 @@ impl Cli {
     }
 }
 
-/// libtorch's OpenMP threads spin while they wait for each other; where other processes want the same cores, one
-/// call then takes seconds instead of milliseconds. A bounded spin keeps the idle machine's speed (passive waits halve
-/// it). The bound is read when the library is loaded, so the process starts itself once more with it set. Setting
-/// GOMP_SPINCOUNT or OMP_WAIT_POLICY yourself wins.
-fn bound_spinning() -> std::io::Result<()> {
-    use std::os::unix::process::CommandExt;
-    if ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"].iter().any(|v| std::env::var_os(v).is_some()) {
-        return Ok(());
-    }
-    let mut args = std::env::args_os();
-    let name = args.next().unwrap_or_default();
-    Err(std::process::Command::new(std::env::current_exe()?).arg0(name).args(args).env("GOMP_SPINCOUNT", "20000").exec())
-}
-
 fn main() -> std::process::ExitCode {
-    let done = bound_spinning().map_err(anyhow::Error::from).and_then(|()| run());
+    let done = with_environment(&[BOUNDED_SPINNING]).map_err(anyhow::Error::from).and_then(|()| run());
     match done {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(e) => {

@@ -39,7 +39,7 @@ pub struct Model {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, ServerError> {
-    std::fs::read(path).map_err(|source| ServerError::Io { path: path.into(), source })
+    std::fs::read(path).map_err(|cause| ServerError::Io { path: path.into(), cause })
 }
 
 impl Model {

@@ -41,6 +41,10 @@ pub struct Registry {
 }
 
 fn open_bundle(folder: &Path) -> Result<Bundle, ServerError> {
+    if !folder.is_dir() {
+        let why = "is no bundle folder; name one with --bundle or in `bundles` (the repository has bundles/lite0-patch-stem)";
+        return Err(ServerError::Config(format!("{} {why}", folder.display())));
+    }
     let bundle = Bundle::load(|name| std::fs::read(folder.join(name)), |name| name.starts_with("decoder"));
     bundle.map_err(|e| ServerError::Config(format!("{}: {e}", folder.display())))
 }
@@ -54,6 +58,9 @@ impl Registry {
         let device = parse_device(&config.device).map_err(ServerError::Config)?;
         tch::set_num_threads(config.network_threads() as i32);
         let bundles = config.bundles.iter().map(|p| open_bundle(p)).collect::<Result<Vec<_>, _>>()?;
+        if bundles.is_empty() {
+            tracing::warn!("bundles is empty: only whole images will be answered");
+        }
         let labels = labels::open(&config.backbones.join("labels.json"), CLASSES as usize)?;
         let mut models = Vec::new();
         for name in &config.models {

@@ -1,6 +1,7 @@
 //! Brings the parts together: listeners, health, reflection, shutdown.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use isthmus_proto::offload_v1::offload_service_server::OffloadServiceServer;
@@ -8,17 +9,20 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tower::limit::GlobalConcurrencyLimitLayer;
+use tower::util::MapResponseLayer;
 
 use crate::registry::Registry;
 use crate::service::Service;
-use crate::{Config, ServerError, admin};
+use crate::{Config, ServerError, admin, connections, telemetry};
 
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const MAX_STREAMS: u32 = 64;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 const MAX_HEADERS: u32 = 16 << 10;
+/// Calls beside the requests in flight: health, Describe, reflection.
+const SPARE_CALLS: usize = 16;
 
 /// A started server.
 pub struct Running {
@@ -61,8 +65,13 @@ impl Running {
     }
 }
 
-fn read(path: &std::path::Path) -> Result<Vec<u8>, ServerError> {
-    std::fs::read(path).map_err(|source| ServerError::Io { path: path.into(), source })
+/// A PEM file that holds something of the wanted kind.
+fn pem(path: &Path, kind: &str) -> Result<String, ServerError> {
+    let text = std::fs::read_to_string(path).map_err(|cause| ServerError::Io { path: path.into(), cause })?;
+    if text.lines().any(|l| l.starts_with("-----BEGIN ") && l.contains(kind)) {
+        return Ok(text);
+    }
+    Err(ServerError::Config(format!("{} holds no PEM {kind} (a line -----BEGIN ... {kind}-----)", path.display())))
 }
 
 /// Histograms collect samples until someone drains them; nobody may ever scrape.
@@ -118,10 +127,15 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         // until the response starts, so uploads that stall end too; streams have their own limits
         .timeout(config.max_deadline)
         .max_concurrent_streams(MAX_STREAMS)
+        // counted before a message is read, so that half-sent ones are bounded too; refused with RESOURCE_EXHAUSTED
+        .load_shed(true)
         .http2_max_header_list_size(MAX_HEADERS)
-        .tcp_nodelay(true);
+        .tcp_nodelay(true)
+        .layer(MapResponseLayer::new(telemetry::call_ended))
+        .layer(GlobalConcurrencyLimitLayer::new(config.max_in_flight + SPARE_CALLS));
     if let (Some(cert), Some(key)) = (&config.tls_cert, &config.tls_key) {
-        let tls = ServerTlsConfig::new().identity(Identity::from_pem(read(cert)?, read(key)?));
+        let (cert, key) = (pem(cert, "CERTIFICATE")?, pem(key, "PRIVATE KEY")?);
+        let tls = ServerTlsConfig::new().identity(Identity::from_pem(cert, key));
         server = server.tls_config(tls).map_err(|e| ServerError::Config(format!("tls_cert, tls_key: {e}")))?;
     }
     let router = server.add_service(health_service).add_service(reflection).add_service(offload);
@@ -131,7 +145,7 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         // balancers look away before connections close
         health.set_not_serving::<OffloadServiceServer<Service>>().await;
     };
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = connections::at_most(config.max_connections, listener);
     let served = tokio::spawn(async move {
         let served = router.serve_with_incoming_shutdown(incoming, shutdown).await;
         served.map_err(|e| ServerError::Transport(e.to_string()))

@@ -39,6 +39,7 @@ struct Shared {
     intake: Intake,
     in_flight: Arc<Semaphore>,
     max_in_flight: usize,
+    streams: Arc<Semaphore>,
     draining: CancellationToken,
     window: usize,
     max_deadline: Duration,
@@ -53,6 +54,7 @@ impl Service {
             intake: Intake::new(config.decode_workers()),
             in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
             max_in_flight: config.max_in_flight,
+            streams: Arc::new(Semaphore::new(config.max_streams)),
             draining,
             window: config.stream_window,
             max_deadline: config.max_deadline,
@@ -213,8 +215,14 @@ impl OffloadService for Service {
     type InferStreamStream = ReceiverStream<Result<InferStreamResponse, Status>>;
 
     async fn infer_stream(&self, request: Request<Streaming<InferRequest>>) -> Result<Response<Self::InferStreamStream>, Status> {
+        let place = self.shared.streams.clone().try_acquire_owned();
+        let place = place.map_err(|_| ServerError::Busy("too many streams are open"))?;
         let (answers, outgoing) = mpsc::channel(self.shared.window);
-        tokio::spawn(pump(self.shared.clone(), request.into_inner(), answers));
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            pump(shared, request.into_inner(), answers).await;
+            drop(place);
+        });
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 }

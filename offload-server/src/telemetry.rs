@@ -55,7 +55,10 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
     describe_histogram!("isthmus_queue_seconds", "Waiting for the decode pool and the batch");
     describe_histogram!("isthmus_batch_size", "Requests computed together");
     describe_histogram!("isthmus_network_seconds", "A batch in the network, by stage");
+    describe_counter!("isthmus_failed_calls_total", "Calls that ended with an error before any message was sent, by gRPC code");
+    describe_counter!("isthmus_connections_refused_total", "Connections closed at once because too many were open");
     describe_gauge!("isthmus_in_flight", "Requests between arrival and answer");
+    counter!("isthmus_connections_refused_total").increment(0);
     Ok(handle)
 }
 
@@ -68,6 +71,19 @@ pub fn install_logs(format: LogFormat) {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().try_init(),
     };
+}
+
+/// Counts calls that the transport refused (too large a message, too many calls, too late) as well as those that
+/// failed here: both end with a status and no message.
+pub(crate) fn call_ended<B>(response: http::Response<B>) -> http::Response<B> {
+    if let Some(status) = tonic::Status::from_header_map(response.headers()).filter(|s| s.code() != tonic::Code::Ok) {
+        counter!("isthmus_failed_calls_total", "code" => format!("{:?}", status.code())).increment(1);
+    }
+    response
+}
+
+pub(crate) fn connection_refused() {
+    counter!("isthmus_connections_refused_total").increment(1);
 }
 
 pub(crate) fn dropped(reason: &'static str) {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use common::{assert_healthy, client, code_of, options, sample};
-use edge_client::{ClientError, InferOptions, Payload};
+use edge_client::{Client, ClientError, Endpoint, InferOptions, Payload};
 use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
 use isthmus_proto::offload_v1::{InferRequest, infer_request};
 use isthmus_testkit::Server;
@@ -182,7 +182,8 @@ async fn images_of_every_kind_of_wrong() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_that_stop_or_never_read() {
-    let server = Server::start(&[]);
+    // small batches: the memory in question is that of what waits, not of the network at work
+    let server = Server::start(&["--max-batch", "1"]);
     let mut good_client = client(&server).await;
     let (good, photo) = sample();
 
@@ -218,10 +219,44 @@ async fn streams_that_stop_or_never_read() {
     let _ = tokio::time::timeout(Duration::from_secs(6), flood).await;
     let grown = server.process.memory_kb("VmRSS").saturating_sub(before);
     assert!(accepted < 2000, "the server went on reading: {accepted} requests");
-    assert!(grown < 400_000, "memory grew by {grown} kB");
+    assert!(grown < 250_000, "memory grew by {grown} kB");
     assert_healthy(&mut good_client, &good).await;
     drop(answers);
     assert_healthy(&mut good_client, &good).await;
+}
+
+/// Connections, streams and half-sent messages are bounded, and what the transport refuses is counted.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_streams_and_uploads_are_bounded() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("server.toml");
+    std::fs::write(&config, "max_connections = 3\nmax_streams = 1\nmax_request_bytes = 100000\n").unwrap();
+    let server = Server::start(&["--config", config.to_str().unwrap()]);
+    let mut first = client(&server).await;
+    let (good, _) = sample();
+
+    let (_send, requests) = tokio::sync::mpsc::channel(1);
+    let stream = first.raw().infer_stream(ReceiverStream::new(requests)).await.unwrap();
+    let (_send, requests) = tokio::sync::mpsc::channel(1);
+    let refused = first.raw().infer_stream(ReceiverStream::new(requests)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+    drop(stream);
+
+    let (code, message) = code_of(&mut first, image(vec![0; 200_000])).await;
+    assert!(code == Code::OutOfRange && message.contains("100000"), "{code:?} {message}");
+    assert!(server.metrics().contains("isthmus_failed_calls_total{code=\"OutOfRange\"} 1"));
+
+    let second = client(&server).await;
+    let third = client(&server).await;
+    let endpoint = Endpoint::new(&server.url()).unwrap().with_connect_timeout(Duration::from_secs(5));
+    let fourth = async {
+        let mut client = Client::connect(&endpoint).await?;
+        client.infer(bitstream(good.to_vec()), &options()).await
+    };
+    assert!(fourth.await.is_err());
+    assert!(!server.metrics().contains("isthmus_connections_refused_total 0"));
+    drop((second, third));
+    assert_healthy(&mut first, &good).await;
 }
 
 /// A stream on which nothing moves ends with a status, as does one with a message that is too large; requests

@@ -189,7 +189,7 @@ impl Conv {
 }
 
 fn relu6(x: Tensor) -> Tensor {
-    x.clamp(0.0, 6.0)
+    x.relu6()
 }
 
 struct Block {

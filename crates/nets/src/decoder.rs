@@ -108,6 +108,11 @@ impl Decoder {
         features * self.std.view([1, -1, 1, 1]) + self.mean.view([1, -1, 1, 1])
     }
 
+    /// Positions of the rebuilt layer per position of the latent, each way.
+    pub fn upsample(&self) -> i64 {
+        self.upsample
+    }
+
     /// De-quantised, gain-corrected latent (N, 48, h, w) to the rebuilt layer (N, C, H, W), normalised.
     pub fn forward_normalised(&self, latent: &Tensor) -> Tensor {
         let mut x = leaky(latent.apply(&self.input));

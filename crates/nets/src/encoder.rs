@@ -203,4 +203,12 @@ impl Encoder {
     pub fn forward(&self, pixels: &Tensor) -> Tensor {
         run(&self.layers, pixels)
     }
+
+    /// The last layer, where it is a plain projection, and what it projects for `pixels`.
+    pub fn projection(&self, pixels: &Tensor) -> Option<(&nn::Conv2D, Tensor)> {
+        match self.layers.split_last() {
+            Some((Layer::Conv(last), trunk)) => Some((last, run(trunk, pixels))),
+            _ => None,
+        }
+    }
 }

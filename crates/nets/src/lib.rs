@@ -11,6 +11,7 @@ pub mod device;
 pub mod encoder;
 pub mod error;
 pub mod prior;
+pub mod process;
 pub mod pth;
 pub mod weights;
 

@@ -96,11 +96,13 @@ impl Adam {
         });
     }
 
-    /// Starts the moving average anew from the current weights.
-    pub fn restart_average(&mut self) {
+    /// Starts anew from the current weights: moments and moving average.
+    pub fn restart(&mut self) {
+        self.steps = 0;
         tch::no_grad(|| {
             for s in &mut self.slots {
                 s.average.copy_(&s.variable);
+                let _ = (s.first.zero_(), s.second.zero_());
             }
         });
     }

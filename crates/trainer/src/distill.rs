@@ -15,13 +15,17 @@ use tch::{Device, Kind, Tensor};
 
 use crate::adam::Adam;
 use crate::error::TrainError;
+use crate::history::History;
 use crate::loader;
 use crate::pack::Pack;
 use crate::recipe::Recipe;
+use crate::wake::Waker;
 
 /// Crops from which the features' statistics and Fisher weights are estimated.
 const CALIBRATION_BATCHES: u64 = 24;
 const LOG_EVERY: u64 = 20;
+/// How far a step moves the logarithm of a level's lambda, per logarithm of bytes off target.
+const STEERING: f64 = 0.01;
 
 /// One line of a run's log.
 #[derive(Debug, Serialize, Deserialize)]
@@ -56,34 +60,8 @@ pub struct Run {
     pub step: u64,
     adam: Adam,
     measure: Measure,
+    lambdas: Vec<f64>,
     folder: PathBuf,
-}
-
-/// What the run saw before its first step, through the run it was started from.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Earlier {
-    /// Crops seen by the earlier run.
-    pub crops: u64,
-}
-
-impl Earlier {
-    const FILE: &str = "earlier.toml";
-
-    /// What a run folder says; `None` if the run started from fresh weights.
-    ///
-    /// # Errors
-    /// If the file is malformed.
-    pub fn open(folder: &Path) -> Result<Option<Self>, TrainError> {
-        let path = folder.join(Self::FILE);
-        let Ok(text) = std::fs::read_to_string(&path) else { return Ok(None) };
-        toml::from_str(&text).map(Some).map_err(|e| TrainError::data(path.display().to_string(), e.to_string()))
-    }
-
-    fn save(&self, folder: &Path) -> Result<(), TrainError> {
-        let path = folder.join(Self::FILE);
-        let text = toml::to_string(self).map_err(|e| TrainError::data(Self::FILE, e.to_string()))?;
-        std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))
-    }
 }
 
 /// How errors at the measured layer count: statistics of the teacher's features there, and channel weights.
@@ -124,7 +102,8 @@ impl Run {
         let adam = Adam::new(&net.vs, recipe.ema, (&["prior", "gain", "inverse"], 2.5));
         let channels = recipe.backbone.layer_shape(recipe.measure()).map_or(1, |s| s[0]);
         let measure = Measure::new(channels, device);
-        let mut run = Self { recipe, net, teacher, step: 0, adam, measure, folder: folder.into() };
+        let lambdas = recipe.lambdas.clone();
+        let mut run = Self { recipe, net, teacher, step: 0, adam, measure, lambdas, folder: folder.into() };
         let saved = checkpoint(folder);
         match (saved.exists(), resume) {
             (true, true) => {
@@ -167,6 +146,10 @@ impl Run {
         for (name, tensor) in self.measure.parts() {
             *tensor = state.get(&format!("measure/{name}"), &tensor.size())?;
         }
+        if self.recipe.target_bytes.is_some() {
+            let saved = state.get("lambdas", &[self.lambdas.len() as i64])?;
+            self.lambdas = Vec::<f32>::try_from(saved)?.into_iter().map(f64::from).collect();
+        }
         self.step = state.get("step", &[1])?.double_value(&[0]) as u64;
         self.adam.restore(&state, "adam/")
     }
@@ -182,6 +165,8 @@ impl Run {
         for (name, tensor) in [("mean", &m.mean), ("std", &m.std), ("weights", &m.weights)] {
             tensors.push((format!("measure/{name}"), tensor.shallow_clone()));
         }
+        let lambdas: Vec<f32> = self.lambdas.iter().map(|&l| l as f32).collect();
+        tensors.push(("lambdas".into(), Tensor::from_slice(&lambdas)));
         tensors.push(("step".into(), Tensor::from_slice(&[self.step as f32])));
         let bytes = to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)))?;
         let path = checkpoint(&self.folder);
@@ -207,16 +192,10 @@ impl Run {
         if taken == 0 {
             return Err(TrainError::data(path.display().to_string(), "holds nothing that fits this recipe"));
         }
-        self.adam.restart_average();
+        self.adam.restart();
         let earlier = Recipe::open(&folder.join("recipe.toml"))?;
         let steps = state.get("step", &[1])?.double_value(&[0]) as u64;
-        Earlier { crops: steps * earlier.batch as u64 }.save(&self.folder)?;
-        for name in ["recipe.toml", "curve.jsonl"] {
-            if folder.join(name).exists() {
-                let to = self.folder.join(format!("stage1-{name}"));
-                std::fs::copy(folder.join(name), &to).map_err(|e| TrainError::io(&to, e))?;
-            }
-        }
+        History::inherit(folder, &self.folder, steps, steps * earlier.batch as u64)?;
         Ok(taken)
     }
 
@@ -267,6 +246,39 @@ impl Run {
         Ok(())
     }
 
+    /// Starts dead channels anew, if the recipe asks for it; returns how many.
+    fn wake(&mut self, pack: &Pack) -> Result<usize, TrainError> {
+        let r = &self.recipe;
+        if r.wake_channels == 0 {
+            return Ok(0);
+        }
+        let batches = (0..CALIBRATION_BATCHES).map(|i| {
+            let seen = u64::MAX - CALIBRATION_BATCHES - i;
+            let batch = loader::make(pack, r.batch, r.backbone.input_size(), r.lambdas.len() as i64, r.seed, seen)?;
+            Ok(self.batch_tensors(&batch).0)
+        });
+        let waker = Waker { net: &self.net, teacher: &self.teacher, split: r.split() };
+        let woken = waker.wake(r.wake_channels, batches)?;
+        self.adam.restart();
+        Ok(woken)
+    }
+
+    /// Moves each level's lambda against its distance from the target, given this step's mean bytes per level.
+    /// Kept in single precision, as the checkpoint has it, so that a resumed run goes on alike.
+    fn steer(&mut self, levels: &[i64], bits: &[f32]) {
+        let Some(targets) = &self.recipe.target_bytes else { return };
+        if self.recipe.ramp_at(self.step) < 1.0 {
+            return;
+        }
+        for (l, (lambda, target)) in self.lambdas.iter_mut().zip(targets).enumerate() {
+            let of_level: Vec<f64> = levels.iter().zip(bits).filter(|(v, _)| **v == l as i64).map(|(_, b)| f64::from(*b) / 8.0).collect();
+            let bytes = of_level.iter().sum::<f64>() / of_level.len() as f64;
+            if bytes.is_finite() && bytes > 0.0 {
+                *lambda = f64::from((*lambda * (bytes / target).powf(STEERING)) as f32);
+            }
+        }
+    }
+
     /// Trains to the recipe's last step; `every` and `evaluate` report along the way.
     ///
     /// # Errors
@@ -281,11 +293,15 @@ impl Run {
         let r = self.recipe.clone();
         if self.step == 0 {
             self.calibrate(&pack)?;
+            let woken = self.wake(&pack)?;
+            if woken > 0 {
+                eprintln!("{woken} dead channels started anew");
+            }
         }
         let levels = r.lambdas.len() as i64;
         let device = self.net.vs.device();
         let as_tensor = |v: &[f64]| Tensor::from_slice(v).to_kind(Kind::Float).to_device(device);
-        let (lambdas, balance) = (as_tensor(&r.lambdas), as_tensor(&r.level_weights()));
+        let balance = as_tensor(&r.level_weights());
         let batches = loader::start(pack, r.batch, r.backbone.input_size(), levels, r.seed, self.step);
         let log_path = self.folder.join("log.jsonl");
         let mut log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path).map_err(|e| TrainError::io(&log_path, e))?;
@@ -312,7 +328,7 @@ impl Run {
                 let own = (&passed.rebuilt - self.net.decoder.normalise(&layer)).square().mean_dim(over.as_slice(), false, Kind::Float);
                 error = &error + own * (elements * r.rebuild_weight);
             }
-            let lambda = lambdas.index_select(0, &level) * r.ramp_at(self.step);
+            let lambda = as_tensor(&self.lambdas).index_select(0, &level) * r.ramp_at(self.step);
             let mut loss = &error + lambda * &passed.bits;
             let kl_weight = r.kl_at(self.step);
             let mut kl_value = 0.0;
@@ -332,7 +348,9 @@ impl Run {
             }
             self.step += 1;
             bar.set_position(self.step);
-            totals.add(&batch.levels, &difference, &passed.bits, kl_value)?;
+            let bits = Vec::<f32>::try_from(passed.bits.detach())?;
+            self.steer(&batch.levels, &bits);
+            totals.add(&batch.levels, &difference, &bits, kl_value)?;
 
             if self.step.is_multiple_of(LOG_EVERY) {
                 let seconds = since.elapsed().as_secs_f64();
@@ -414,12 +432,11 @@ impl Totals {
         Self { error: zero.clone(), bytes: zero.clone(), count: zero, kl: 0.0, steps: 0.0, waited: 0.0 }
     }
 
-    fn add(&mut self, levels: &[i64], difference: &Tensor, bits: &Tensor, kl: f64) -> Result<(), TrainError> {
+    fn add(&mut self, levels: &[i64], difference: &Tensor, bits: &[f32], kl: f64) -> Result<(), TrainError> {
         let error = Vec::<f32>::try_from(difference.detach().mean_dim([1i64, 2, 3].as_slice(), false, Kind::Float))?;
-        let bits = Vec::<f32>::try_from(bits.detach())?;
         for ((&l, e), b) in levels.iter().zip(error).zip(bits) {
             self.error[l as usize] += f64::from(e);
-            self.bytes[l as usize] += f64::from(b) / 8.0;
+            self.bytes[l as usize] += f64::from(*b) / 8.0;
             self.count[l as usize] += 1.0;
         }
         self.kl += kl;

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     /// A file could not be read or written.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Io {
         /// The file.
         path: PathBuf,
-        /// The cause.
-        source: std::io::Error,
+        /// The cause (not a `source`: its text is in this error's already).
+        cause: std::io::Error,
     },
     /// Some input is not what it should be.
     #[error("{what}: {why}")]
@@ -25,7 +25,7 @@ pub enum TrainError {
     #[error(transparent)]
     Net(#[from] isthmus_nets::NetError),
     /// libtorch.
-    #[error("libtorch: {0}")]
+    #[error(transparent)]
     Torch(#[from] tch::TchError),
     /// Codec.
     #[error(transparent)]
@@ -42,7 +42,7 @@ impl TrainError {
     }
 
     /// A [`TrainError::Io`].
-    pub fn io(path: &Path, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+    pub fn io(path: &Path, cause: std::io::Error) -> Self {
+        Self::Io { path: path.into(), cause }
     }
 }

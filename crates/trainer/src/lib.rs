@@ -6,6 +6,7 @@ pub mod curves;
 pub mod distill;
 pub mod error;
 pub mod export;
+pub mod history;
 pub mod import;
 pub mod loader;
 pub mod local;
@@ -15,6 +16,7 @@ pub mod photos;
 pub mod quick;
 pub mod rcc;
 pub mod recipe;
+pub mod wake;
 
 /// Appends `value` as one JSON line to `path`.
 ///

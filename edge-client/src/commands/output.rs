@@ -17,17 +17,29 @@ pub struct Line {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quality: Option<u8>,
     /// Payload bytes: the container, or the image file.
-    pub bytes: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<usize>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub labels: Vec<LabelLine>,
-    /// Milliseconds: encoding, everything between the machines, server.
-    pub encode_ms: f64,
-    pub wire_ms: f64,
-    pub server_ms: f64,
+    #[serde(flatten)]
+    pub times: Option<Times>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub encode: Option<EncodeTiming>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server: Option<ServerTiming>,
+}
+
+/// Milliseconds: encoding, everything between the machines, server.
+#[derive(Debug, Serialize)]
+pub struct Times {
+    pub encode_ms: f64,
+    pub wire_ms: f64,
+    pub server_ms: f64,
+}
+
+/// To the microsecond.
+fn milliseconds(ms: f64) -> f64 {
+    (ms * 1e3).round() / 1e3
 }
 
 #[derive(Debug, Serialize)]
@@ -65,11 +77,13 @@ impl Line {
             file,
             error: None,
             quality,
-            bytes,
+            bytes: Some(bytes),
             labels,
-            encode_ms: encode.map_or(0.0, |e| e.total_us() as f64 / 1e3),
-            wire_ms: (round_trip.as_secs_f64() * 1e3 - server_ms).max(0.0),
-            server_ms,
+            times: Some(Times {
+                encode_ms: milliseconds(encode.map_or(0.0, |e| e.total_us() as f64 / 1e3)),
+                wire_ms: milliseconds((round_trip.as_secs_f64() * 1e3 - server_ms).max(0.0)),
+                server_ms: milliseconds(server_ms),
+            }),
             encode,
             server: Some(ServerTiming {
                 decode_us: timing.decode_us,
@@ -119,13 +133,10 @@ fn human(line: &Line) -> String {
         return format!("{}: error: {error}", line.file);
     }
     let labels: Vec<String> = line.labels.iter().map(|l| format!("{} {:.0} %", l.name, l.score * 100.0)).collect();
-    format!(
-        "{}: {}  [{} B; encode {:.1} ms, wire {:.1} ms, server {:.1} ms]",
-        line.file,
-        labels.join(", "),
-        line.bytes,
-        line.encode_ms,
-        line.wire_ms,
-        line.server_ms
-    )
+    let bytes = line.bytes.unwrap_or_default();
+    let times = line
+        .times
+        .as_ref()
+        .map_or_else(String::new, |t| format!("; encode {:.1} ms, wire {:.1} ms, server {:.1} ms", t.encode_ms, t.wire_ms, t.server_ms));
+    format!("{}: {}  [{bytes} B{times}]", line.file, labels.join(", "))
 }

@@ -1,6 +1,7 @@
 //! `stream`: the photos of a folder over one bidirectional stream, at a steady rate.
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -96,7 +97,7 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
     }
     printer.finish();
     if !printer.is_json() {
-        println!("{total} photos, {} failed", printer.failures);
+        writeln!(std::io::stdout(), "{total} photos, {} failed", printer.failures)?;
     }
     Ok(printer.failures == 0)
 }

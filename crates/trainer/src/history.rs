@@ -1,0 +1,124 @@
+//! What a run went through before its first step: the runs that it was started from, one after the other.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::TrainError;
+
+/// Earlier runs, the first one first; kept in the run folder and in the bundle.
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct History {
+    /// One entry per run.
+    #[serde(default)]
+    pub stage: Vec<Stage>,
+}
+
+/// A run that another was started from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage {
+    /// Copy of its recipe, beside this file.
+    pub recipe: String,
+    /// Copy of its learning curve, beside this file.
+    pub curve: String,
+    /// Steps done.
+    pub steps: u64,
+    /// Crops seen.
+    pub crops: u64,
+}
+
+impl History {
+    const FILE: &str = "history.toml";
+
+    /// What a run folder says; empty if the run started from fresh weights.
+    ///
+    /// # Errors
+    /// If the file is malformed.
+    pub fn open(folder: &Path) -> Result<Self, TrainError> {
+        let path = folder.join(Self::FILE);
+        match std::fs::read_to_string(&path) {
+            Ok(text) => toml::from_str(&text).map_err(|e| TrainError::data(path.display().to_string(), e.to_string())),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(e) => Err(TrainError::io(&path, e)),
+        }
+    }
+
+    /// Crops seen before the run's first step.
+    pub fn crops(&self) -> u64 {
+        self.stage.iter().map(|s| s.crops).sum()
+    }
+
+    /// Adds the run in `from` as the last stage, and copies its recipe and curve, and those before, to `to`.
+    ///
+    /// # Errors
+    /// If a file cannot be copied.
+    pub fn inherit(from: &Path, to: &Path, steps: u64, crops: u64) -> Result<(), TrainError> {
+        let mut history = Self::open(from)?;
+        history.copy(from, to)?;
+        let n = history.stage.len() + 1;
+        let stage = Stage { recipe: format!("stage{n}-recipe.toml"), curve: format!("stage{n}-curve.jsonl"), steps, crops };
+        for (name, copy) in [("recipe.toml", &stage.recipe), ("curve.jsonl", &stage.curve)] {
+            copy_if_there(&from.join(name), &to.join(copy))?;
+        }
+        history.stage.push(stage);
+        let text = toml::to_string(&history).map_err(|e| TrainError::data(Self::FILE, e.to_string()))?;
+        let path = to.join(Self::FILE);
+        std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))
+    }
+
+    /// Copies all files of the history.
+    ///
+    /// # Errors
+    /// If a file cannot be copied.
+    pub fn copy(&self, from: &Path, to: &Path) -> Result<(), TrainError> {
+        let files = self.stage.iter().flat_map(|s| [s.recipe.as_str(), s.curve.as_str()]);
+        for name in files.chain([Self::FILE]) {
+            copy_if_there(&from.join(name), &to.join(name))?;
+        }
+        Ok(())
+    }
+
+    /// The commands that make a run with this history, given the files beside it, and `steps` of its own.
+    pub fn commands(&self, steps: u64) -> String {
+        let stages = self.stage.iter().map(|s| (s.recipe.as_str(), s.steps)).chain([("recipe.toml", steps)]);
+        let command = |(i, (recipe, steps)): (usize, (&str, u64))| {
+            let start = if i == 0 { String::new() } else { format!(" --warm-start runs/{i}") };
+            format!("trainer distill --recipe {recipe} --run runs/{}{start} --until {steps}", i + 1)
+        };
+        stages.enumerate().map(command).collect::<Vec<_>>().join("; ")
+    }
+}
+
+fn copy_if_there(from: &Path, to: &Path) -> Result<(), TrainError> {
+    match std::fs::copy(from, to) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(TrainError::io(from, e)),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_started_from_runs_remember_all_of_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        for (name, text) in [("a", "first"), ("b", "second"), ("c", "third")] {
+            std::fs::create_dir(at(name)).unwrap();
+            std::fs::write(at(name).join("recipe.toml"), text).unwrap();
+        }
+        History::inherit(&at("a"), &at("b"), 10, 180).unwrap();
+        History::inherit(&at("b"), &at("c"), 20, 360).unwrap();
+        let history = History::open(&at("c")).unwrap();
+        assert_eq!(history.crops(), 540);
+        assert_eq!(std::fs::read_to_string(at("c").join("stage1-recipe.toml")).unwrap(), "first");
+        assert_eq!(std::fs::read_to_string(at("c").join("stage2-recipe.toml")).unwrap(), "second");
+        let commands: Vec<String> = history.commands(5).split("; ").map(String::from).collect();
+        assert_eq!(commands[0], "trainer distill --recipe stage1-recipe.toml --run runs/1 --until 10");
+        assert_eq!(commands[2], "trainer distill --recipe recipe.toml --run runs/3 --warm-start runs/2 --until 5");
+        assert_eq!(History::open(&at("a")).unwrap().crops(), 0);
+    }
+}
