@@ -51,7 +51,13 @@ lint: ## formatting, clippy, dependency policy
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	$(PYTHON) -m compileall -q setup bench crates/nets/tests/golden
-	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check; else echo "lint: cargo-deny is not installed (cargo install cargo-deny); skipped"; fi
+	@if ! command -v cargo-deny >/dev/null; then \
+	  echo "lint: cargo-deny is not installed (cargo install --locked cargo-deny); dependency policy not checked"; \
+	else \
+	  $(CARGO) deny --log-level error check bans licenses sources || exit 1; \
+	  if $(CARGO) deny fetch db 2>/dev/null; then $(CARGO) deny --log-level error check --disable-fetch advisories; \
+	  else echo "lint: the advisory database (github.com/RustSec/advisory-db) cannot be reached; advisories not checked"; fi; \
+	fi
 
 bench: build photos ## encode time, server throughput, rate (docs/benchmarks says how to read them)
 	$(PYTHON) bench/encode.py
@@ -59,10 +65,12 @@ bench: build photos ## encode time, server throughput, rate (docs/benchmarks say
 	$(PYTHON) bench/server.py
 	$(RELEASE)/trainer evaluate data/eval/held-out data/eval/labelled data/eval/demo
 
-train: photos ## train the default bundle anew (hours), then export it
-	$(RELEASE)/trainer distill --recipe crates/trainer/recipes/patch-stem.toml --run runs/patch-stem --resume
-	$(RELEASE)/trainer distill --recipe crates/trainer/recipes/patch-stem-stage2.toml --run runs/patch-stem-stage2 --warm-start runs/patch-stem --resume
-	$(RELEASE)/trainer export --run runs/patch-stem-stage2 --out runs/bundle
+RECIPES := crates/trainer/recipes/patch-stem
+train: photos ## train the default bundle anew, as the committed one was (hours), then export it to runs/bundle
+	$(RELEASE)/trainer distill --recipe $(RECIPES).toml --run runs/1 --until 3750 --resume
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage2.toml --run runs/2 --warm-start runs/1 --until 2000 --resume
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage3.toml --run runs/3 --warm-start runs/2 --resume
+	$(RELEASE)/trainer export --run runs/3 --out runs/bundle
 
 fuzz: ## run every fuzz target for a minute (needs nightly and cargo-fuzz)
 	cd fuzz && for t in $$($(CARGO) fuzz list); do $(CARGO) +nightly fuzz run $$t -- -max_total_time=60 || exit 1; done
