@@ -10,11 +10,14 @@
 
 #![forbid(unsafe_code)]
 
+pub mod catalogue;
 pub mod codel;
 pub mod config;
 pub mod direction;
+pub mod driver;
 pub mod error;
 pub mod jitter;
+pub mod lateness;
 pub mod loss;
 pub mod rate;
 pub mod trace;
@@ -22,3 +25,4 @@ pub mod trace;
 pub use config::{DirectionConfig, LinkConfig};
 pub use direction::{Direction, Drop, Stats};
 pub use error::LinkError;
+pub use lateness::{Lateness, LatenessSummary};
