@@ -69,8 +69,9 @@ RECIPES := crates/trainer/recipes/patch-stem
 train: photos ## train the default bundle anew, as the committed one was (hours), then export it to runs/bundle
 	$(RELEASE)/trainer distill --recipe $(RECIPES).toml --run runs/1 --until 3750 --resume
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage2.toml --run runs/2 --warm-start runs/1 --until 2000 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage3.toml --run runs/3 --warm-start runs/2 --resume
-	$(RELEASE)/trainer export --run runs/3 --out runs/bundle
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage3.toml --run runs/3 --warm-start runs/2 --until 5500 --resume
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage4.toml --run runs/4 --warm-start runs/3 --resume
+	$(RELEASE)/trainer export --run runs/4 --out runs/bundle
 
 fuzz: ## run every fuzz target for a minute (needs nightly and cargo-fuzz)
 	cd fuzz && for t in $$($(CARGO) fuzz list); do $(CARGO) +nightly fuzz run $$t -- -max_total_time=60 || exit 1; done

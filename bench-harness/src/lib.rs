@@ -10,5 +10,6 @@ pub mod photos;
 pub mod plot;
 pub mod remote;
 pub mod report;
+pub mod run;
 pub mod stats;
 pub mod timing;

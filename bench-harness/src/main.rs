@@ -1,11 +1,12 @@
 //! `bench-harness`: measurements through a real server.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use bench_harness::photos::PhotoSet;
 use bench_harness::remote::Remote;
+use bench_harness::run::{Results, RunConfig, page, tables};
 use bench_harness::{compare, report, timing};
 use clap::{Parser, Subcommand};
 use edge_client::{Client, Encoder, Endpoint, open_bundle};
@@ -54,6 +55,23 @@ enum Command {
         #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..))]
         requests: u16,
     },
+    /// Measure end-to-end latency over emulated links; writes results.json, results.md and report.html.
+    Run {
+        /// Description of the run; configs/quick.toml is a commented sample.
+        config: PathBuf,
+        /// Folder for the results.
+        #[arg(long, default_value = "data/run")]
+        out: PathBuf,
+        /// The offload-server to start (default: beside this program).
+        #[arg(long)]
+        server: Option<PathBuf>,
+    },
+    /// Write results.md and report.html of a finished run anew.
+    Report {
+        /// Folder with results.json.
+        #[arg(default_value = "data/run")]
+        folder: PathBuf,
+    },
     /// Send photos at every quality level, and as WebP and JPEG, to one server; print bytes and agreement.
     Compare {
         /// Folders with photos (and optionally labels.json), one table each.
@@ -98,6 +116,20 @@ async fn run(command: Command) -> Result<()> {
             let load = timing::load(&photo, &server, &bundle, concurrency.into(), requests.into()).await?;
             println!("{}", serde_json::to_string(&load)?);
         }
+        Command::Run { config, out, server } => {
+            let prepared = RunConfig::open(&config)?;
+            let beside = std::env::current_exe()?.with_file_name("offload-server");
+            std::fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
+            let results = bench_harness::run::run(&prepared, &server.unwrap_or(beside)).await?;
+            std::fs::write(out.join("results.json"), serde_json::to_string_pretty(&results)?)?;
+            write_report(&results, &out)?;
+        }
+        Command::Report { folder } => {
+            let path = folder.join("results.json");
+            let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
+            let results: Results = serde_json::from_slice(&text).with_context(|| format!("{}: no results of a run", path.display()))?;
+            write_report(&results, &folder)?;
+        }
         Command::Compare { photos, server, bundle, deadline, short, out } => {
             let mut encoder = Encoder::new(open_bundle(&bundle)?, 1)?;
             let side = encoder.bundle().manifest.input.size;
@@ -115,5 +147,13 @@ async fn run(command: Command) -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+fn write_report(results: &Results, out: &Path) -> Result<()> {
+    let text = tables::markdown(results);
+    std::fs::write(out.join("results.md"), &text)?;
+    std::fs::write(out.join("report.html"), page::html(results)?)?;
+    println!("{text}\nresults and report.html in {}", out.display());
     Ok(())
 }

@@ -35,6 +35,29 @@ impl Axis {
     }
 }
 
+impl Axis {
+    /// Where `value` is between the ends of `range`, from 0 to 1.
+    fn place(&self, range: &std::ops::Range<f64>, value: f64) -> f64 {
+        let scale = |v: f64| if self.log { v.max(1e-9).ln() } else { v };
+        (scale(value) - scale(range.start)) / (scale(range.end) - scale(range.start))
+    }
+}
+
+/// The corner with the fewest of `points` (both coordinates from 0 to 1), where the legend hides least.
+fn emptiest_corner(points: impl Iterator<Item = (f64, f64)> + Clone) -> SeriesLabelPosition {
+    let within = |right: bool, upper: bool| {
+        let inside = |&(x, y): &(f64, f64)| (if right { x > 0.7 } else { x < 0.3 }) && (if upper { y > 0.5 } else { y < 0.5 });
+        points.clone().filter(inside).count()
+    };
+    let corners = [
+        (within(true, false), SeriesLabelPosition::LowerRight),
+        (within(true, true), SeriesLabelPosition::UpperRight),
+        (within(false, true), SeriesLabelPosition::UpperLeft),
+        (within(false, false), SeriesLabelPosition::LowerLeft),
+    ];
+    corners.into_iter().min_by_key(|c| c.0).map_or(SeriesLabelPosition::LowerRight, |c| c.1)
+}
+
 /// A named line with a mark at each point.
 pub struct Line {
     /// Legend entry.
@@ -59,19 +82,28 @@ fn range(values: impl Iterator<Item = f64>, log: bool) -> std::ops::Range<f64> {
 /// Draws a chart to `path`.
 ///
 /// # Errors
-/// The drawing library's message.
+/// The drawing library's message, or the file system's.
 pub fn chart(path: &Path, title: &str, x: &Axis, y: &Axis, lines: &[Line]) -> Result<(), String> {
+    std::fs::write(path, svg(title, x, y, lines)?).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+/// A chart as SVG.
+///
+/// # Errors
+/// The drawing library's message.
+pub fn svg(title: &str, x: &Axis, y: &Axis, lines: &[Line]) -> Result<String, String> {
     let all = || lines.iter().flat_map(|l| l.points.iter().copied());
     let (xs, ys) = (range(all().map(|p| p.0), x.log), range(all().map(|p| p.1), y.log));
+    let legend = emptiest_corner(all().map(|p| (x.place(&xs, p.0), y.place(&ys, p.1))));
     match (x.log, y.log) {
-        (false, false) => draw(path, title, x, y, xs, ys, lines),
-        (true, false) => draw(path, title, x, y, xs.log_scale(), ys, lines),
-        (false, true) => draw(path, title, x, y, xs, ys.log_scale(), lines),
-        (true, true) => draw(path, title, x, y, xs.log_scale(), ys.log_scale(), lines),
+        (false, false) => draw(title, x, y, xs, ys, lines, legend),
+        (true, false) => draw(title, x, y, xs.log_scale(), ys, lines, legend),
+        (false, true) => draw(title, x, y, xs, ys.log_scale(), lines, legend),
+        (true, true) => draw(title, x, y, xs.log_scale(), ys.log_scale(), lines, legend),
     }
 }
 
-fn draw<X, Y>(path: &Path, title: &str, x: &Axis, y: &Axis, xs: X, ys: Y, lines: &[Line]) -> Result<(), String>
+fn draw<X, Y>(title: &str, x: &Axis, y: &Axis, xs: X, ys: Y, lines: &[Line], legend: SeriesLabelPosition) -> Result<String, String>
 where
     X: AsRangedCoord<Value = f64>,
     Y: AsRangedCoord<Value = f64>,
@@ -79,7 +111,8 @@ where
     Y::CoordDescType: ValueFormatter<f64>,
 {
     let fail = |e: &dyn std::fmt::Display| e.to_string();
-    let area = SVGBackend::new(path, SIZE).into_drawing_area();
+    let mut text = String::new();
+    let area = SVGBackend::with_string(&mut text, SIZE).into_drawing_area();
     area.fill(&WHITE).map_err(|e| fail(&e))?;
     let mut chart = ChartBuilder::on(&area)
         .caption(title, ("sans-serif", 20))
@@ -88,7 +121,15 @@ where
         .y_label_area_size(64)
         .build_cartesian_2d(xs, ys)
         .map_err(|e| fail(&e))?;
-    let number = |v: &f64| if v.abs() >= 10.0 { format!("{v:.0}") } else { format!("{v:.2}") };
+    let number = |v: &f64| {
+        if *v == 0.0 {
+            "0".to_owned()
+        } else if v.abs() >= 10.0 {
+            format!("{v:.0}")
+        } else {
+            format!("{v:.2}")
+        }
+    };
     chart
         .configure_mesh()
         .x_desc(&x.label)
@@ -109,10 +150,13 @@ where
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
+        .position(legend)
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.3))
         .draw()
         .map_err(|e| fail(&e))?;
-    area.present().map_err(|e| fail(&e))
+    area.present().map_err(|e| fail(&e))?;
+    drop(chart);
+    drop(area);
+    Ok(text)
 }

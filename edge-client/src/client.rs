@@ -3,11 +3,14 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use hyper_util::rt::TokioIo;
 use isthmus_codec::BundleHash;
 use isthmus_proto::offload_v1::infer_request::Payload as WirePayload;
 use isthmus_proto::offload_v1::offload_service_client::OffloadServiceClient;
 use isthmus_proto::offload_v1::{DescribeRequest, DescribeResponse, InferRequest, InferResponse};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Uri};
+use tower::service_fn;
 
 use crate::ClientError;
 use crate::error::chain;
@@ -142,27 +145,31 @@ impl Client {
     /// [`ClientError::Connect`] if the server cannot be reached.
     #[tracing::instrument(level = "debug", skip_all, fields(server = %endpoint.uri), err(level = "debug"))]
     pub async fn connect(endpoint: &Endpoint) -> Result<Self, ClientError> {
-        let url = endpoint.uri.to_string();
-        let unreachable = |why: String| ClientError::Connect { url: url.clone(), why };
-        let mut channel = Channel::builder(endpoint.uri.clone())
-            .connect_timeout(endpoint.connect_timeout)
-            .http2_keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(KEEPALIVE)
-            .tcp_nodelay(true);
-        if endpoint.uri.scheme_str() == Some("https") {
-            let tls = match &endpoint.ca {
-                Some(pem) if !pem.windows(PEM_CERTIFICATE.len()).any(|w| w == PEM_CERTIFICATE) => {
-                    return Err(ClientError::Usage("the CA file holds no PEM certificate (-----BEGIN CERTIFICATE-----)".into()));
-                }
-                Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
-                None => ClientTlsConfig::new().with_webpki_roots(),
-            };
-            channel = channel.tls_config(tls).map_err(|e| unreachable(chain(&e)))?;
-        } else if !endpoint.is_loopback() && !endpoint.insecure {
-            let why = format!("{url} is not this machine and has no TLS; use https://, or --insecure on a network you trust");
-            return Err(ClientError::Usage(why));
-        }
-        let channel = tokio::time::timeout(endpoint.connect_timeout, channel.connect())
+        Self::over(endpoint, builder(endpoint)?.connect()).await
+    }
+
+    /// Connects through `connector` instead of plain TCP: an emulated link, a proxy, a socket made elsewhere.
+    ///
+    /// # Errors
+    /// As [`Client::connect`], with the connector's errors as [`ClientError::Connect`].
+    pub async fn connect_through<F, S>(endpoint: &Endpoint, connector: impl Fn(Uri) -> F + Send + 'static) -> Result<Self, ClientError>
+    where
+        F: Future<Output = std::io::Result<S>> + Send + 'static,
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let connector = service_fn(move |uri| {
+            let connecting = connector(uri);
+            async move { Ok::<_, std::io::Error>(TokioIo::new(connecting.await?)) }
+        });
+        Self::over(endpoint, builder(endpoint)?.connect_with_connector(connector)).await
+    }
+
+    async fn over(
+        endpoint: &Endpoint,
+        connecting: impl Future<Output = Result<Channel, tonic::transport::Error>>,
+    ) -> Result<Self, ClientError> {
+        let unreachable = |why: String| ClientError::Connect { url: endpoint.uri.to_string(), why };
+        let channel = tokio::time::timeout(endpoint.connect_timeout, connecting)
             .await
             .map_err(|_| unreachable(format!("no connection within {:?}", endpoint.connect_timeout)))?
             .map_err(|e| unreachable(explained(&chain(&e))))?;
@@ -196,6 +203,31 @@ impl Client {
     pub fn raw(&mut self) -> &mut OffloadServiceClient<Channel> {
         &mut self.inner
     }
+}
+
+/// How to reach `endpoint`, not connected yet.
+fn builder(endpoint: &Endpoint) -> Result<tonic::transport::Endpoint, ClientError> {
+    let channel = Channel::builder(endpoint.uri.clone())
+        .connect_timeout(endpoint.connect_timeout)
+        .http2_keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(KEEPALIVE)
+        .tcp_nodelay(true);
+    let url = &endpoint.uri;
+    if url.scheme_str() != Some("https") {
+        if !endpoint.is_loopback() && !endpoint.insecure {
+            let why = format!("{url} is not this machine and has no TLS; use https://, or --insecure on a network you trust");
+            return Err(ClientError::Usage(why));
+        }
+        return Ok(channel);
+    }
+    let tls = match &endpoint.ca {
+        Some(pem) if !pem.windows(PEM_CERTIFICATE.len()).any(|w| w == PEM_CERTIFICATE) => {
+            return Err(ClientError::Usage("the CA file holds no PEM certificate (-----BEGIN CERTIFICATE-----)".into()));
+        }
+        Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
+        None => ClientTlsConfig::new().with_webpki_roots(),
+    };
+    channel.tls_config(tls).map_err(|e| ClientError::Connect { url: url.to_string(), why: chain(&e) })
 }
 
 /// Waits at most `deadline`, whoever notices first that it passed: this timer, tonic's, or the server.

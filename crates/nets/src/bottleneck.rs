@@ -68,14 +68,21 @@ impl Bottleneck {
         Passed { rebuilt: self.decoder.forward_normalised(&latent), bits }
     }
 
-    /// As at run time, with rounding around the medians.
-    pub fn round_pass(&self, pixels: &Tensor, level: &Tensor) -> Passed {
-        let y = self.encoder.forward(pixels) * Self::picked(&self.log_gain, level);
+    /// Medians of all levels (levels, C).
+    pub fn medians(&self) -> Tensor {
         let medians: Vec<Tensor> = (0..self.prior.levels()).map(|l| self.prior.medians(l)).collect();
-        let median = Tensor::stack(&medians, 0).index_select(0, level).view([-1, LATENT_CHANNELS, 1, 1]);
-        let rounded = (&y - &median).round() + median;
-        let bits = self.prior.bits(&rounded, level);
-        let latent = rounded * Self::picked(&self.log_inverse, level);
+        Tensor::stack(&medians, 0)
+    }
+
+    /// As at run time, with rounding around the `medians` (levels, C); no gradient goes further back than the decoder.
+    pub fn round_pass(&self, pixels: &Tensor, level: &Tensor, medians: &Tensor) -> Passed {
+        let (latent, bits) = tch::no_grad(|| {
+            let y = self.encoder.forward(pixels) * Self::picked(&self.log_gain, level);
+            let median = medians.index_select(0, level).view([-1, LATENT_CHANNELS, 1, 1]);
+            let rounded = (&y - &median).round() + median;
+            let bits = self.prior.bits(&rounded, level);
+            (rounded * Self::picked(&self.log_inverse, level), bits)
+        });
         Passed { rebuilt: self.decoder.forward_normalised(&latent), bits }
     }
 

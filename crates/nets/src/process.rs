@@ -15,7 +15,8 @@ pub const KEPT_HEAP: [(&str, &str); 3] =
     [("MALLOC_MMAP_THRESHOLD_", "1073741824"), ("MALLOC_TRIM_THRESHOLD_", "8589934592"), ("MALLOC_TOP_PAD_", "268435456")];
 
 /// Starts the process once more with those of `wanted` that are not set; returns if all are. What the user
-/// sets wins, as does `OMP_WAIT_POLICY` over the spin count.
+/// sets wins, as does `OMP_WAIT_POLICY` over the spin count. Nothing is done where threads are bound to cores: the
+/// second process would inherit the first one's core for all of its threads.
 ///
 /// # Errors
 /// If the program cannot be started again.
@@ -26,7 +27,7 @@ pub fn with_environment(wanted: &[(&str, &str)]) -> std::io::Result<()> {
         .filter(|(name, _)| !set(name) && !(*name == BOUNDED_SPINNING.0 && set("OMP_WAIT_POLICY")))
         .map(|(name, value)| (OsStr::new(name), OsStr::new(value)))
         .collect();
-    if missing.is_empty() {
+    if missing.is_empty() || ["OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY"].into_iter().any(set) {
         return Ok(());
     }
     let mut args = std::env::args_os();

@@ -39,7 +39,8 @@ pub fn plot(run: &Path, out: &Path) -> Result<(), TrainError> {
         name: format!("quality {}", level + 1),
         points: points.iter().map(|p| (p.crops as f64, value(&p.levels[level]))).collect(),
     };
-    let n = points.first().map_or(0, |p| p.photos);
+    // the last run's; earlier ones may have watched others
+    let n = points.last().map_or(0, |p| p.photos);
     type Value = fn(&crate::quick::LevelScore) -> f64;
     let charts: [(&str, Axis, Value); 3] = [
         ("curve-agreement.svg", Axis::linear("top-1 agreement with the teacher"), |l| l.agreement),
@@ -48,7 +49,7 @@ pub fn plot(run: &Path, out: &Path) -> Result<(), TrainError> {
     ];
     for (file, axis, value) in charts {
         let lines: Vec<Line> = (0..levels).map(|l| line(l, &value)).collect();
-        let title = format!("Learning curve, {n} held-out centre crops");
+        let title = format!("Learning curve, {n} held-out centre crops (last run)");
         chart(&out.join(file), &title, &Axis::linear("crops seen"), &axis, &lines).map_err(|e| TrainError::data(file, e))?;
     }
     Ok(())

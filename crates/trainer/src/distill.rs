@@ -302,6 +302,7 @@ impl Run {
         let device = self.net.vs.device();
         let as_tensor = |v: &[f64]| Tensor::from_slice(v).to_kind(Kind::Float).to_device(device);
         let balance = as_tensor(&r.level_weights());
+        let medians = r.decoder_only.then(|| self.net.medians());
         let batches = loader::start(pack, r.batch, r.backbone.input_size(), levels, r.seed, self.step);
         let log_path = self.folder.join("log.jsonl");
         let mut log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path).map_err(|e| TrainError::io(&log_path, e))?;
@@ -317,7 +318,10 @@ impl Run {
 
             let layer = tch::no_grad(|| self.teacher.between(&pixels, Layer::Input, r.split()));
             let target = tch::no_grad(|| self.teacher.between(&layer, r.split(), r.measure()));
-            let passed = self.net.train_pass(&pixels, &level);
+            let passed = match &medians {
+                Some(medians) => self.net.round_pass(&pixels, &level, medians),
+                None => self.net.train_pass(&pixels, &level),
+            };
             let rebuilt = self.net.decoder.denormalise(&passed.rebuilt);
             let got = self.teacher.between(&rebuilt, r.split(), r.measure());
             let difference = self.measure.squared(&target, &got);
@@ -333,9 +337,9 @@ impl Run {
             let kl_weight = r.kl_at(self.step);
             let mut kl_value = 0.0;
             if kl_weight > 0.0 {
-                let wanted = tch::no_grad(|| self.teacher.tail(&target, r.measure()).log_softmax(-1, Kind::Float));
-                let got = self.teacher.tail(&got, r.measure());
-                let kl = kl(&wanted, &got.log_softmax(-1, Kind::Float));
+                let tail = |features: &Tensor| (self.teacher.tail(features, r.measure()) * r.kl_sharpness).log_softmax(-1, Kind::Float);
+                let wanted = tch::no_grad(|| tail(&target));
+                let kl = kl(&wanted, &tail(&got));
                 kl_value = kl.mean(Kind::Float).double_value(&[]);
                 loss = &loss + kl * kl_weight;
             }

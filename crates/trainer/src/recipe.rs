@@ -41,6 +41,9 @@ pub struct Recipe {
     /// Dead latent channels to start anew before the first step (for a run that starts from another).
     #[serde(default, skip_serializing_if = "is_zero")]
     pub wake_channels: usize,
+    /// Train the decoder alone, on latents rounded as at run time; encoder, gains and densities stay.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub decoder_only: bool,
     /// Samples per step.
     pub batch: usize,
     /// Steps in all.
@@ -57,6 +60,10 @@ pub struct Recipe {
     pub kl_from: f64,
     /// Weight of that KL (nats) against the feature error (sum over elements).
     pub kl_weight: f64,
+    /// Both sides' logits are multiplied by this before that KL: above 1 it asks for the teacher's first choice more than
+    /// for its doubts.
+    #[serde(default = "one")]
+    pub kl_sharpness: f64,
     /// Share of the distortion weight that follows the channels' Fisher information (0: plain sum).
     pub fisher: f64,
     /// Loss of level q is weighted by `(lambda_mean / lambda_q)^level_balance`.
@@ -72,6 +79,10 @@ pub struct Recipe {
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "the shape that serde asks for")]
 fn is_zero(n: &usize) -> bool {
     *n == 0
+}
+
+fn one() -> f64 {
+    1.0
 }
 
 impl Recipe {
@@ -93,6 +104,9 @@ impl Recipe {
         }
         if self.target_bytes.as_ref().is_some_and(|t| t.len() != self.lambdas.len() || t.iter().any(|&b| b <= 0.0)) {
             return Err("target_bytes: one positive value per lambda".into());
+        }
+        if self.decoder_only && (self.target_bytes.is_some() || self.wake_channels > 0) {
+            return Err("decoder_only: target_bytes and wake_channels change what it leaves alone; remove them".into());
         }
         let missing = "split_block, measure_block: the backbone has fewer blocks";
         let shape = self.backbone.layer_shape(self.split()).ok_or(missing)?;

@@ -52,7 +52,7 @@ fn power(matrix: &Tensor, power: f64) -> Tensor {
     (&vectors * values.clamp_min(level * 1e-3).pow_tensor_scalar(power).unsqueeze(0)).matmul(&vectors.tr())
 }
 
-/// What [`dead_channels`] starts anew, and from what.
+/// The networks whose dead channels start anew, and the teacher that says what they lack.
 pub struct Waker<'a> {
     /// The networks.
     pub net: &'a Bottleneck,

@@ -60,6 +60,27 @@ fn a_resumed_run_equals_an_uninterrupted_one() {
     }
 }
 
+/// The bitstream must not change under a decoder that is tuned alone.
+#[test]
+fn a_decoder_trained_alone_leaves_the_rest_as_it_was() {
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = tempfile::tempdir().unwrap();
+    let mut r = recipe();
+    (r.decoder_only, r.target_bytes, r.kl_from) = (true, None, 0.0);
+    let mut run = open(r, folder.path(), false);
+    let values = |run: &Run| -> Vec<(String, Tensor)> {
+        let trained = run.net.vs.variables().into_iter().filter(|(_, t)| t.requires_grad());
+        let mut all: Vec<(String, Tensor)> = trained.map(|(name, t)| (name, t.detach().copy())).collect();
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        all
+    };
+    let before = values(&run);
+    run.train(Arc::new(pack()), 2, 100, |_| Ok(())).unwrap();
+    for ((name, old), (_, new)) in before.iter().zip(values(&run)) {
+        assert_eq!(*old == new, !name.starts_with("decoder."), "{name}");
+    }
+}
+
 /// Woken channels carry something, and the decoder's answer stays what it was until it learns to use them.
 #[test]
 fn dead_channels_wake_without_changing_the_answer() {
