@@ -24,7 +24,7 @@ pub fn with_environment(wanted: &[(&str, &str)]) -> std::io::Result<()> {
     let set = |name: &str| std::env::var_os(name).is_some();
     let missing: Vec<(&OsStr, &OsStr)> = wanted
         .iter()
-        .filter(|(name, _)| !set(name) && !(*name == BOUNDED_SPINNING.0 && set("OMP_WAIT_POLICY")))
+        .filter(|(name, _)| !(set(name) || *name == BOUNDED_SPINNING.0 && set("OMP_WAIT_POLICY")))
         .map(|(name, value)| (OsStr::new(name), OsStr::new(value)))
         .collect();
     if missing.is_empty() || ["OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY"].into_iter().any(set) {
