@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use isthmus_nets::process::{BOUNDED_SPINNING, with_environment};
+use isthmus_nets::process::{BOUNDED_SPINNING, REUSED_HEAP, with_environment};
 use offload_server::{Config, start, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -82,7 +82,8 @@ impl Cli {
 }
 
 fn main() -> std::process::ExitCode {
-    let done = with_environment(&[BOUNDED_SPINNING]).map_err(anyhow::Error::from).and_then(|()| run());
+    let wanted = [&[BOUNDED_SPINNING][..], &REUSED_HEAP].concat();
+    let done = with_environment(&wanted).map_err(anyhow::Error::from).and_then(|()| run());
     match done {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(e) => {

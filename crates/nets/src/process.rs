@@ -14,6 +14,11 @@ pub const BOUNDED_SPINNING: (&str, &str) = ("GOMP_SPINCOUNT", "20000");
 pub const KEPT_HEAP: [(&str, &str); 3] =
     [("MALLOC_MMAP_THRESHOLD_", "1073741824"), ("MALLOC_TRIM_THRESHOLD_", "8589934592"), ("MALLOC_TOP_PAD_", "268435456")];
 
+/// The same for a server, which gives back what it has not used for long: at most half a gigabyte is kept. Few arenas, so that
+/// what one thread frees another finds. 8 under way: 77 against 110 photos per second on 2 cores.
+pub const REUSED_HEAP: [(&str, &str); 3] =
+    [("MALLOC_ARENA_MAX", "2"), ("MALLOC_MMAP_THRESHOLD_", "1073741824"), ("MALLOC_TRIM_THRESHOLD_", "536870912")];
+
 /// Starts the process once more with those of `wanted` that are not set; returns if all are. What the user
 /// sets wins, as does `OMP_WAIT_POLICY` over the spin count. Nothing is done where threads are bound to cores: the
 /// second process would inherit the first one's core for all of its threads.
