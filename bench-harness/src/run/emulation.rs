@@ -20,6 +20,9 @@ use crate::run::config::EmulationKind;
 /// Handshake and first request may take this long beside the link's round trips.
 const CONNECT: Duration = Duration::from_secs(20);
 
+/// A server that does not say where it listens within this time has not started.
+const START: Duration = Duration::from_secs(60);
+
 /// A link between this process and servers.
 pub enum Emulation {
     /// Two namespaces; the server runs in one, connections start in the other.
@@ -57,7 +60,11 @@ impl ServerProcess {
         let name = binary.display().to_string();
         let mut child =
             command.spawn().map_err(|e| HarnessError::data(name.clone(), format!("{e}; build it, or name it with --server")))?;
-        let line = child.stdout.take().and_then(|out| BufReader::new(out).lines().next()).and_then(Result::ok);
+        let (send, line) = std::sync::mpsc::channel();
+        let output = child.stdout.take();
+        // a thread of its own: reading has no limit; it ends with the server
+        std::thread::spawn(move || send.send(output.and_then(|out| BufReader::new(out).lines().next()?.ok())));
+        let line = line.recv_timeout(START).ok().flatten();
         let address = line.as_deref().and_then(|l| l.strip_prefix("listening on ")).and_then(|a| a.parse().ok());
         match address {
             Some(address) => Ok(Self { child, address }),

@@ -6,6 +6,8 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::error::LinkError;
+
 /// Longest lateness told apart.
 const CEILING: Duration = Duration::from_secs(60);
 /// A run is invalid if the 99th percentile exceeds this share of the one-way delay.
@@ -30,17 +32,17 @@ pub struct LatenessSummary {
     pub max_us: u64,
 }
 
-impl Default for Lateness {
-    fn default() -> Self {
-        // three digits between 1 us and the ceiling: bounds that the library accepts
-        let histogram = Histogram::new_with_bounds(1, CEILING.as_micros() as u64, 3).or_else(|_| Histogram::new(3));
-        #[allow(clippy::expect_used, reason = "constant arguments within the documented range")]
-        let histogram = histogram.expect("a histogram of three digits");
-        Self { micros: Arc::new(Mutex::new(histogram)) }
-    }
-}
-
 impl Lateness {
+    /// Nothing recorded yet.
+    ///
+    /// # Errors
+    /// If the histogram library refuses the bounds.
+    pub fn new() -> Result<Self, LinkError> {
+        let histogram = Histogram::new_with_bounds(1, CEILING.as_micros() as u64, 3);
+        let histogram = histogram.map_err(|e| LinkError::new("lateness", e.to_string()))?;
+        Ok(Self { micros: Arc::new(Mutex::new(histogram)) })
+    }
+
     /// Notes that something due at `due` was handed over at `now`.
     pub fn record(&self, due: Duration, now: Duration) {
         let late = now.saturating_sub(due).as_micros() as u64;
@@ -63,11 +65,12 @@ impl LatenessSummary {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
     fn a_run_is_valid_while_lateness_is_a_small_share_of_the_delay() {
-        let lateness = Lateness::default();
+        let lateness = Lateness::new().unwrap();
         let ms = Duration::from_millis;
         for i in 0..100 {
             lateness.record(ms(10), ms(10) + Duration::from_micros(i * 10));

@@ -204,11 +204,16 @@ impl Encoder {
         run(&self.layers, pixels)
     }
 
-    /// The last layer, where it is a plain projection, and what it projects for `pixels`.
-    pub fn projection(&self, pixels: &Tensor) -> Option<(&nn::Conv2D, Tensor)> {
-        match self.layers.split_last() {
-            Some((Layer::Conv(last), trunk)) => Some((last, run(trunk, pixels))),
+    /// The last layer, where it is a plain projection.
+    pub fn projection(&self) -> Option<&nn::Conv2D> {
+        match self.layers.last() {
+            Some(Layer::Conv(last)) => Some(last),
             _ => None,
         }
+    }
+
+    /// What the last layer sees for `pixels` (N, 3, H, W).
+    pub fn trunk(&self, pixels: &Tensor) -> Tensor {
+        run(&self.layers[..self.layers.len().saturating_sub(1)], pixels)
     }
 }

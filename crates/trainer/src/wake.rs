@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 
 use isthmus_nets::{Backbone, Bottleneck, Layer};
-use tch::{Kind, Tensor};
+use tch::{Kind, Tensor, nn};
 
 use crate::error::TrainError;
 
@@ -63,6 +63,11 @@ pub struct Waker<'a> {
 }
 
 impl Waker<'_> {
+    fn projection(&self) -> Result<&nn::Conv2D, TrainError> {
+        let last = self.net.encoder.projection();
+        last.ok_or_else(|| TrainError::data("wake_channels", "this encoder does not end in a projection; set it to 0"))
+    }
+
     fn add(&self, sums: &mut Sums, pixels: &Tensor) -> Result<(), TrainError> {
         let top = self.net.prior.levels() - 1;
         let plain = |t: Tensor| t.get(top).view([1, -1, 1, 1]);
@@ -71,10 +76,8 @@ impl Waker<'_> {
         let class = log_p.exp().multinomial(1, true);
         log_p.gather(1, &class, false).sum(Kind::Float).backward();
         tch::no_grad(|| {
-            let Some((_, trunk)) = self.net.encoder.projection(pixels) else {
-                return Err(TrainError::data("wake_channels", "this encoder does not end in a projection; set it to 0"));
-            };
-            let latent = self.net.encoder.forward(pixels);
+            let trunk = self.net.encoder.trunk(pixels);
+            let latent = trunk.apply(self.projection()?);
             let seen = &latent * plain(self.net.gains() * self.net.inverses());
             let decoder = &self.net.decoder;
             let missing = (decoder.normalise(&layer) - decoder.forward_normalised(&seen)).pixel_unshuffle(decoder.upsample());
@@ -134,9 +137,7 @@ impl Waker<'_> {
         let take = directions.narrow(1, 0, dead.len() as i64).tr().matmul(&whiten);
 
         let variables: HashMap<String, Tensor> = self.net.vs.variables();
-        let Some((projection, _)) = self.net.encoder.projection(&Tensor::zeros([1, 3, 8, 8], (Kind::Float, self.net.vs.device()))) else {
-            return Ok(0);
-        };
+        let projection = self.projection()?;
         for (k, &channel) in dead.iter().enumerate() {
             let (c, l) = (channel as i64, lender as i64);
             let row = take.get(k as i64) * deviation[lender];

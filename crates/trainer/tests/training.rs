@@ -97,7 +97,7 @@ fn dead_channels_wake_without_changing_the_answer() {
     // channels 3 to 9 die; the others are spread over several steps
     let dead: Vec<i64> = (3..10).collect();
     let _frozen = tch::no_grad_guard();
-    let (projection, _) = run.net.encoder.projection(&pixels).unwrap();
+    let projection = run.net.encoder.projection().unwrap();
     let _ = projection.ws.shallow_clone().g_mul_scalar_(20.0);
     for &c in &dead {
         let _ = (projection.ws.get(c).zero_(), projection.bs.as_ref().unwrap().get(c).zero_());

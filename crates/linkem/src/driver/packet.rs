@@ -129,7 +129,7 @@ impl PacketLink {
         config.check(folder).map_err(io::Error::other)?;
         let (edge, server) = (Namespace::new("edge")?, Namespace::new("server")?);
         let (near, far) = (device(&edge, EDGE, congestion_control)?, device(&server, SERVER, congestion_control)?);
-        let (start, lateness) = (Instant::now(), Lateness::default());
+        let (start, lateness) = (Instant::now(), Lateness::new().map_err(io::Error::other)?);
         let lane = |direction, seed| {
             let direction = Direction::new(direction, folder, seed).map_err(io::Error::other)?;
             let state = Mutex::new(State { direction, ended: false });

@@ -164,7 +164,7 @@ impl StreamLink {
     /// Names the key that is wrong, or says that no timer could be made.
     pub fn start(config: &LinkConfig, folder: &Path, seed: u64) -> Result<Self, LinkError> {
         config.check(folder)?;
-        let (start, lateness) = (Instant::now(), Lateness::default());
+        let (start, lateness) = (Instant::now(), Lateness::new()?);
         let up = Arc::new(Lane::new(&config.up, folder, seed, start, lateness.clone())?);
         let down = Arc::new(Lane::new(&config.down, folder, !seed, start, lateness)?);
         let mut dispatchers = JoinSet::new();
