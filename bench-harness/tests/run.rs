@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use isthmus_testkit::{binary, bundle, demo_photos, root};
 use serde_json::Value;
@@ -70,7 +71,7 @@ fn strategies_are_measured_over_shaped_streams() {
 #[test]
 fn strategies_are_measured_over_packets() {
     if let Some(why) = linkem::driver::namespace::missing() {
-        eprintln!("SKIPPED: packet-level emulation: {why}");
+        isthmus_testkit::skipped(&format!("packet-level emulation: {why}"));
         return;
     }
     let folder = folder(|run| run.replace("\"stream\"", "\"packet\""));
@@ -93,4 +94,48 @@ fn wrong_descriptions_stop_before_anything_starts() {
     assert!(error(|r| r.replace("webp = [50]", "webp = [200]")).contains("at most 100"));
     assert!(error(|r| r.replace("[1, 4]", "[99]")).contains("levels 1 to"));
     assert!(error(|r| r.replace("\"photos\"", "\"nowhere\"")).contains("nowhere"));
+}
+
+/// Namespaces of the process `pid`, and the processes inside them.
+fn namespaces(pid: u32) -> Vec<(String, Vec<String>)> {
+    let ip = |args: &[&str]| String::from_utf8(Command::new("ip").args(args).output().unwrap().stdout).unwrap();
+    let names = ip(&["netns", "list"]);
+    let ours = names.lines().filter_map(|l| l.split_whitespace().next()).filter(|n| n.starts_with(&format!("isthmus-{pid}-")));
+    ours.map(|n| (n.to_owned(), ip(&["netns", "pids", n]).split_whitespace().map(str::to_owned).collect())).collect()
+}
+
+/// However the harness ends, its namespaces and the server inside go too.
+#[test]
+fn nothing_is_left_after_an_interrupt_or_a_kill() {
+    if let Some(why) = linkem::driver::namespace::missing() {
+        return isthmus_testkit::skipped(&format!("packet-level emulation: {why}"));
+    }
+    for signal in ["-INT", "-KILL"] {
+        let folder = folder(|run| run.replace("\"stream\"", "\"packet\"").replace("rounds = 1", "rounds = 500"));
+        let mut command = Command::new(binary("bench-harness"));
+        command.current_dir(root()).arg("run").arg(folder.path().join("run.toml")).arg("--out").arg(folder.path().join("out"));
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let began = Instant::now();
+        // the link's two namespaces, with the server in one of them
+        let inside = loop {
+            let found = namespaces(child.id());
+            let pids: Vec<String> = found.iter().flat_map(|(_, pids)| pids.clone()).collect();
+            if found.len() == 2 && !pids.is_empty() {
+                break pids;
+            }
+            assert!(began.elapsed() < Duration::from_secs(60) && child.try_wait().unwrap().is_none(), "no server appeared: {found:?}");
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        assert!(!child.wait().unwrap().success());
+        let ended = Instant::now();
+        let left = || {
+            let alive = inside.iter().filter(|pid| Path::new("/proc").join(pid).exists()).count();
+            (namespaces(child.id()), alive)
+        };
+        while left() != (Vec::new(), 0) {
+            assert!(ended.elapsed() < Duration::from_secs(15), "left after {signal}: {:?}", left());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Entropy coding of symbols with asymmetric numeral systems (constriction's `AnsCoder`: 32-bit words,
-//! 64-bit state) under the static integer tables.
+//! 64-bit state) under the integer tables: one per channel, or one of several chosen by earlier symbols.
 //!
-//! A symbol outside its channel's table is an escape: the escape entry, then the number of nibbles of
+//! A symbol outside its table is an escape: the escape entry, then the number of nibbles of
 //! the folded overflow, then these nibbles, least significant first, each uniform over 16. ANS is a
 //! stack, so everything is pushed in reverse and the decoder reads forward. Decoding never trusts the
 //! stream: escapes are bounded and the coder must end exactly empty.
@@ -11,8 +11,10 @@ use constriction::stream::stack::DefaultAnsCoder;
 use constriction::stream::{Decode, Encode};
 
 use crate::CodecError;
+use crate::contexts::Field;
+use crate::distribution::{Distribution, MAX_MAGNITUDE};
 use crate::pmf::PRECISION;
-use crate::tables::{LatentShape, LevelTables, MAX_MAGNITUDE};
+use crate::tables::{LatentShape, LevelTables};
 
 /// Nibbles of the largest escape that a clamped symbol can need.
 const MAX_NIBBLES: usize = 6;
@@ -33,41 +35,95 @@ fn uniform() -> UniformModel<u16, PRECISION> {
     UniformModel::new(16)
 }
 
+fn push(coder: &mut DefaultAnsCoder, distribution: &Distribution, symbol: i32) -> Result<(), CodecError> {
+    let failed = |_| CodecError::BadLatent("a symbol has no code".into());
+    let escape = distribution.escape();
+    let value = i64::from(symbol) - i64::from(distribution.offset);
+    let index = match usize::try_from(value) {
+        Ok(index) if index < escape => index,
+        _ => {
+            let nibble = uniform();
+            let raw = escape_raw(value, escape);
+            let count = escape_nibbles(raw);
+            for n in (0..count).rev() {
+                let digit = (raw >> (4 * n)) as u16 & 0xf;
+                coder.encode_symbol(digit as usize, nibble).map_err(failed)?;
+            }
+            coder.encode_symbol(count, nibble).map_err(failed)?;
+            escape
+        }
+    };
+    coder.encode_symbol(index, distribution.model.as_view()).map_err(failed)
+}
+
+fn pop(coder: &mut DefaultAnsCoder, distribution: &Distribution) -> Result<i32, CodecError> {
+    let garbage = || CodecError::malformed("the payload does not decode");
+    let escape = distribution.escape();
+    let index = coder.decode_symbol(distribution.model.as_view()).map_err(|_| garbage())?;
+    let value = if index < escape {
+        index as i64
+    } else {
+        let nibble = uniform();
+        let count = coder.decode_symbol(nibble).map_err(|_| garbage())?;
+        if count > MAX_NIBBLES {
+            return Err(CodecError::malformed("an escape is longer than any symbol"));
+        }
+        let mut raw = 0i64;
+        for n in 0..count {
+            let digit = coder.decode_symbol(nibble).map_err(|_| garbage())?;
+            raw |= (digit as i64) << (4 * n);
+        }
+        if raw & 1 == 1 { -(raw >> 1) - 1 } else { (raw >> 1) + escape as i64 }
+    };
+    let symbol = value + i64::from(distribution.offset);
+    if symbol.unsigned_abs() > u64::from(MAX_MAGNITUDE.unsigned_abs()) {
+        return Err(CodecError::malformed("a symbol is out of range"));
+    }
+    Ok(symbol as i32)
+}
+
+fn check(symbols: &[i32], level: &LevelTables, shape: LatentShape) -> Result<(), CodecError> {
+    if symbols.len() != shape.symbols() || level.channels.len() != usize::from(shape.channels) || symbols.is_empty() {
+        return Err(CodecError::BadLatent(format!("{} symbols for a latent of {shape}", symbols.len())));
+    }
+    match symbols.iter().find(|s| s.unsigned_abs() > MAX_MAGNITUDE.unsigned_abs()) {
+        Some(symbol) => Err(CodecError::BadLatent(format!("symbol {symbol} is out of range"))),
+        None => Ok(()),
+    }
+}
+
+/// Calls `each` with every symbol and its distribution: channels in coding order, or in reverse with all positions
+/// reversed too.
+fn visit<E>(
+    symbols: &[i32],
+    level: &LevelTables,
+    shape: LatentShape,
+    reverse: bool,
+    mut each: impl FnMut(i32, &Distribution) -> Result<(), E>,
+) -> Result<(), E> {
+    let field = level.field(symbols, shape);
+    let positions = shape.positions();
+    let in_turn: &mut dyn Iterator<Item = &u16> = if reverse { &mut level.order().iter().rev() } else { &mut level.order().iter() };
+    for channel in in_turn.map(|&c| usize::from(c)) {
+        let contexts = &level.channels[channel].contexts;
+        let bins = field.as_ref().filter(|_| !contexts.is_static()).map(|f| f.bins(contexts));
+        let plane = &symbols[channel * positions..][..positions];
+        for i in 0..positions {
+            let at = if reverse { positions - 1 - i } else { i };
+            each(plane[at], &contexts.distributions()[bins.as_ref().map_or(0, |b| b[at])])?;
+        }
+    }
+    Ok(())
+}
+
 /// Codes `symbols` (channel-major). The payload's length is a multiple of 4 bytes.
 ///
 /// # Errors
 /// [`CodecError::BadLatent`] if the number of symbols does not fit `shape` or a symbol is out of range.
 pub fn encode(symbols: &[i32], level: &LevelTables, shape: LatentShape) -> Result<Vec<u8>, CodecError> {
-    if symbols.len() != shape.symbols() || level.channels.len() != usize::from(shape.channels) || symbols.is_empty() {
-        return Err(CodecError::BadLatent(format!("{} symbols for a latent of {shape}", symbols.len())));
-    }
-    let failed = |_| CodecError::BadLatent("a symbol has no code".into());
-    let nibble = uniform();
+    check(symbols, level, shape)?;
     let mut coder = DefaultAnsCoder::new();
-    for (table, plane) in level.channels.iter().zip(symbols.chunks_exact(shape.positions())).rev() {
-        let escape = table.escape();
-        let model = table.model.as_view();
-        for &symbol in plane.iter().rev() {
-            if symbol.unsigned_abs() > MAX_MAGNITUDE.unsigned_abs() {
-                return Err(CodecError::BadLatent(format!("symbol {symbol} is out of range")));
-            }
-            let value = i64::from(symbol) - i64::from(table.offset);
-            let index = match usize::try_from(value) {
-                Ok(index) if index < escape => index,
-                _ => {
-                    let raw = escape_raw(value, escape);
-                    let count = escape_nibbles(raw);
-                    for n in (0..count).rev() {
-                        let digit = (raw >> (4 * n)) as u16 & 0xf;
-                        coder.encode_symbol(digit as usize, nibble).map_err(failed)?;
-                    }
-                    coder.encode_symbol(count, nibble).map_err(failed)?;
-                    escape
-                }
-            };
-            coder.encode_symbol(index, model).map_err(failed)?;
-        }
-    }
+    visit(symbols, level, shape, true, |symbol, distribution| push(&mut coder, distribution, symbol))?;
     let words = coder.into_compressed().unwrap_or_else(|never| match never {});
     Ok(words.into_iter().flat_map(u32::to_le_bytes).collect())
 }
@@ -82,33 +138,31 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
     }
     let words: Vec<u32> = payload.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
     let mut coder = DefaultAnsCoder::from_compressed(words).map_err(|_| CodecError::malformed("the payload ends in a zero word"))?;
-    let garbage = || CodecError::malformed("the payload does not decode");
-    let nibble = uniform();
-    let mut symbols = Vec::with_capacity(shape.symbols());
-    for table in &level.channels {
-        let escape = table.escape();
-        let model = table.model.as_view();
-        for _ in 0..shape.positions() {
-            let index = coder.decode_symbol(model).map_err(|_| garbage())?;
-            let value = if index < escape {
-                index as i64
-            } else {
-                let count = coder.decode_symbol(nibble).map_err(|_| garbage())?;
-                if count > MAX_NIBBLES {
-                    return Err(CodecError::malformed("an escape is longer than any symbol"));
+    let positions = shape.positions();
+    let mut symbols = vec![0; shape.symbols()];
+    let mut field = (!level.is_static()).then(|| Field::new(shape));
+    for &channel in level.order() {
+        let contexts = &level.channels[usize::from(channel)].contexts;
+        let plane = &mut symbols[usize::from(channel) * positions..][..positions];
+        match field.as_mut().filter(|_| !contexts.is_static()) {
+            None => {
+                for symbol in plane.iter_mut() {
+                    *symbol = pop(&mut coder, &contexts.distributions()[0])?;
                 }
-                let mut raw = 0i64;
-                for n in 0..count {
-                    let digit = coder.decode_symbol(nibble).map_err(|_| garbage())?;
-                    raw |= (digit as i64) << (4 * n);
-                }
-                if raw & 1 == 1 { -(raw >> 1) - 1 } else { (raw >> 1) + escape as i64 }
-            };
-            let symbol = value + i64::from(table.offset);
-            if symbol.unsigned_abs() > u64::from(MAX_MAGNITUDE.unsigned_abs()) {
-                return Err(CodecError::malformed("a symbol is out of range"));
             }
-            symbols.push(symbol as i32);
+            Some(field) => {
+                let [magnitude, signed] = field.estimate_others(contexts, channel);
+                let own = contexts.own_taps(channel);
+                for (at, symbol) in plane.iter_mut().enumerate() {
+                    let bin = field.complete(contexts, &own, [magnitude[at], signed[at]], at);
+                    *symbol = pop(&mut coder, &contexts.distributions()[bin])?;
+                    field.set(channel.into(), at, *symbol);
+                }
+            }
+        }
+        // predictors of later channels may read this one even if its own table is static
+        if let Some(field) = field.as_mut().filter(|_| contexts.is_static()) {
+            plane.iter().enumerate().for_each(|(at, &s)| field.set(channel.into(), at, s));
         }
     }
     if !coder.is_empty() {
@@ -118,7 +172,15 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
 }
 
 /// Ideal code length of `symbols` in bits under the integer tables.
-pub fn ideal_bits(symbols: &[i32], level: &LevelTables, shape: LatentShape) -> f64 {
-    let planes = level.channels.iter().zip(symbols.chunks_exact(shape.positions().max(1)));
-    planes.flat_map(|(table, plane)| plane.iter().map(|&s| table.ideal_bits(s))).sum()
+///
+/// # Errors
+/// [`CodecError::BadLatent`] as in [`encode`].
+pub fn ideal_bits(symbols: &[i32], level: &LevelTables, shape: LatentShape) -> Result<f64, CodecError> {
+    check(symbols, level, shape)?;
+    let mut bits = 0.0;
+    visit(symbols, level, shape, false, |symbol, distribution| {
+        bits += distribution.ideal_bits(symbol);
+        Ok::<_, CodecError>(())
+    })?;
+    Ok(bits)
 }

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | 0 | 4 | magic `ISTH` |
 //! | 4 | 1 | version, 1 |
-//! | 5 | 1 | codec id: 1 = ANS with static tables |
+//! | 5 | 1 | codec id: 1 = ANS with static tables, 2 = ANS with tables chosen by earlier symbols |
 //! | 6 | 8 | first 8 bytes of the bundle's hash |
 //! | 14 | 1 | quality level, from 1 |
 //! | 15 | 6 | C, H, W, u16 each |
@@ -17,7 +17,7 @@
 //! it before anything is allocated.
 
 use crate::bundle::BundleHash;
-use crate::tables::{LatentShape, Tables};
+use crate::tables::{LatentShape, LevelTables, Tables};
 use crate::{CodecError, coder};
 
 /// First bytes of every container.
@@ -26,6 +26,8 @@ pub const MAGIC: &[u8; 4] = b"ISTH";
 pub const VERSION: u8 = 1;
 /// ANS with static integer tables.
 pub const CODEC_ANS_STATIC: u8 = 1;
+/// ANS with integer tables chosen by earlier symbols.
+pub const CODEC_ANS_CONTEXT: u8 = 2;
 /// Bytes before the payload.
 pub const HEADER_LEN: usize = 29;
 /// Bytes around the payload.
@@ -36,6 +38,8 @@ pub const HASH_PREFIX: usize = 8;
 /// Fields before the payload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
+    /// How the payload is coded.
+    pub codec: u8,
     /// Prefix of the bundle's hash.
     pub bundle: [u8; HASH_PREFIX],
     /// Quality level, from 1.
@@ -77,15 +81,16 @@ impl<'a> Container<'a> {
         if bytes[4] != VERSION {
             return Err(CodecError::malformed(format!("version {}, this software reads {VERSION}", bytes[4])));
         }
-        if bytes[5] != CODEC_ANS_STATIC {
-            return Err(CodecError::malformed(format!("codec {} is unknown", bytes[5])));
+        let codec = bytes[5];
+        if ![CODEC_ANS_STATIC, CODEC_ANS_CONTEXT].contains(&codec) {
+            return Err(CodecError::malformed(format!("codec {codec} is unknown")));
         }
         let u16_at = |i: usize| u16::from_le_bytes([bytes[i], bytes[i + 1]]);
         let u32_at = |i: usize| u32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
         let mut bundle = [0; HASH_PREFIX];
         bundle.copy_from_slice(&bytes[6..14]);
         let shape = LatentShape { channels: u16_at(15), height: u16_at(17), width: u16_at(19) };
-        let header = Header { bundle, quality: bytes[14], shape, symbols: u32_at(21), payload_len: u32_at(25) };
+        let header = Header { codec, bundle, quality: bytes[14], shape, symbols: u32_at(21), payload_len: u32_at(25) };
         if header.payload_len as u64 != (bytes.len() - OVERHEAD) as u64 {
             let why = format!("the header claims {} payload bytes, {} are there", header.payload_len, bytes.len() - OVERHEAD);
             return Err(CodecError::malformed(why));
@@ -115,6 +120,10 @@ impl<'a> Container<'a> {
             return Err(CodecError::WrongShape { expected: shape.to_string(), found });
         }
         let level = tables.level(self.header.quality)?;
+        if self.header.codec != codec_of(level) {
+            let why = format!("codec {}, but level {} of the bundle uses {}", self.header.codec, self.header.quality, codec_of(level));
+            return Err(CodecError::malformed(why));
+        }
         if self.payload.len() > max_payload(shape) {
             return Err(CodecError::malformed("the payload is longer than any coded latent"));
         }
@@ -127,14 +136,19 @@ impl<'a> Container<'a> {
 /// # Errors
 /// [`CodecError::UnknownQuality`] or [`CodecError::BadLatent`].
 pub fn encode(symbols: &[i32], quality: u8, hash: &BundleHash, shape: LatentShape, tables: &Tables) -> Result<Vec<u8>, CodecError> {
-    let payload = coder::encode(symbols, tables.level(quality)?, shape)?;
-    Ok(wrap(quality, hash, shape, &payload))
+    let level = tables.level(quality)?;
+    let payload = coder::encode(symbols, level, shape)?;
+    Ok(wrap(codec_of(level), quality, hash, shape, &payload))
 }
 
-fn wrap(quality: u8, hash: &BundleHash, shape: LatentShape, payload: &[u8]) -> Vec<u8> {
+fn codec_of(level: &LevelTables) -> u8 {
+    if level.is_static() { CODEC_ANS_STATIC } else { CODEC_ANS_CONTEXT }
+}
+
+fn wrap(codec: u8, quality: u8, hash: &BundleHash, shape: LatentShape, payload: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(payload.len() + OVERHEAD);
     out.extend(MAGIC);
-    out.extend([VERSION, CODEC_ANS_STATIC]);
+    out.extend([VERSION, codec]);
     out.extend(hash.prefix());
     out.push(quality);
     for extent in [shape.channels, shape.height, shape.width] {

@@ -10,14 +10,19 @@
 pub mod bundle;
 pub mod coder;
 pub mod container;
+pub mod contexts;
+pub mod distribution;
 pub mod error;
 pub mod golden;
 pub mod manifest;
 pub mod pmf;
+mod table_file;
 pub mod tables;
 
 pub use bundle::{Bundle, BundleHash};
 pub use container::{Container, Header};
+pub use contexts::{Contexts, Predictor, Tap};
+pub use distribution::Distribution;
 pub use error::CodecError;
 pub use manifest::Manifest;
 pub use tables::{ChannelTable, LatentShape, LevelTables, Tables};

@@ -1,24 +1,9 @@
-//! Quantiser and entropy tables of a bundle: for each quality level and latent channel a gain, its
-//! inverse, a median, and the integer widths of the symbols.
-//!
-//! File format (all little-endian): magic `ISTB`, version u8, levels u8, channels u16, then per level and
-//! channel: gain f32, inverse f32, median f32, offset i32, symbol count u16 (without escape), widths u16 x
-//! (count + 1), where the last is the escape symbol's. The file's SHA-256 is in the manifest.
-
-use constriction::stream::model::ContiguousCategoricalEntropyModel;
+//! What a bundle's quality levels consist of: for each latent channel a gain, its inverse, a median, and the
+//! integer distributions of its symbols.
 
 use crate::CodecError;
-use crate::pmf::{PRECISION, TOTAL};
-
-const MAGIC: &[u8; 4] = b"ISTB";
-const VERSION: u8 = 1;
-/// Longest table of one channel.
-pub const MAX_SYMBOLS: usize = 4096;
-/// Largest offset and symbol magnitude.
-pub const MAX_MAGNITUDE: i32 = 1 << 15;
-
-/// Categorical model over table indices.
-pub(crate) type Model = ContiguousCategoricalEntropyModel<u16, Vec<u16>, PRECISION>;
+use crate::contexts::{Contexts, Field};
+use crate::distribution::{Distribution, MAX_MAGNITUDE};
 
 /// Shape of a latent: channels, height, width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -58,53 +43,29 @@ pub struct ChannelTable {
     pub inverse: f32,
     /// Median of the density, in quantisation steps.
     pub median: f32,
-    /// Symbol of table index 0.
-    pub offset: i32,
-    widths: Vec<u32>,
-    pub(crate) model: Model,
+    /// Distributions of the symbols.
+    pub contexts: Contexts,
 }
 
 impl ChannelTable {
-    /// Builds a table; the last of `widths` is the escape symbol's.
+    /// A channel with one static distribution; the last of `widths` is the escape symbol's.
     ///
     /// # Errors
     /// [`CodecError::BadTables`] if a value is not finite, out of range, or the widths are not a
     /// complete distribution.
     pub fn new(gain: f32, inverse: f32, median: f32, offset: i32, widths: Vec<u32>) -> Result<Self, CodecError> {
+        Self::with_contexts(gain, inverse, median, Contexts::none(Distribution::new(offset, widths)?))
+    }
+
+    /// A channel whose distributions depend on earlier symbols.
+    ///
+    /// # Errors
+    /// [`CodecError::BadTables`] if a value is not finite or a gain not positive.
+    pub fn with_contexts(gain: f32, inverse: f32, median: f32, contexts: Contexts) -> Result<Self, CodecError> {
         if ![gain, inverse, median].iter().all(|v| v.is_finite()) || gain <= 0.0 || inverse <= 0.0 {
             return Err(CodecError::tables("gain, inverse and median must be finite, gains positive"));
         }
-        if offset.unsigned_abs() > MAX_MAGNITUDE.unsigned_abs() {
-            return Err(CodecError::tables(format!("offset {offset} is out of range")));
-        }
-        if widths.len() < 2 || widths.len() > MAX_SYMBOLS + 1 || widths.iter().any(|&w| w == 0 || w >= TOTAL) {
-            return Err(CodecError::tables("a table needs 1 to 4096 symbols and an escape, each with a positive width"));
-        }
-        let narrow: Vec<u16> = widths.iter().map(|&w| w as u16).collect();
-        if widths.iter().map(|&w| u64::from(w)).sum::<u64>() != u64::from(TOTAL) {
-            return Err(CodecError::tables("the widths of a table do not sum to 65536"));
-        }
-        let model = Model::from_nonzero_fixed_point_probabilities(&narrow, false)
-            .map_err(|()| CodecError::tables("the widths of a table are no distribution"))?;
-        Ok(Self { gain, inverse, median, offset, widths, model })
-    }
-
-    /// Table index of the escape symbol.
-    pub fn escape(&self) -> usize {
-        self.widths.len() - 1
-    }
-
-    /// Ideal code length of `symbol` in bits under the integer widths (escapes with their nibbles).
-    pub fn ideal_bits(&self, symbol: i32) -> f64 {
-        let bits = |w: u32| PRECISION as f64 - f64::from(w).log2();
-        let value = i64::from(symbol) - i64::from(self.offset);
-        match usize::try_from(value).ok().filter(|&v| v < self.escape()) {
-            Some(index) => bits(self.widths[index]),
-            None => {
-                let nibbles = crate::coder::escape_nibbles(crate::coder::escape_raw(value, self.escape()));
-                bits(self.widths[self.escape()]) + 4.0 * (1 + nibbles) as f64
-            }
-        }
+        Ok(Self { gain, inverse, median, contexts })
     }
 }
 
@@ -113,9 +74,58 @@ impl ChannelTable {
 pub struct LevelTables {
     /// One per latent channel.
     pub channels: Vec<ChannelTable>,
+    order: Vec<u16>,
 }
 
 impl LevelTables {
+    /// Channels coded in the order of their numbers.
+    ///
+    /// # Errors
+    /// [`CodecError::BadTables`] if contexts read what is coded later.
+    pub fn new(channels: Vec<ChannelTable>) -> Result<Self, CodecError> {
+        let order = (0..channels.len().min(usize::from(u16::MAX)) as u16).collect();
+        Self::in_order(channels, order)
+    }
+
+    /// Channels coded in the given order.
+    ///
+    /// # Errors
+    /// [`CodecError::BadTables`] if the order is no permutation or contexts read what is coded later.
+    pub fn in_order(channels: Vec<ChannelTable>, order: Vec<u16>) -> Result<Self, CodecError> {
+        let mut coded = vec![false; channels.len()];
+        for &c in &order {
+            let table = channels.get(usize::from(c)).filter(|_| !coded[usize::from(c)]);
+            let table = table.ok_or_else(|| CodecError::tables("the coding order is no permutation of the channels"))?;
+            table.contexts.check_causal(c, |other| coded.get(usize::from(other)).copied().unwrap_or(false))?;
+            coded[usize::from(c)] = true;
+        }
+        if order.len() != channels.len() {
+            return Err(CodecError::tables("the coding order is no permutation of the channels"));
+        }
+        Ok(Self { channels, order })
+    }
+
+    /// Order in which the channels are coded.
+    pub fn order(&self) -> &[u16] {
+        &self.order
+    }
+
+    /// True if no distribution depends on earlier symbols.
+    pub fn is_static(&self) -> bool {
+        self.channels.iter().all(|c| c.contexts.is_static())
+    }
+
+    /// Symbols (channel-major) as predictors see them; nothing is noted where all tables are static.
+    pub(crate) fn field(&self, symbols: &[i32], shape: LatentShape) -> Option<Field> {
+        (!self.is_static()).then(|| {
+            let mut field = Field::new(shape);
+            for (c, plane) in symbols.chunks_exact(shape.positions()).enumerate() {
+                plane.iter().enumerate().for_each(|(at, &s)| field.set(c, at, s));
+            }
+            field
+        })
+    }
+
     /// Rounds a latent (channel-major, `shape.symbols()` values) to symbols.
     ///
     /// # Errors
@@ -164,16 +174,6 @@ pub struct Tables {
     pub levels: Vec<LevelTables>,
 }
 
-struct Reader<'a>(&'a [u8]);
-
-impl Reader<'_> {
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], CodecError> {
-        let (head, rest) = self.0.split_first_chunk::<N>().ok_or_else(|| CodecError::tables("the file ends early"))?;
-        self.0 = rest;
-        Ok(*head)
-    }
-}
-
 impl Tables {
     /// The level `quality` (from 1).
     ///
@@ -183,57 +183,5 @@ impl Tables {
         let levels = self.levels.len() as u8;
         let index = usize::from(quality).checked_sub(1);
         index.and_then(|i| self.levels.get(i)).ok_or(CodecError::UnknownQuality { level: quality, levels })
-    }
-
-    /// Reads a table file.
-    ///
-    /// # Errors
-    /// [`CodecError::BadTables`] says what is wrong.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, CodecError> {
-        let mut r = Reader(bytes);
-        if &r.take::<4>()? != MAGIC || r.take::<1>()? != [VERSION] {
-            return Err(CodecError::tables("wrong magic or version"));
-        }
-        let [levels] = r.take::<1>()?;
-        let channels = u16::from_le_bytes(r.take()?);
-        if levels == 0 || channels == 0 {
-            return Err(CodecError::tables("no levels or no channels"));
-        }
-        let mut out = Vec::new();
-        for _ in 0..levels {
-            let mut tables = Vec::new();
-            for _ in 0..channels {
-                let [gain, inverse, median] = [r.take()?, r.take()?, r.take()?].map(f32::from_le_bytes);
-                let offset = i32::from_le_bytes(r.take()?);
-                let count = u16::from_le_bytes(r.take()?);
-                let mut widths = Vec::new();
-                for _ in 0..=count {
-                    widths.push(u32::from(u16::from_le_bytes(r.take()?)));
-                }
-                tables.push(ChannelTable::new(gain, inverse, median, offset, widths)?);
-            }
-            out.push(LevelTables { channels: tables });
-        }
-        if !r.0.is_empty() {
-            return Err(CodecError::tables(format!("{} bytes follow the last table", r.0.len())));
-        }
-        Ok(Self { levels: out })
-    }
-
-    /// Writes the table file.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let mut out = MAGIC.to_vec();
-        out.extend([VERSION, self.levels.len() as u8]);
-        let channels = self.levels.first().map_or(0, |l| l.channels.len());
-        out.extend((channels as u16).to_le_bytes());
-        for table in self.levels.iter().flat_map(|l| &l.channels) {
-            for value in [table.gain, table.inverse, table.median] {
-                out.extend(value.to_le_bytes());
-            }
-            out.extend(table.offset.to_le_bytes());
-            out.extend((table.escape() as u16).to_le_bytes());
-            out.extend(table.widths.iter().flat_map(|&w| (w as u16).to_le_bytes()));
-        }
-        out
     }
 }

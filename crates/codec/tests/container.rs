@@ -17,7 +17,7 @@ fn tables() -> Tables {
         let widths = pmf::quantise(&pmf, 0.001).unwrap();
         ChannelTable::new(1.5, 0.7, 0.25, -half, widths).unwrap()
     };
-    let level = || LevelTables { channels: (0..6).map(channel).collect() };
+    let level = || LevelTables::new((0..6).map(channel).collect()).unwrap();
     Tables { levels: vec![level(), level()] }
 }
 
@@ -134,7 +134,7 @@ fn latents_that_are_not_finite_or_have_another_size_are_refused() {
 #[test]
 fn rounding_is_half_to_even_around_the_median_and_undone_exactly() {
     let table = ChannelTable::new(2.0, 0.5, 0.25, -4, pmf::quantise(&[0.1; 9], 0.1).unwrap()).unwrap();
-    let level = LevelTables { channels: vec![table] };
+    let level = LevelTables::new(vec![table]).unwrap();
     let shape = LatentShape { channels: 1, height: 1, width: 4 };
     // y * 2 - 0.25 = 0.5, 1.5, -0.5, 2.5
     let symbols = level.quantise(&[0.375, 0.875, -0.125, 1.375], shape).unwrap();
@@ -177,7 +177,7 @@ proptest! {
         let t = tables();
         let s = symbols(seed, escapes);
         let payload = coder::encode(&s, t.level(1).unwrap(), SHAPE).unwrap();
-        let ideal = coder::ideal_bits(&s, t.level(1).unwrap(), SHAPE) / 8.0;
+        let ideal = coder::ideal_bits(&s, t.level(1).unwrap(), SHAPE).unwrap() / 8.0;
         prop_assert!(payload.len() as f64 <= ideal * 1.01 + 32.0, "{} bytes, ideal {ideal}", payload.len());
     }
 

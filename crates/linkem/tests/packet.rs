@@ -19,7 +19,7 @@ fn link(up: f64, down: f64, delay: u64) -> LinkConfig {
 /// A running link, or `None` (with the reason printed) where there cannot be one.
 fn start(config: &LinkConfig) -> Option<PacketLink> {
     if let Some(why) = missing() {
-        eprintln!("SKIPPED: packet-level emulation: {why}");
+        isthmus_testkit::skipped(&format!("packet-level emulation: {why}"));
         return None;
     }
     Some(PacketLink::start(config, Path::new("."), 1, "cubic").unwrap())
@@ -120,7 +120,7 @@ fn namespaces_are_gone_afterwards() {
 #[test]
 fn an_unknown_congestion_control_is_named_and_nothing_is_left() {
     if let Some(why) = missing() {
-        eprintln!("SKIPPED: packet-level emulation: {why}");
+        isthmus_testkit::skipped(&format!("packet-level emulation: {why}"));
         return;
     }
     let error = PacketLink::start(&link(1.0, 1.0, 1), Path::new("."), 1, "nonsense").err().expect("refused").to_string();

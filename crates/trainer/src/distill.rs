@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 use crate::adam::Adam;
 use crate::error::TrainError;
 use crate::history::History;
-use crate::loader;
+use crate::loader::{self, Plan};
 use crate::pack::Pack;
 use crate::recipe::Recipe;
 use crate::wake::Waker;
@@ -226,7 +226,7 @@ impl Run {
         let (mut rebuilt, mut measured, mut fisher) = (Moments::default(), Moments::default(), Vec::new());
         for i in 0..CALIBRATION_BATCHES {
             // streams from the far end, so that training never repeats them
-            let batch = loader::make(pack, r.batch, r.backbone.input_size(), r.lambdas.len() as i64, r.seed, u64::MAX - i)?;
+            let batch = loader::make(pack, &Plan::of(&r), u64::MAX - i)?;
             let (pixels, _) = self.batch_tensors(&batch);
             let layer = tch::no_grad(|| self.teacher.between(&pixels, Layer::Input, r.split()));
             rebuilt.add(&layer);
@@ -254,7 +254,7 @@ impl Run {
         }
         let batches = (0..CALIBRATION_BATCHES).map(|i| {
             let seen = u64::MAX - CALIBRATION_BATCHES - i;
-            let batch = loader::make(pack, r.batch, r.backbone.input_size(), r.lambdas.len() as i64, r.seed, seen)?;
+            let batch = loader::make(pack, &Plan::of(r), seen)?;
             Ok(self.batch_tensors(&batch).0)
         });
         let waker = Waker { net: &self.net, teacher: &self.teacher, split: r.split() };
@@ -303,7 +303,7 @@ impl Run {
         let as_tensor = |v: &[f64]| Tensor::from_slice(v).to_kind(Kind::Float).to_device(device);
         let balance = as_tensor(&r.level_weights());
         let medians = r.decoder_only.then(|| self.net.medians());
-        let batches = loader::start(pack, r.batch, r.backbone.input_size(), levels, r.seed, self.step);
+        let batches = loader::start(pack, Plan::of(&r), self.step);
         let log_path = self.folder.join("log.jsonl");
         let mut log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path).map_err(|e| TrainError::io(&log_path, e))?;
         let bar = progress(until, self.step);

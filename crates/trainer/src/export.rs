@@ -5,7 +5,7 @@ use std::path::Path;
 
 use isthmus_codec::bundle::{MANIFEST, sha256};
 use isthmus_codec::manifest::{DecoderEntry, EncoderEntry, FORMAT, Golden, Input, Manifest, QualityEntry, Resize, Training};
-use isthmus_codec::{BundleHash, ChannelTable, LatentShape, LevelTables, Tables, container, golden, pmf};
+use isthmus_codec::{BundleHash, ChannelTable, LatentShape, LevelTables, Tables, coder, container, golden, pmf};
 use isthmus_nets::encoder::{LATENT_CHANNELS, LATENT_STRIDE};
 use isthmus_nets::pth::RawTensor;
 use isthmus_nets::weights::to_safetensors;
@@ -20,7 +20,7 @@ use crate::quick::CurvePoint;
 use crate::{onnx, quick};
 
 /// Symbols to either side of a channel's median that get an own width; the rest are escapes.
-const MAX_HALF_WIDTH: i32 = 400;
+pub(crate) const MAX_HALF_WIDTH: i32 = 400;
 /// Logits of the golden container kept in the manifest.
 const GOLDEN_LOGITS: usize = 8;
 
@@ -48,9 +48,32 @@ pub fn tables(run: &Run) -> Result<Tables, TrainError> {
             let at = level * channels + c;
             tables.push(ChannelTable::new(gains[at], inverses[at], channel.median, channel.offset, widths)?);
         }
-        levels.push(LevelTables { channels: tables });
+        levels.push(LevelTables::new(tables)?);
     }
     Ok(Tables { levels })
+}
+
+/// The latent of square inputs of `side` pixels.
+pub fn latent_shape(side: u32) -> LatentShape {
+    let extent = (i64::from(side) / LATENT_STRIDE) as u16;
+    LatentShape { channels: LATENT_CHANNELS as u16, height: extent, width: extent }
+}
+
+/// Mean size of the containers of square `photos` at each level.
+///
+/// # Errors
+/// If a photo cannot be coded.
+pub fn coded_bytes(run: &Run, tables: &Tables, photos: &[Rgb]) -> Result<Vec<f64>, TrainError> {
+    let _frozen = tch::no_grad_guard();
+    let shape = latent_shape(run.recipe.backbone.input_size());
+    let mut sums = vec![0usize; tables.levels.len()];
+    for photo in photos {
+        let y = values(&run.net.encoder.forward(&quick::stack(std::slice::from_ref(photo), run.net.vs.device())))?;
+        for (level, sum) in tables.levels.iter().zip(&mut sums) {
+            *sum += coder::encode(&level.quantise(&y, shape)?, level, shape)?.len() + container::OVERHEAD;
+        }
+    }
+    Ok(sums.into_iter().map(|s| s as f64 / photos.len().max(1) as f64).collect())
 }
 
 /// Tensors under `prefix.` of the run's variables, without the prefix, sorted.
@@ -97,13 +120,12 @@ pub struct Origin<'a> {
 ///
 /// # Errors
 /// If a table, graph or file cannot be made.
-pub fn bundle(run: &Run, point: &CurvePoint, origin: &Origin, folder: &Path) -> Result<Manifest, TrainError> {
+pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, folder: &Path) -> Result<Manifest, TrainError> {
     let _frozen = tch::no_grad_guard();
     let r = &run.recipe;
     let side = r.backbone.input_size();
-    let extent = (i64::from(side) / LATENT_STRIDE) as u16;
-    let latent = LatentShape { channels: LATENT_CHANNELS as u16, height: extent, width: extent };
-    let tables = tables(run)?;
+    let latent = latent_shape(side);
+    let extent = latent.height;
 
     let encoder = part(run, "encoder.");
     let graph = graph(r.encoder, &encoder, side)?;
@@ -120,7 +142,7 @@ pub fn bundle(run: &Run, point: &CurvePoint, origin: &Origin, folder: &Path) -> 
     level.dequantise_into(&symbols, latent, &mut dequantised)?;
     // the manifest holds this file's hash, so the container cannot hold the manifest's
     let unbound = BundleHash([0; 32]);
-    let golden_file = container::encode(&symbols, quality, &unbound, latent, &tables)?;
+    let golden_file = container::encode(&symbols, quality, &unbound, latent, tables)?;
     let input = Tensor::from_slice(&dequantised).view([1, LATENT_CHANNELS, extent.into(), extent.into()]);
     let features = run.net.decoder.forward(&input.to_device(run.net.vs.device()));
     let logits = values(&run.teacher.tail(&features, r.split()))?;

@@ -1,6 +1,8 @@
 //! Training of bottlenecks: photos, head distillation, evaluation and export of bundles.
 
 pub mod adam;
+pub mod augment;
+pub mod contexts;
 pub mod crops;
 pub mod curves;
 pub mod distill;

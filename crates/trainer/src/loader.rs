@@ -8,8 +8,10 @@ use rand::SeedableRng;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 
+use crate::augment::{self, Augment};
 use crate::error::TrainError;
 use crate::pack::Pack;
+use crate::recipe::Recipe;
 
 /// Batches kept ready.
 const AHEAD: usize = 4;
@@ -22,12 +24,34 @@ pub struct Batch {
     pub levels: Vec<i64>,
 }
 
+/// What batches are made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    /// Samples per batch.
+    pub batch: usize,
+    /// Side of a crop.
+    pub side: u32,
+    /// Quality levels.
+    pub levels: i64,
+    /// How crops are changed.
+    pub augment: Augment,
+    /// Seed of every draw.
+    pub seed: u64,
+}
+
+impl Plan {
+    /// The batches of a recipe.
+    pub fn of(r: &Recipe) -> Self {
+        Self { batch: r.batch, side: r.backbone.input_size(), levels: r.lambdas.len() as i64, augment: r.augment, seed: r.seed }
+    }
+}
+
 /// Starts a thread that makes batches from `first` on.
-pub fn start(pack: Arc<Pack>, batch: usize, side: u32, levels: i64, seed: u64, first: u64) -> Receiver<Result<Batch, TrainError>> {
+pub fn start(pack: Arc<Pack>, plan: Plan, first: u64) -> Receiver<Result<Batch, TrainError>> {
     let (send, receive) = sync_channel(AHEAD);
     std::thread::spawn(move || {
         for step in first.. {
-            if send.send(make(&pack, batch, side, levels, seed, step)).is_err() {
+            if send.send(make(&pack, &plan, step)).is_err() {
                 return;
             }
         }
@@ -39,16 +63,23 @@ pub fn start(pack: Arc<Pack>, batch: usize, side: u32, levels: i64, seed: u64, f
 ///
 /// # Errors
 /// If a crop cannot be resized.
-pub fn make(pack: &Pack, batch: usize, side: u32, levels: i64, seed: u64, step: u64) -> Result<Batch, TrainError> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+pub fn make(pack: &Pack, plan: &Plan, step: u64) -> Result<Batch, TrainError> {
+    let mut rng = ChaCha8Rng::seed_from_u64(plan.seed);
     rng.set_stream(step);
-    let mut pixels = Vec::with_capacity(batch * 3 * (side * side) as usize);
-    for _ in 0..batch {
-        pack.random_crop(&mut rng, side)?.normalise_into(&mut pixels);
+    let mut pixels = Vec::with_capacity(plan.batch * 3 * (plan.side * plan.side) as usize);
+    for _ in 0..plan.batch {
+        let from = pixels.len();
+        pack.random_crop(&mut rng, plan.side)?.normalise_into(&mut pixels);
+        if let Some(weight) = plan.augment.blend_weight(&mut rng) {
+            let mut other = Vec::new();
+            pack.random_crop(&mut rng, plan.side)?.normalise_into(&mut other);
+            augment::blend(&mut pixels[from..], &other, weight);
+        }
+        plan.augment.recolour(&mut pixels[from..], &mut rng);
     }
-    let all: Vec<i64> = (0..levels).collect();
-    let whole = batch / all.len() * all.len();
+    let all: Vec<i64> = (0..plan.levels).collect();
+    let whole = plan.batch / all.len() * all.len();
     let mut drawn: Vec<i64> = all.iter().copied().cycle().take(whole).collect();
-    drawn.extend(all.choose_multiple(&mut rng, batch - whole));
+    drawn.extend(all.choose_multiple(&mut rng, plan.batch - whole));
     Ok(Batch { pixels, levels: drawn })
 }

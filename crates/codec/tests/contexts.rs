@@ -1,0 +1,176 @@
+//! Tables chosen by earlier symbols: round trips, sizes, and everything a table file may not say.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use isthmus_codec::container::{CODEC_ANS_CONTEXT, CODEC_ANS_STATIC};
+use isthmus_codec::{
+    BundleHash, ChannelTable, CodecError, Container, Contexts, Distribution, LatentShape, LevelTables, Predictor, Tables, Tap, coder,
+    container, pmf,
+};
+use proptest::prelude::*;
+
+const SHAPE: LatentShape = LatentShape { channels: 4, height: 6, width: 9 };
+const HASH: BundleHash = BundleHash([9; 32]);
+
+fn geometric(half: i32, decay: f64) -> Distribution {
+    let raw: Vec<f64> = (-half..=half).map(|s| decay.powi(s.abs())).collect();
+    let total: f64 = raw.iter().sum::<f64>() * 1.001;
+    let pmf: Vec<f64> = raw.iter().map(|p| p / total).collect();
+    Distribution::new(-half, pmf::quantise(&pmf, 0.001).unwrap()).unwrap()
+}
+
+fn tap(channel: u16, dy: i8, dx: i8, weight: i16) -> Tap {
+    Tap { channel, dy, dx, weight }
+}
+
+/// Three magnitude bins of two signed bins each, predicted from `taps`.
+fn contexts(taps: &[Tap]) -> Contexts {
+    let predictor = Predictor { bias: 100, taps: taps.to_vec() };
+    let distributions = [0.05, 0.1, 0.4, 0.45, 0.7, 0.75].map(|decay| geometric(8, decay)).to_vec();
+    Contexts::new([predictor.clone(), predictor], vec![500, 1500], vec![vec![-5]; 3], distributions).unwrap()
+}
+
+fn channel(contexts: Contexts) -> ChannelTable {
+    ChannelTable::with_contexts(1.5, 0.7, 0.25, contexts).unwrap()
+}
+
+/// Coded in the order 2, 0, 3, 1; channel 3 is static.
+fn tables() -> Tables {
+    let own = |c| [tap(c, 0, -1, 900), tap(c, -1, 0, 700), tap(c, -2, 2, -50)];
+    let channels = vec![
+        channel(contexts(&[&own(0)[..], &[tap(2, 0, 0, 300), tap(2, 1, 1, -200)]].concat())),
+        channel(contexts(&[&own(1)[..], &[tap(3, 2, -2, 400), tap(0, 0, 0, 300)]].concat())),
+        channel(contexts(&own(2))),
+        channel(Contexts::none(geometric(5, 0.3))),
+    ];
+    Tables { levels: vec![LevelTables::in_order(channels, vec![2, 0, 3, 1]).unwrap()] }
+}
+
+fn symbols(seed: u64) -> Vec<i32> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    (0..SHAPE.symbols()).map(|_| if next() % 50 == 0 { (next() % 4000) as i32 - 2000 } else { (next() % 5) as i32 - 2 }).collect()
+}
+
+fn decode(bytes: &[u8]) -> Result<Vec<i32>, CodecError> {
+    Container::parse(bytes)?.decode(&HASH, SHAPE, &tables())
+}
+
+/// The bytes of this container are part of the format: they must never change.
+#[test]
+fn golden_bytes() {
+    let bytes = container::encode(&symbols(1), 1, &HASH, SHAPE, &tables()).unwrap();
+    let digest = isthmus_codec::bundle::sha256(&bytes);
+    assert_eq!((bytes.len(), digest.as_str()), GOLDEN, "the container format changed: raise its version");
+}
+
+const GOLDEN: (usize, &str) = (141, "85684c53a8ed300e26efd789bddf61801ea81feff117d642a25582f5e321b333");
+
+#[test]
+fn every_bit_flip_and_truncation_is_refused() {
+    let good = container::encode(&symbols(3), 1, &HASH, SHAPE, &tables()).unwrap();
+    assert_eq!(good[5], CODEC_ANS_CONTEXT);
+    assert_eq!(decode(&good).unwrap(), symbols(3));
+    for byte in 0..good.len() {
+        assert!(decode(&good[..byte]).is_err(), "length {byte}");
+        for bit in 0..8 {
+            let mut bad = good.clone();
+            bad[byte] ^= 1 << bit;
+            assert!(decode(&bad).is_err(), "flip of bit {bit} of byte {byte} went unnoticed");
+        }
+    }
+}
+
+#[test]
+fn a_container_of_the_other_codec_is_refused() {
+    let mut bytes = container::encode(&symbols(3), 1, &HASH, SHAPE, &tables()).unwrap();
+    bytes[5] = CODEC_ANS_STATIC;
+    let end = bytes.len() - 4;
+    let sum = crc32c::crc32c(&bytes[..end]).to_le_bytes();
+    bytes[end..].copy_from_slice(&sum);
+    assert!(matches!(decode(&bytes), Err(CodecError::Malformed(why)) if why.contains("codec 1")));
+}
+
+#[test]
+fn contexts_that_read_the_future_are_refused() {
+    let level = |taps: &[Tap], order: Vec<u16>| {
+        let channels = vec![channel(contexts(taps)), channel(contexts(&[]))];
+        LevelTables::in_order(channels, order)
+    };
+    assert!(level(&[tap(0, -1, 2, 1), tap(0, 0, -1, 1)], vec![0, 1]).is_ok());
+    for future in [tap(0, 0, 0, 1), tap(0, 0, 1, 1), tap(0, 1, -1, 1), tap(1, 0, 0, 1), tap(7, 0, 0, 1)] {
+        assert!(matches!(level(&[future], vec![0, 1]), Err(CodecError::BadTables(_))), "{future:?}");
+    }
+    assert!(level(&[tap(1, 1, 1, 1)], vec![1, 0]).is_ok(), "channel 1 comes first");
+    for order in [vec![0], vec![0, 0], vec![0, 2], vec![0, 1, 1], vec![]] {
+        assert!(level(&[], order.clone()).is_err(), "{order:?}");
+    }
+}
+
+#[test]
+fn contexts_out_of_bounds_are_refused() {
+    let new = |taps: Vec<Tap>, bias, cuts: Vec<i32>, signed: Vec<Vec<i32>>, n: usize| {
+        let predictor = Predictor { bias, taps };
+        Contexts::new([predictor, Predictor::default()], cuts, signed, vec![geometric(2, 0.5); n])
+    };
+    assert!(new(vec![], 0, vec![1, 2], vec![vec![0]; 3], 6).is_ok());
+    assert!(new(vec![], 0, vec![2, 1], vec![vec![0]; 3], 6).is_err(), "falling thresholds");
+    assert!(new(vec![], 0, vec![1, 2], vec![vec![0]; 2], 6).is_err(), "a bin without signed thresholds");
+    assert!(new(vec![], 0, vec![1, 2], vec![vec![0], vec![], vec![0]], 5).is_err(), "bins of different size");
+    assert!(new(vec![], 0, vec![1, 2], vec![vec![0]; 3], 5).is_err(), "a distribution is missing");
+    assert!(new(vec![], 0, vec![0; 32], vec![vec![]; 33], 33).is_err(), "too many thresholds");
+    assert!(new(vec![tap(0, -3, 0, 1)], 0, vec![], vec![vec![]], 1).is_err(), "too far");
+    assert!(new(vec![tap(0, 0, i8::MIN, 1)], 0, vec![], vec![vec![]], 1).is_err(), "too far");
+    assert!(new(vec![tap(0, 0, -1, 1); 65], 0, vec![], vec![vec![]], 1).is_err(), "too many taps");
+    assert!(new(vec![], i32::MIN, vec![], vec![vec![]], 1).is_err(), "huge bias");
+}
+
+#[test]
+fn table_files_round_trip_and_truncations_are_refused() {
+    let bytes = tables().to_bytes();
+    let back = Tables::from_bytes(&bytes).unwrap();
+    assert_eq!(back.to_bytes(), bytes);
+    let container = container::encode(&symbols(5), 1, &HASH, SHAPE, &back).unwrap();
+    assert_eq!(decode(&container).unwrap(), symbols(5));
+    for len in 0..bytes.len() {
+        assert!(Tables::from_bytes(&bytes[..len]).is_err(), "length {len}");
+    }
+    let mut old = bytes;
+    old[4] = 1;
+    assert!(Tables::from_bytes(&old).unwrap_err().to_string().contains("export the bundle again"));
+}
+
+proptest! {
+    #[test]
+    fn symbols_round_trip(raw in prop::collection::vec(-32768i32..=32768, SHAPE.symbols()), seed: u64, wild: bool) {
+        let s = if wild { raw } else { symbols(seed) };
+        let bytes = container::encode(&s, 1, &HASH, SHAPE, &tables()).unwrap();
+        prop_assert_eq!(decode(&bytes).unwrap(), s);
+    }
+
+    #[test]
+    fn payload_is_within_one_percent_and_32_bytes_of_ideal(seed: u64) {
+        let (t, s) = (tables(), symbols(seed));
+        let payload = coder::encode(&s, &t.levels[0], SHAPE).unwrap();
+        let ideal = coder::ideal_bits(&s, &t.levels[0], SHAPE).unwrap() / 8.0;
+        prop_assert!(payload.len() as f64 <= ideal * 1.01 + 32.0, "{} bytes, ideal {ideal}", payload.len());
+    }
+
+    #[test]
+    fn damaged_tables_and_payloads_never_panic(at in 0usize..4000, value: u8, payload in prop::collection::vec(any::<u8>(), 0..400)) {
+        let mut bytes = tables().to_bytes();
+        let at = at % bytes.len();
+        bytes[at] = value;
+        let level = match Tables::from_bytes(&bytes) {
+            Ok(t) => t.levels.into_iter().next().unwrap(),
+            Err(_) => tables().levels.remove(0),
+        };
+        if let Ok(decoded) = coder::decode(&payload, &level, SHAPE) {
+            prop_assert_eq!(decoded.len(), SHAPE.symbols());
+        }
+    }
+}
