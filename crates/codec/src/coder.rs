@@ -152,11 +152,15 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
             }
             Some(field) => {
                 let [magnitude, signed] = field.estimate_others(contexts, channel);
-                let own = contexts.own_taps(channel);
-                for (at, symbol) in plane.iter_mut().enumerate() {
-                    let bin = field.complete(contexts, &own, [magnitude[at], signed[at]], at);
-                    *symbol = pop(&mut coder, &contexts.distributions()[bin])?;
-                    field.set(channel.into(), at, *symbol);
+                let own = field.own_taps(contexts, channel);
+                for (y, row) in plane.chunks_exact_mut(shape.width.into()).enumerate() {
+                    let start = field.index(channel.into(), y, 0);
+                    for (x, symbol) in row.iter_mut().enumerate() {
+                        let at = y * usize::from(shape.width) + x;
+                        let bin = field.complete(contexts, &own, [magnitude[at], signed[at]], start + x);
+                        *symbol = pop(&mut coder, &contexts.distributions()[bin])?;
+                        field.put(start + x, *symbol);
+                    }
                 }
             }
         }

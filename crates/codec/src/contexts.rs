@@ -166,14 +166,18 @@ impl Field {
 
     /// Notes the symbol of `channel` at position `at` (row-major).
     pub fn set(&mut self, channel: usize, at: usize, symbol: i32) {
-        let i = self.index(channel, at / self.width, at % self.width);
-        let signed = symbol.clamp(-SATURATION, SATURATION);
-        self.signed[i] = signed as i16;
-        self.magnitudes[i] = signed.abs().min(SATURATION / 2) as i16;
+        self.put(self.index(channel, at / self.width, at % self.width), symbol);
     }
 
-    /// Start of row `y`, column `x` (of the latent) in the planes.
-    fn index(&self, channel: usize, y: usize, x: usize) -> usize {
+    /// Notes a symbol at a place given by [`Field::index`].
+    pub(crate) fn put(&mut self, index: usize, symbol: i32) {
+        let signed = symbol.clamp(-SATURATION, SATURATION);
+        self.signed[index] = signed as i16;
+        self.magnitudes[index] = signed.abs().min(SATURATION / 2) as i16;
+    }
+
+    /// Place of row `y`, column `x` (of the latent) in the planes.
+    pub(crate) fn index(&self, channel: usize, y: usize, x: usize) -> usize {
         (channel * (self.height + 2 * REACH) + y + REACH) * self.stride + x + REACH
     }
 
@@ -225,19 +229,18 @@ impl Field {
         self.estimates(contexts, |t| t.channel != channel)
     }
 
-    /// Number of the distribution at position `at` of `channel`, given the `partial` sums of other channels.
-    pub(crate) fn complete(&self, contexts: &Contexts, own: &[Vec<Tap>; 2], partial: [i32; 2], at: usize) -> usize {
-        let (y, x) = (at / self.width, at % self.width);
-        let sum = |taps: &[Tap], planes: &[i16], start: i32| {
-            taps.iter().fold(start, |sum, t| sum + i32::from(t.weight) * i32::from(planes[self.at(t, y, x)]))
+    /// The channel's taps on itself: distance in the planes and weight, for both predictors.
+    pub(crate) fn own_taps(&self, contexts: &Contexts, channel: u16) -> [Vec<(isize, i32)>; 2] {
+        let distance = |t: &Tap| isize::from(t.dy) * self.stride as isize + isize::from(t.dx);
+        let own = |p: &Predictor| p.taps.iter().filter(|t| t.channel == channel).map(|t| (distance(t), t.weight.into())).collect();
+        contexts.predictors().map(own)
+    }
+
+    /// Number of the distribution at `index`, given the `partial` sums of other channels.
+    pub(crate) fn complete(&self, contexts: &Contexts, own: &[Vec<(isize, i32)>; 2], partial: [i32; 2], index: usize) -> usize {
+        let sum = |taps: &[(isize, i32)], planes: &[i16], start: i32| {
+            taps.iter().fold(start, |sum, &(distance, weight)| sum + weight * i32::from(planes[index.wrapping_add_signed(distance)]))
         };
         contexts.bin(sum(&own[0], &self.magnitudes, partial[0]), sum(&own[1], &self.signed, partial[1]))
-    }
-}
-
-impl Contexts {
-    /// Taps of both predictors on the channel itself.
-    pub(crate) fn own_taps(&self, channel: u16) -> [Vec<Tap>; 2] {
-        self.predictors().map(|p| p.taps.iter().copied().filter(|t| t.channel == channel).collect())
     }
 }
