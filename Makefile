@@ -15,7 +15,7 @@ setup: tools ## fetch libtorch, backbones and demo photos (pinned, cached), impo
 	@if [ -n "$$LIBTORCH" ]; then echo "setup: using LIBTORCH=$$LIBTORCH"; else $(PYTHON) setup/fetch.py libtorch; fi
 	@$(PYTHON) setup/fetch.py weights demo-photos
 	@$(CARGO) build --release -p isthmus-trainer
-	@[ -f data/backbones/labels.json ] || $(RELEASE)/trainer import
+	@[ -f data/backbones/efficientnet-lite0.onnx -a -f data/backbones/labels.json ] || $(RELEASE)/trainer import
 
 .PHONY: tools
 tools:

@@ -1,15 +1,15 @@
-//! Inference engines for the encoder, behind one small trait.
+//! Inference engines for the networks on the device, behind one small trait.
 
 use std::sync::Arc;
 
 use rten::{Model, ModelOptions, NodeId, RunOptions, ThreadPool};
-use rten_tensor::NdTensor;
+use rten_tensor::{NdTensor, Tensor};
 
 use crate::ClientError;
 
-/// Runs the encoder graph of a bundle.
+/// Runs one graph: an encoder, a backbone, or the head of one.
 pub trait Engine: Send {
-    /// Normalised pixels (3 x `side` x `side`, CHW) to the latent (channel-major), before any gain.
+    /// Normalised pixels (3 x `side` x `side`, CHW) to the graph's output (channel-major), for an encoder the latent before any gain.
     ///
     /// # Errors
     /// [`ClientError::Engine`] if the graph fails.
@@ -35,8 +35,8 @@ impl RtenEngine {
     /// # Errors
     /// [`ClientError::Engine`] if the graph cannot be loaded.
     pub fn new(onnx: &[u8], side: u32, threads: usize) -> Result<Self, ClientError> {
-        // only the operators that encoders use, which keeps the binary small
-        let mut options = ModelOptions::with_ops(rten::op_registry!(Add, Conv, Relu));
+        // only the operators that encoders and backbones use, which keeps the binary small
+        let mut options = ModelOptions::with_ops(rten::op_registry!(Add, Clip, Conv, Flatten, Gemm, GlobalAveragePool, Relu));
         let model = options.prepack_weights(true).load(onnx.to_vec()).map_err(failed)?;
         let one = |ids: &[NodeId], what: &str| match ids {
             [id] => Ok(*id),
@@ -55,8 +55,8 @@ impl Engine for RtenEngine {
         }
         let input = NdTensor::from_data([1, 3, self.side, self.side], pixels);
         let options = RunOptions::default().with_thread_pool(Some(self.pool.clone()));
-        let [latent] = self.model.run_n(vec![(self.input, input.into())], [self.output], Some(options)).map_err(failed)?;
-        let latent: NdTensor<f32, 4> = latent.try_into().map_err(failed)?;
-        Ok(latent.into_data())
+        let [output] = self.model.run_n(vec![(self.input, input.into())], [self.output], Some(options)).map_err(failed)?;
+        let output: Tensor<f32> = output.try_into().map_err(failed)?;
+        Ok(output.into_data())
     }
 }

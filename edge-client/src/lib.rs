@@ -18,13 +18,18 @@
 
 #![forbid(unsafe_code)]
 
+pub mod auto;
 pub mod client;
 pub mod doctor;
 pub mod encoder;
 pub mod engine;
 pub mod error;
+pub mod images;
+pub mod local;
+pub mod policy;
 pub mod stream;
 
+pub use auto::{AutoAnswer, AutoClient};
 pub use client::{Client, Endpoint, InferOptions, Payload};
 pub use encoder::{EncodeTiming, Encoded, Encoder, open_bundle};
 pub use error::ClientError;

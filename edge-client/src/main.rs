@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::fmt::format::FmtSpan;
 
 /// Sends photos to an offload-server as small bitstreams and prints what they show.
@@ -35,6 +35,8 @@ enum Command {
         #[arg(long, conflicts_with = "quality")]
         whole_image: bool,
         #[command(flatten)]
+        policy: PolicyArgs,
+        #[command(flatten)]
         ask: AskArgs,
     },
     /// Send the photos of a folder over one stream, at a steady rate.
@@ -54,6 +56,8 @@ enum Command {
         server: ServerArgs,
         #[command(flatten)]
         encoding: EncodingArgs,
+        #[command(flatten)]
+        policy: PolicyArgs,
         #[command(flatten)]
         ask: AskArgs,
     },
@@ -126,6 +130,55 @@ struct EncodingArgs {
     threads: u16,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PolicyKind {
+    /// Always the bundle at --quality.
+    Fixed,
+    /// For each photo what serves the goal best: a quality level, an image file, or the network on this device.
+    Auto,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum AimKind {
+    /// In time, then the most agreement with the uncompressed network, then the fewest bytes.
+    Agreement,
+    /// In time, then the soonest.
+    Latency,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LocalKind {
+    /// Only where the link fails.
+    Fallback,
+    /// Whenever it serves the goal best.
+    Choice,
+    /// Never.
+    Off,
+}
+
+#[derive(Args)]
+struct PolicyArgs {
+    /// How each photo is sent.
+    #[arg(long, value_enum, default_value = "fixed")]
+    policy: PolicyKind,
+    /// What --policy auto works for, beside --deadline.
+    #[arg(long, value_enum, default_value = "agreement")]
+    aim: AimKind,
+    /// With --policy auto, leave out options that agree less often with the uncompressed network (0 to 1).
+    #[arg(long, default_value_t = 0.0, value_parser = parse_share)]
+    least_agreement: f64,
+    /// With --policy auto, when this device runs the whole network itself.
+    #[arg(long, value_enum, default_value = "fallback")]
+    local: LocalKind,
+    /// The whole network for this device (ONNX, with labels.json beside it).
+    #[arg(long, env = "ISTHMUS_LOCAL_MODEL", default_value = "data/backbones/efficientnet-lite0.onnx")]
+    local_model: PathBuf,
+}
+
+fn parse_share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|s| (0.0..=1.0).contains(s)).ok_or_else(|| "a number from 0 to 1".into())
+}
+
 #[derive(Args)]
 struct AskArgs {
     /// Model to use (default: the server's).
@@ -163,10 +216,14 @@ fn main() -> ExitCode {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             match cli.command {
-                Command::Classify { files, server, encoding, whole_image, ask } => {
-                    commands::classify::run(&files, &server, &encoding, whole_image, &ask).await
+                Command::Classify { files, server, encoding, whole_image, policy, ask } => match policy.policy {
+                    PolicyKind::Auto => commands::auto::classify(&files, &server, &encoding, whole_image, &policy, &ask).await,
+                    PolicyKind::Fixed => commands::classify::run(&files, &server, &encoding, whole_image, &ask).await,
+                },
+                Command::Stream { folder, fps, repeat, server, encoding, policy, ask, .. } if policy.policy == PolicyKind::Auto => {
+                    commands::auto::stream(&folder, fps, repeat, &server, &encoding, &policy, &ask).await
                 }
-                Command::Stream { folder, fps, window, repeat, server, encoding, ask } => {
+                Command::Stream { folder, fps, window, repeat, server, encoding, ask, .. } => {
                     let pace = commands::stream::Pace { fps, window: window.into(), repeat };
                     commands::stream::run(&folder, &pace, &server, &encoding, &ask).await
                 }

@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use isthmus_codec::Container;
+use isthmus_nets::Layer;
 use tokio::sync::Semaphore;
 
 use crate::ServerError;
+use crate::features::FeatureMap;
 use crate::model::Stage;
 use crate::registry::Registry;
 use crate::telemetry::{self, Kind};
@@ -64,6 +66,7 @@ impl Intake {
             let (stage, input) = match kind {
                 Kind::Bitstream => bitstream(&registry, &model, &payload)?,
                 Kind::Image => image(&registry, &model, &payload)?,
+                Kind::Features(map) => features(&registry, &model, map, &payload)?,
             };
             let took = start.elapsed();
             telemetry::decoded(kind, took);
@@ -90,9 +93,20 @@ fn bitstream(registry: &Registry, model: &str, payload: &[u8]) -> Result<(Stage,
     Ok((stage, input))
 }
 
+fn features(registry: &Registry, model: &str, map: FeatureMap, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
+    let entry = registry.model(model)?;
+    let layer = Layer::Block(map.block as usize);
+    let shape = entry.kind.layer_shape(layer).ok_or_else(|| {
+        let blocks = entry.kind.block_count();
+        ServerError::Invalid(format!("features: {} has blocks 0 to {}, not {}", entry.name, blocks - 1, map.block))
+    })?;
+    Ok((Stage::Features(layer), map.decode(payload, shape.iter().product::<i64>() as usize)?))
+}
+
 fn image(registry: &Registry, model: &str, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
     let side = registry.model(model)?.input_size;
     let mut input = Vec::new();
-    isthmus_pixels::decode(payload)?.network_input(side)?.normalise_into(&mut input);
+    let decode = if isthmus_avif::is_avif(payload) { isthmus_avif::decode } else { isthmus_pixels::decode };
+    decode(payload)?.network_input(side)?.normalise_into(&mut input);
     Ok((Stage::Pixels, input))
 }

@@ -10,6 +10,7 @@ pub mod batcher;
 pub mod config;
 pub mod connections;
 pub mod error;
+pub mod features;
 pub mod intake;
 pub mod labels;
 pub mod model;

@@ -28,6 +28,8 @@ pub enum Stage {
     Latent(usize),
     /// Normalised pixels.
     Pixels,
+    /// The output of a block.
+    Features(Layer),
 }
 
 /// A loaded backbone.
@@ -106,6 +108,11 @@ impl Model {
         Ok(())
     }
 
+    /// Which backbone.
+    pub fn kind(&self) -> BackboneKind {
+        self.kind
+    }
+
     /// Public name.
     pub fn name(&self) -> &'static str {
         self.kind.name()
@@ -136,6 +143,9 @@ impl Model {
         let side = i64::from(self.input_size());
         let (shape, blueprint) = match stage {
             Stage::Pixels => ([3, side, side], None),
+            Stage::Features(layer) => {
+                (self.kind.layer_shape(layer).ok_or_else(|| ServerError::Network(format!("no {layer:?}")))?, None)
+            }
             Stage::Latent(i) => {
                 let b = self.blueprints.get(i).ok_or_else(|| ServerError::Network("no such blueprint".into()))?;
                 (b.latent, Some(b))
@@ -149,9 +159,10 @@ impl Model {
         let batch =
             Tensor::f_from_slice(&flat).map_err(failed)?.f_view([inputs.len() as i64, shape[0], shape[1], shape[2]]).map_err(failed)?;
         let batch = batch.to_device(self.device);
-        let logits = match blueprint {
-            None => self.backbone.forward(&batch),
-            Some(b) => self.backbone.tail(&b.decoder.forward(&batch), b.split),
+        let logits = match (stage, blueprint) {
+            (Stage::Features(layer), _) => self.backbone.tail(&batch, layer),
+            (_, None) => self.backbone.forward(&batch),
+            (_, Some(b)) => self.backbone.tail(&b.decoder.forward(&batch), b.split),
         };
         let logits = logits.to_device(Device::Cpu).contiguous();
         let classes = logits.size().last().copied().unwrap_or(1).max(1) as usize;

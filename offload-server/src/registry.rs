@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use isthmus_codec::{Bundle, BundleHash, CodecError};
+use isthmus_nets::BackboneKind;
 use isthmus_nets::backbone::CLASSES;
 use isthmus_nets::device::parse_device;
 
@@ -14,6 +15,8 @@ use crate::{Config, ServerError, labels};
 pub struct Entry {
     /// Name.
     pub name: &'static str,
+    /// Which backbone.
+    pub kind: BackboneKind,
     /// Side of the square input.
     pub input_size: u32,
     /// Where it runs.
@@ -66,14 +69,14 @@ impl Registry {
         for name in &config.models {
             let model = Model::load(name, &config.backbones, &bundles, device)?;
             let stages: Vec<_> = model.bundles().copied().filter_map(|h| model.stage(&h).map(|s| (h, s))).collect();
-            let (name, input_size) = (model.name(), model.input_size());
+            let (name, kind, input_size) = (model.name(), model.kind(), model.input_size());
             tracing::info!(model = name, device = ?device, bundles = stages.len(), "model loaded");
             let batcher = Batcher::start(model, name, config.max_batch, config.max_queue)?;
             let device = match device {
                 tch::Device::Cuda(n) => format!("cuda:{n}"),
                 _ => "cpu".to_owned(),
             };
-            models.push(Entry { name, input_size, device, batcher, stages });
+            models.push(Entry { name, kind, input_size, device, batcher, stages });
         }
         Ok(Self { models, bundles, labels })
     }

@@ -9,7 +9,7 @@ use isthmus_proto::offload_v1::infer_request::Payload;
 use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
 use isthmus_proto::offload_v1::offload_service_server::OffloadService;
 use isthmus_proto::offload_v1::{
-    Bundle as WireBundle, DescribeRequest, DescribeResponse, InferError, InferRequest, InferResponse, InferStreamResponse, Label,
+    Bundle as WireBundle, DescribeRequest, DescribeResponse, InferError, InferRequest, InferResponse, InferStreamResponse,
     Model as WireModel, Timing,
 };
 use tokio::sync::{Semaphore, mpsc};
@@ -20,6 +20,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::batcher::Computed;
+use crate::features::FeatureMap;
 use crate::intake::Intake;
 use crate::registry::Registry;
 use crate::telemetry::{self, InFlight, Kind};
@@ -76,8 +77,9 @@ impl Shared {
         let (kind, payload) = match request.payload {
             Some(Payload::Bitstream(b)) => (Kind::Bitstream, b),
             Some(Payload::Image(b)) => (Kind::Image, b),
+            Some(Payload::Features(f)) => (Kind::Features(FeatureMap { block: f.block, encoding: f.encoding }), f.data),
             None => {
-                let error = ServerError::Invalid("the request has no payload: set bitstream or image".into());
+                let error = ServerError::Invalid("the request has no payload: set bitstream, image or features".into());
                 telemetry::answered(Kind::Bitstream, 0, arrived.elapsed(), Some(&error));
                 return Err(error);
             }
@@ -125,7 +127,7 @@ impl Shared {
             total_us: micros(arrived.elapsed()),
         };
         let top_k = if ask.top_k == 0 { DEFAULT_TOP_K } else { ask.top_k };
-        let labels = best(&computed.logits, top_k as usize, &self.registry.labels);
+        let labels = isthmus_proto::best(&computed.logits, top_k as usize, &self.registry.labels);
         let logits = if ask.logits { computed.logits } else { Vec::new() };
         Ok(InferResponse { id: ask.id, model: entry.name.into(), labels, logits, timing: Some(timing) })
     }
@@ -143,17 +145,6 @@ struct Ask {
     model: String,
     top_k: u32,
     logits: bool,
-}
-
-/// The `k` best labels with their softmax probabilities.
-fn best(logits: &[f32], k: usize, names: &[String]) -> Vec<Label> {
-    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f32 = logits.iter().map(|l| (l - highest).exp()).sum();
-    let mut order: Vec<usize> = (0..logits.len()).collect();
-    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
-    let label =
-        |i: usize| Label { index: i as u32, name: names.get(i).cloned().unwrap_or_default(), score: (logits[i] - highest).exp() / sum };
-    order.into_iter().take(k).map(label).collect()
 }
 
 /// The client's time limit from the `grpc-timeout` header (digits and a unit H, M, S, m, u or n).
@@ -294,14 +285,5 @@ mod tests {
         for bad in ["", "m", "12", "-3S", "123456789S", "1x"] {
             assert_eq!(parse(bad), None, "{bad}");
         }
-    }
-
-    #[test]
-    fn the_best_labels_come_first_and_scores_are_probabilities() {
-        let names: Vec<String> = ["a", "b", "c"].map(String::from).to_vec();
-        let labels = best(&[1.0, 3.0, 2.0], 2, &names);
-        assert_eq!(labels.iter().map(|l| l.name.as_str()).collect::<Vec<_>>(), ["b", "c"]);
-        assert!((labels[0].score - 0.665).abs() < 1e-3);
-        assert_eq!(best(&[0.0; 3], 10, &names).len(), 3);
     }
 }

@@ -8,6 +8,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::ServerError;
 use crate::config::LogFormat;
+use crate::features::FeatureMap;
 use crate::model::Stage;
 
 const SECONDS: [f64; 14] = [0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
@@ -21,6 +22,8 @@ pub enum Kind {
     Bitstream,
     /// An image file.
     Image,
+    /// Values of a layer.
+    Features(FeatureMap),
 }
 
 impl Kind {
@@ -29,6 +32,7 @@ impl Kind {
         match self {
             Self::Bitstream => "bitstream",
             Self::Image => "image",
+            Self::Features(_) => "features",
         }
     }
 }
@@ -52,6 +56,7 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
     describe_histogram!("isthmus_request_seconds", "Time from arrival to answer");
     describe_histogram!("isthmus_entropy_decode_seconds", "Entropy decoding of a container");
     describe_histogram!("isthmus_image_decode_seconds", "Decoding and resizing of an image");
+    describe_histogram!("isthmus_features_decode_seconds", "Unpacking of raw features");
     describe_histogram!("isthmus_queue_seconds", "Waiting for the decode pool and the batch");
     describe_histogram!("isthmus_batch_size", "Requests computed together");
     describe_histogram!("isthmus_network_seconds", "A batch in the network, by stage");
@@ -94,6 +99,7 @@ pub(crate) fn batch(stage: Stage, size: usize, network: Duration) {
     let stage = match stage {
         Stage::Latent(_) => "latent",
         Stage::Pixels => "pixels",
+        Stage::Features(_) => "features",
     };
     histogram!("isthmus_batch_size").record(size as f64);
     histogram!("isthmus_network_seconds", "stage" => stage).record(network);
@@ -103,6 +109,7 @@ pub(crate) fn decoded(kind: Kind, took: Duration) {
     match kind {
         Kind::Bitstream => histogram!("isthmus_entropy_decode_seconds").record(took),
         Kind::Image => histogram!("isthmus_image_decode_seconds").record(took),
+        Kind::Features(_) => histogram!("isthmus_features_decode_seconds").record(took),
     }
 }
 

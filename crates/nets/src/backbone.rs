@@ -165,6 +165,12 @@ struct Conv {
     groups: i64,
 }
 
+/// Zeros around an input of `side`, before and after, so that the output has `side / stride` positions, rounded up.
+fn same_padding(side: i64, kernel: i64, stride: i64) -> (i64, i64) {
+    let missing = (((side + stride - 1) / stride - 1) * stride + kernel - side).max(0);
+    (missing / 2, missing - missing / 2)
+}
+
 impl Conv {
     fn load(w: &Weights, conv: &str, bn: &str, shape: [i64; 4], stride: i64, groups: i64) -> Result<Self, NetError> {
         let weight = w.get(&format!("{conv}.weight"), &shape)?;
@@ -174,18 +180,55 @@ impl Conv {
         Ok(Self { weight: weight * scale.view([-1, 1, 1, 1]), bias, stride, groups })
     }
 
+    /// This convolution on an input of `side`, which becomes that of the output.
+    fn operation(&self, side: &mut i64, relu6: bool) -> Operation<'_> {
+        let padding = same_padding(*side, self.weight.size()[2], self.stride);
+        *side = (*side + self.stride - 1) / self.stride;
+        Operation::Conv { weight: &self.weight, bias: &self.bias, stride: self.stride, groups: self.groups, padding, relu6 }
+    }
+
     fn forward(&self, x: &Tensor) -> Tensor {
         let kernel = self.weight.size()[2];
         let (_, _, h, w) = x.size4().unwrap_or_default();
-        let pad = |side: i64| ((side + self.stride - 1) / self.stride - 1) * self.stride + kernel - side;
-        let (ph, pw) = (pad(h).max(0), pad(w).max(0));
+        let (top, bottom) = same_padding(h, kernel, self.stride);
+        let (left, right) = same_padding(w, kernel, self.stride);
         let s = [self.stride, self.stride];
-        if ph % 2 == 0 && pw % 2 == 0 {
-            return x.conv2d(&self.weight, Some(&self.bias), s, [ph / 2, pw / 2], [1, 1], self.groups);
+        if top == bottom && left == right {
+            return x.conv2d(&self.weight, Some(&self.bias), s, [top, left], [1, 1], self.groups);
         }
-        let padded = x.constant_pad_nd([pw / 2, pw - pw / 2, ph / 2, ph - ph / 2]);
+        let padded = x.constant_pad_nd([left, right, top, bottom]);
         padded.conv2d(&self.weight, Some(&self.bias), s, [0, 0], [1, 1], self.groups)
     }
+}
+
+/// A step of a backbone, as [`Backbone::operations`] lists them.
+pub enum Operation<'a> {
+    /// A convolution; batch norm folded in.
+    Conv {
+        /// (output, input / groups, kernel, kernel).
+        weight: &'a Tensor,
+        /// (output).
+        bias: &'a Tensor,
+        /// Both ways.
+        stride: i64,
+        /// Groups.
+        groups: i64,
+        /// Zeros before and after, both ways.
+        padding: (i64, i64),
+        /// A ReLU6 follows.
+        relu6: bool,
+    },
+    /// Steps whose output is added to their input.
+    Residual(Vec<Operation<'a>>),
+    /// Mean over positions.
+    Pool,
+    /// The classifier.
+    Linear {
+        /// (classes, channels).
+        weight: &'a Tensor,
+        /// (classes).
+        bias: &'a Tensor,
+    },
 }
 
 fn relu6(x: Tensor) -> Tensor {
@@ -266,6 +309,25 @@ impl Backbone {
     /// Which backbone this is.
     pub fn kind(&self) -> BackboneKind {
         self.kind
+    }
+
+    /// What the layers do, from the input up to `to`, or to the logits if that is `None`: for run times other than libtorch.
+    pub fn operations(&self, to: Option<Layer>) -> Vec<Operation<'_>> {
+        let mut side = i64::from(self.kind.input_size());
+        let mut all = vec![self.stem.operation(&mut side, true)];
+        let blocks = to.map_or(self.blocks.len(), Layer::next_block);
+        for block in self.blocks.iter().take(blocks) {
+            let mut body: Vec<Operation<'_>> = block.expand.iter().map(|c| c.operation(&mut side, true)).collect();
+            body.push(block.depthwise.operation(&mut side, true));
+            body.push(block.project.operation(&mut side, false));
+            if block.skip { all.push(Operation::Residual(body)) } else { all.extend(body) }
+        }
+        if to.is_none() {
+            all.push(self.head.operation(&mut side, true));
+            all.push(Operation::Pool);
+            all.push(Operation::Linear { weight: &self.fc_weight, bias: &self.fc_bias });
+        }
+        all
     }
 
     /// The part between two layers: values of `from` to those of `to`.

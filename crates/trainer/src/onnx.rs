@@ -1,12 +1,14 @@
-//! Writes an encoder as an ONNX graph for the edge engine (and for any other ONNX run time).
+//! Writes encoders and backbones as ONNX graphs for the edge engine (and for any other ONNX run time).
 //!
 //! Only the few messages and fields that such a graph needs are declared; numbers are those of onnx.proto3.
 
 use std::collections::BTreeMap;
 
+use isthmus_nets::backbone::{CLASSES, Operation};
 use isthmus_nets::encoder::Op;
-use isthmus_nets::{EncoderKind, pth::RawTensor};
+use isthmus_nets::{Backbone, EncoderKind, Layer, pth::RawTensor};
 use prost::Message;
+use tch::Tensor;
 
 use crate::error::TrainError;
 
@@ -122,8 +124,8 @@ struct DimensionProto {
     dim_value: i64,
 }
 
-struct Writer<'a> {
-    weights: &'a BTreeMap<String, RawTensor>,
+#[derive(Default)]
+struct Writer {
     nodes: Vec<NodeProto>,
     constants: Vec<TensorProto>,
     next: usize,
@@ -133,7 +135,22 @@ fn ints(name: &str, ints: Vec<i64>) -> AttributeProto {
     AttributeProto { name: name.into(), i: 0, ints, kind: ATTRIBUTE_INTS }
 }
 
-impl Writer<'_> {
+fn int(name: &str, i: i64) -> AttributeProto {
+    AttributeProto { name: name.into(), i, ints: vec![], kind: ATTRIBUTE_INT }
+}
+
+/// Attributes of a square convolution with the same padding at both sides of each axis.
+fn convolution(kernel: i64, stride: i64, (before, after): (i64, i64), groups: i64) -> Vec<AttributeProto> {
+    vec![
+        ints("kernel_shape", vec![kernel; 2]),
+        ints("strides", vec![stride; 2]),
+        ints("pads", vec![before, before, after, after]),
+        ints("dilations", vec![1, 1]),
+        int("group", groups),
+    ]
+}
+
+impl Writer {
     fn node(&mut self, op: &str, input: Vec<String>, attribute: Vec<AttributeProto>) -> String {
         let output = format!("v{}", self.next);
         self.next += 1;
@@ -142,46 +159,80 @@ impl Writer<'_> {
         output
     }
 
-    fn constant(&mut self, name: &str) -> Result<(), TrainError> {
-        let t = self.weights.get(name).ok_or_else(|| TrainError::data("encoder weights", format!("{name} is missing")))?;
-        self.constants.push(TensorProto {
-            dims: t.shape.iter().map(|&d| d as i64).collect(),
-            data_type: FLOAT,
-            name: name.into(),
-            raw_data: t.data.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        });
-        Ok(())
+    fn constant(&mut self, name: String, dims: Vec<i64>, values: &[f32]) -> String {
+        let raw_data = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.constants.push(TensorProto { dims, data_type: FLOAT, name: name.clone(), raw_data });
+        name
     }
 
-    fn ops(&mut self, ops: &[Op], mut x: String) -> Result<String, TrainError> {
+    fn tensor(&mut self, t: &Tensor) -> Result<String, TrainError> {
+        let values = Vec::<f32>::try_from(t.contiguous().view(-1))?;
+        Ok(self.constant(format!("c{}", self.constants.len()), t.size(), &values))
+    }
+
+    fn encoder(&mut self, ops: &[Op], weights: &BTreeMap<String, RawTensor>, mut x: String) -> Result<String, TrainError> {
         for op in ops {
             x = match op {
                 Op::Relu => self.node("Relu", vec![x], vec![]),
                 Op::Conv { name, kernel, stride, padding, .. } => {
-                    let (weight, bias) = (format!("{name}.weight"), format!("{name}.bias"));
-                    self.constant(&weight)?;
-                    self.constant(&bias)?;
-                    let attributes = vec![
-                        ints("kernel_shape", vec![*kernel; 2]),
-                        ints("strides", vec![*stride; 2]),
-                        ints("pads", vec![*padding; 4]),
-                        ints("dilations", vec![1, 1]),
-                        AttributeProto { name: "group".into(), i: 1, ints: vec![], kind: ATTRIBUTE_INT },
-                    ];
-                    self.node("Conv", vec![x, weight, bias], attributes)
+                    let mut input = vec![x];
+                    for part in ["weight", "bias"] {
+                        let name = format!("{name}.{part}");
+                        let t = weights.get(&name).ok_or_else(|| TrainError::data("encoder weights", format!("{name} is missing")))?;
+                        input.push(self.constant(name, t.shape.iter().map(|&d| d as i64).collect(), &t.data));
+                    }
+                    self.node("Conv", input, convolution(*kernel, *stride, (*padding, *padding), 1))
                 }
                 Op::Residual { body, skip } => {
-                    let shortcut = self.ops(skip, x.clone())?;
-                    let main = self.ops(body, x)?;
+                    let shortcut = self.encoder(skip, weights, x.clone())?;
+                    let main = self.encoder(body, weights, x)?;
                     self.node("Add", vec![shortcut, main], vec![])
                 }
             };
         }
         Ok(x)
     }
+
+    fn backbone(&mut self, operations: &[Operation<'_>], (zero, six): (&str, &str), mut x: String) -> Result<String, TrainError> {
+        for operation in operations {
+            x = match operation {
+                Operation::Conv { weight, bias, stride, groups, padding, relu6 } => {
+                    let input = vec![x, self.tensor(weight)?, self.tensor(bias)?];
+                    let y = self.node("Conv", input, convolution(weight.size()[2], *stride, *padding, *groups));
+                    if *relu6 { self.node("Clip", vec![y, zero.into(), six.into()], vec![]) } else { y }
+                }
+                Operation::Residual(body) => {
+                    let main = self.backbone(body, (zero, six), x.clone())?;
+                    self.node("Add", vec![x, main], vec![])
+                }
+                Operation::Pool => {
+                    let pooled = self.node("GlobalAveragePool", vec![x], vec![]);
+                    self.node("Flatten", vec![pooled], vec![int("axis", 1)])
+                }
+                Operation::Linear { weight, bias } => {
+                    let input = vec![x, self.tensor(weight)?, self.tensor(bias)?];
+                    self.node("Gemm", input, vec![int("transB", 1)])
+                }
+            };
+        }
+        Ok(x)
+    }
+
+    /// The file; `input` and `output` with their shapes.
+    fn finish(self, name: &str, input: ValueInfoProto, output: ValueInfoProto) -> Vec<u8> {
+        let graph =
+            GraphProto { node: self.nodes, name: name.into(), initializer: self.constants, input: vec![input], output: vec![output] };
+        let model = ModelProto {
+            ir_version: IR_VERSION,
+            producer_name: "isthmus-trainer".into(),
+            graph: Some(graph),
+            opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET }],
+        };
+        model.encode_to_vec()
+    }
 }
 
-fn tensor(name: &str, shape: [i64; 4]) -> ValueInfoProto {
+fn value(name: &str, shape: &[i64]) -> ValueInfoProto {
     let dim = shape.iter().map(|&dim_value| DimensionProto { dim_value }).collect();
     let tensor_type = Some(TensorTypeProto { elem_type: FLOAT, shape: Some(ShapeProto { dim }) });
     ValueInfoProto { name: name.into(), kind: Some(TypeProto { tensor_type }) }
@@ -193,20 +244,28 @@ fn tensor(name: &str, shape: [i64; 4]) -> ValueInfoProto {
 /// # Errors
 /// If a weight is missing.
 pub fn encoder(kind: EncoderKind, weights: &BTreeMap<String, RawTensor>, side: i64, latent: [i64; 4]) -> Result<Vec<u8>, TrainError> {
-    let mut w = Writer { weights, nodes: vec![], constants: vec![], next: 0 };
-    let output = w.ops(&kind.ops(), "pixels".into())?;
-    let graph = GraphProto {
-        node: w.nodes,
-        name: kind.name().into(),
-        initializer: w.constants,
-        input: vec![tensor("pixels", [1, 3, side, side])],
-        output: vec![tensor(&output, latent)],
+    let mut w = Writer::default();
+    let output = w.encoder(&kind.ops(), weights, "pixels".into())?;
+    Ok(w.finish(kind.name(), value("pixels", &[1, 3, side, side]), value(&output, &latent)))
+}
+
+/// ONNX file of a backbone from its input `pixels` (1, 3, S, S) up to the layer `to`, or to the logits (1, 1000).
+///
+/// # Errors
+/// If there is no such layer, or a weight cannot be read.
+pub fn backbone(net: &Backbone, to: Option<Layer>) -> Result<Vec<u8>, TrainError> {
+    let kind = net.kind();
+    let side = i64::from(kind.input_size());
+    let shape = match to {
+        Some(layer) => {
+            let [c, h, w] = kind.layer_shape(layer).ok_or_else(|| TrainError::data(kind.name(), format!("has no {layer:?}")))?;
+            vec![1, c, h, w]
+        }
+        None => vec![1, CLASSES],
     };
-    let model = ModelProto {
-        ir_version: IR_VERSION,
-        producer_name: "isthmus-trainer".into(),
-        graph: Some(graph),
-        opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET }],
-    };
-    Ok(model.encode_to_vec())
+    let mut w = Writer::default();
+    let zero = w.constant("zero".into(), vec![], &[0.0]);
+    let six = w.constant("six".into(), vec![], &[6.0]);
+    let output = w.backbone(&net.operations(to), (&zero, &six), "pixels".into())?;
+    Ok(w.finish(kind.name(), value("pixels", &[1, 3, side, side]), value(&output, &shape)))
 }

@@ -49,6 +49,9 @@ pub struct Recipe {
     pub batch: usize,
     /// Steps in all.
     pub steps: u64,
+    /// Update the convolutions' weights by Muon instead of Adam.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub muon: bool,
     /// Peak learning rate; linear warm-up, cosine to a hundredth.
     pub learning_rate: f64,
     /// Warm-up steps.

@@ -6,6 +6,7 @@ use edge_client::{ClientError, Encoder, Endpoint, open_bundle};
 
 use crate::{EncodingArgs, ServerArgs};
 
+pub mod auto;
 pub mod classify;
 pub mod doctor;
 pub mod files;

@@ -3,9 +3,9 @@
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-use edge_client::{ClientError, EncodeTiming};
+use edge_client::{AutoAnswer, ClientError, EncodeTiming};
 use indicatif::{ProgressBar, ProgressStyle};
-use isthmus_proto::offload_v1::{InferResponse, Timing};
+use isthmus_proto::offload_v1::{InferResponse, Label, Timing};
 use serde::Serialize;
 
 /// One line of output.
@@ -16,6 +16,12 @@ pub struct Line {
     pub error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quality: Option<u8>,
+    /// What --policy auto chose.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub choice: Option<String>,
+    /// From photo to answer, with --policy auto.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub latency_ms: Option<f64>,
     /// Payload bytes: the container, or the image file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<usize>,
@@ -72,13 +78,11 @@ impl Line {
     ) -> Self {
         let timing: Timing = answer.timing.unwrap_or_default();
         let server_ms = timing.total_us as f64 / 1e3;
-        let labels = answer.labels.into_iter().map(|l| LabelLine { index: l.index, name: l.name, score: l.score }).collect();
         Self {
             file,
-            error: None,
             quality,
             bytes: Some(bytes),
-            labels,
+            labels: lines(answer.labels),
             times: Some(Times {
                 encode_ms: milliseconds(encode.map_or(0.0, |e| e.total_us() as f64 / 1e3)),
                 wire_ms: milliseconds((round_trip.as_secs_f64() * 1e3 - server_ms).max(0.0)),
@@ -91,8 +95,24 @@ impl Line {
                 network_us: timing.network_us,
                 batch_size: timing.batch_size,
             }),
+            ..Self::default()
         }
     }
+
+    pub fn chosen(file: String, answer: AutoAnswer) -> Self {
+        Self {
+            file,
+            choice: Some(answer.choice.to_string()),
+            bytes: Some(answer.bytes),
+            labels: lines(answer.labels),
+            latency_ms: Some(milliseconds(answer.elapsed.as_secs_f64() * 1e3)),
+            ..Self::default()
+        }
+    }
+}
+
+fn lines(labels: Vec<Label>) -> Vec<LabelLine> {
+    labels.into_iter().map(|l| LabelLine { index: l.index, name: l.name, score: l.score }).collect()
 }
 
 /// Prints lines, with a progress bar on a terminal.
@@ -134,6 +154,9 @@ fn human(line: &Line) -> String {
     }
     let labels: Vec<String> = line.labels.iter().map(|l| format!("{} {:.0} %", l.name, l.score * 100.0)).collect();
     let bytes = line.bytes.unwrap_or_default();
+    if let (Some(choice), Some(latency)) = (&line.choice, line.latency_ms) {
+        return format!("{}: {}  [{choice}, {bytes} B; {latency:.1} ms]", line.file, labels.join(", "));
+    }
     let times = line
         .times
         .as_ref()

@@ -24,7 +24,7 @@ struct Sent {
     timing: EncodeTiming,
 }
 
-fn photos(folder: &Path) -> Result<Vec<PathBuf>> {
+pub fn photos(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(folder).with_context(|| format!("{} cannot be listed", folder.display()))?;
     let known = |p: &Path| {
         let extension = p.extension().map(|e| e.to_string_lossy().to_lowercase());
@@ -36,8 +36,16 @@ fn photos(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// One tick per photo.
+pub fn ticks(fps: f64) -> Result<tokio::time::Interval> {
+    ensure!((0.001..=10_000.0).contains(&fps), "--fps must be between 0.001 and 10000");
+    let mut tick = tokio::time::interval(Duration::from_secs_f64(1.0 / fps));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    Ok(tick)
+}
+
 pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &EncodingArgs, ask: &AskArgs) -> Result<bool> {
-    ensure!((0.001..=10_000.0).contains(&pace.fps), "--fps must be between 0.001 and 10000");
+    let mut tick = ticks(pace.fps)?;
     let files = photos(folder)?;
     let (mut encoder, quality) = super::encoder(encoding)?;
     let mut client = Client::connect(&super::endpoint(server)?).await?;
@@ -49,8 +57,6 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
     let mut printer = Printer::new(ask.json, total);
     let mut under_way: HashMap<u64, Sent> = HashMap::new();
     let mut queue = (0..pace.repeat).flat_map(|_| files.iter());
-    let mut tick = tokio::time::interval(Duration::from_secs_f64(1.0 / pace.fps));
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let interrupted = tokio::signal::ctrl_c();
     tokio::pin!(interrupted);
     loop {
