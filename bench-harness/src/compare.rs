@@ -22,18 +22,20 @@ pub struct Plan {
     pub webp: Vec<u8>,
     /// JPEG qualities.
     pub jpeg: Vec<u8>,
+    /// AVIF qualities; the backend must be able to decode it.
+    pub avif: Vec<u8>,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { webp: vec![0, 1, 5, 10, 20, 30, 50, 75, 90], jpeg: vec![5, 10, 20, 30, 50, 75, 90] }
+        Self { webp: vec![0, 1, 5, 10, 20, 30, 50, 75, 90], jpeg: vec![5, 10, 20, 30, 50, 75, 90], avif: vec![] }
     }
 }
 
 impl Plan {
     /// Fewer settings, for a demonstration.
     pub fn short() -> Self {
-        Self { webp: vec![0, 10, 30, 60, 85], jpeg: vec![10, 30, 60] }
+        Self { webp: vec![0, 10, 30, 60, 85], jpeg: vec![10, 30, 60], avif: vec![] }
     }
 }
 
@@ -84,9 +86,13 @@ struct Reference {
 /// If encoding or the backend fails.
 pub async fn run(set: &PhotoSet, encoder: &mut Encoder, backend: &mut impl Backend, plan: &Plan) -> Result<Comparison, HarnessError> {
     let levels = encoder.bundle().levels();
-    let mut codecs: Vec<Codec> = plan.webp.iter().map(|&q| Codec::Webp(q)).collect();
-    codecs.extend(plan.jpeg.iter().map(|&q| Codec::Jpeg(q)));
-    codecs.push(Codec::Png);
+    let mut codecs = Vec::new();
+    for (key, qualities) in [("webp", &plan.webp), ("jpeg", &plan.jpeg), ("avif", &plan.avif)] {
+        for &q in qualities {
+            codecs.push(Codec::new(key, Some(q))?);
+        }
+    }
+    codecs.push(Codec::png());
     let bar = ProgressBar::new(set.photos.len() as u64 * (u64::from(levels) + codecs.len() as u64));
     if let Ok(style) = ProgressStyle::with_template("{msg:12} {bar:30} {pos}/{len} requests, {eta} left") {
         bar.set_style(style);
@@ -95,7 +101,7 @@ pub async fn run(set: &PhotoSet, encoder: &mut Encoder, backend: &mut impl Backe
 
     let mut reference = Reference { logits: Vec::new() };
     for photo in &set.photos {
-        reference.logits.push(backend.logits(Payload::Image(Codec::Png.encode(&photo.pixels)?.into())).await?);
+        reference.logits.push(backend.logits(Payload::Image(Codec::png().encode(&photo.pixels)?.into())).await?);
         bar.inc(1);
     }
     let mut rows = Vec::new();
@@ -115,7 +121,7 @@ pub async fn run(set: &PhotoSet, encoder: &mut Encoder, backend: &mut impl Backe
             let file = codec.encode(&photo.pixels)?;
             let bytes = file.len();
             let logits =
-                if codec == Codec::Png { reference.logits[i].clone() } else { backend.logits(Payload::Image(file.into())).await? };
+                if codec.is_lossless() { reference.logits[i].clone() } else { backend.logits(Payload::Image(file.into())).await? };
             answers.push((bytes, logits));
             bar.inc(1);
         }

@@ -6,6 +6,7 @@ use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::prelude::*;
 
 const SIZE: (u32, u32) = (900, 560);
+const FLAT: (u32, u32) = (900, 260);
 const PALETTE: [RGBColor; 8] = [
     RGBColor(0, 90, 181),
     RGBColor(220, 50, 32),
@@ -92,18 +93,38 @@ pub fn chart(path: &Path, title: &str, x: &Axis, y: &Axis, lines: &[Line]) -> Re
 /// # Errors
 /// The drawing library's message.
 pub fn svg(title: &str, x: &Axis, y: &Axis, lines: &[Line]) -> Result<String, String> {
+    plot(&Sheet { title, size: SIZE, joined: true }, x, y, lines)
+}
+
+/// A flat chart of points that are not joined, as SVG.
+///
+/// # Errors
+/// The drawing library's message.
+pub fn scatter(title: &str, x: &Axis, y: &Axis, lines: &[Line]) -> Result<String, String> {
+    plot(&Sheet { title, size: FLAT, joined: false }, x, y, lines)
+}
+
+/// What a chart is drawn on.
+struct Sheet<'a> {
+    title: &'a str,
+    size: (u32, u32),
+    /// Points are joined by lines.
+    joined: bool,
+}
+
+fn plot(sheet: &Sheet<'_>, x: &Axis, y: &Axis, lines: &[Line]) -> Result<String, String> {
     let all = || lines.iter().flat_map(|l| l.points.iter().copied());
     let (xs, ys) = (range(all().map(|p| p.0), x.log), range(all().map(|p| p.1), y.log));
     let legend = emptiest_corner(all().map(|p| (x.place(&xs, p.0), y.place(&ys, p.1))));
     match (x.log, y.log) {
-        (false, false) => draw(title, x, y, xs, ys, lines, legend),
-        (true, false) => draw(title, x, y, xs.log_scale(), ys, lines, legend),
-        (false, true) => draw(title, x, y, xs, ys.log_scale(), lines, legend),
-        (true, true) => draw(title, x, y, xs.log_scale(), ys.log_scale(), lines, legend),
+        (false, false) => draw(sheet, x, y, xs, ys, lines, legend),
+        (true, false) => draw(sheet, x, y, xs.log_scale(), ys, lines, legend),
+        (false, true) => draw(sheet, x, y, xs, ys.log_scale(), lines, legend),
+        (true, true) => draw(sheet, x, y, xs.log_scale(), ys.log_scale(), lines, legend),
     }
 }
 
-fn draw<X, Y>(title: &str, x: &Axis, y: &Axis, xs: X, ys: Y, lines: &[Line], legend: SeriesLabelPosition) -> Result<String, String>
+fn draw<X, Y>(sheet: &Sheet<'_>, x: &Axis, y: &Axis, xs: X, ys: Y, lines: &[Line], legend: SeriesLabelPosition) -> Result<String, String>
 where
     X: AsRangedCoord<Value = f64>,
     Y: AsRangedCoord<Value = f64>,
@@ -112,10 +133,10 @@ where
 {
     let fail = |e: &dyn std::fmt::Display| e.to_string();
     let mut text = String::new();
-    let area = SVGBackend::with_string(&mut text, SIZE).into_drawing_area();
+    let area = SVGBackend::with_string(&mut text, sheet.size).into_drawing_area();
     area.fill(&WHITE).map_err(|e| fail(&e))?;
     let mut chart = ChartBuilder::on(&area)
-        .caption(title, ("sans-serif", 20))
+        .caption(sheet.title, ("sans-serif", 20))
         .margin(12)
         .x_label_area_size(46)
         .y_label_area_size(64)
@@ -142,7 +163,7 @@ where
     for (i, line) in lines.iter().enumerate() {
         let colour = PALETTE[i % PALETTE.len()];
         chart
-            .draw_series(LineSeries::new(line.points.iter().copied(), colour.stroke_width(2)))
+            .draw_series(LineSeries::new(line.points.iter().copied().filter(|_| sheet.joined), colour.stroke_width(2)))
             .map_err(|e| fail(&e))?
             .label(&line.name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use isthmus_testkit::{binary, bundle, demo_photos, root};
+use isthmus_testkit::{backbones, binary, bundle, demo_photos, root};
 use serde_json::Value;
 
 /// A folder with three photos, a catalogue of one slow link, and a run of it.
@@ -19,9 +19,15 @@ fn folder(change: impl Fn(String) -> String) -> tempfile::TempDir {
         "[link.slow]\nabout = \"slow\"\nup = { mbit_per_s = 2, delay = \"30ms\" }\ndown = { mbit_per_s = 20, delay = \"30ms\" }\n";
     std::fs::write(folder.path().join("links.toml"), catalogue).unwrap();
     let run = format!(
-        "bundle = {:?}\nphotos = \"photos\"\nmost_photos = 2\ncatalogue = \"links.toml\"\nlinks = [\"slow\"]\nemulation = \"stream\"\n\
-         rounds = 1\ndeadline = \"20s\"\n[strategies]\nbottleneck = [1, 4]\nwebp = [50]\npng = true\n",
-        bundle().display().to_string()
+        "bundle = {:?}\nbackbones = {:?}\nphotos = \"photos\"\nmost_photos = 2\ncatalogue = \"links.toml\"\nlinks = [\"slow\"]\n\
+         emulation = \"stream\"\nmost_sent = 2\nrounds = 1\ndeadline = \"20s\"\n[strategies]\nbottleneck = [1, 4]\n\
+         features = [\"f32\", \"u8-zstd\"]\nlocal = true\nauto = [{{ aim = \"latency\", local = \"choice\" }}]\n\
+         [strategies.images]\navif = [50]\nwebp = [50]\npng = []\n\
+         [timeline]\nlinks = [\"slow\"]\nlength = \"2s\"\nperiod = \"200ms\"\ndeadline = \"1s\"\n[timeline.strategies]\n\
+         bottleneck = [1]\nauto = [{{ aim = \"agreement\" }}]\n\
+         [throughput]\nlinks = [\"slow\"]\nclients = [1, 3]\nlength = \"2s\"\n[throughput.strategies]\nbottleneck = [1]\n",
+        bundle().display().to_string(),
+        backbones().display().to_string()
     );
     std::fs::write(folder.path().join("run.toml"), change(run)).unwrap();
     folder
@@ -36,20 +42,38 @@ fn run(folder: &Path) -> Output {
 
 fn check(results: &Value, emulation: &str) {
     let link = &results["links"][0];
-    assert_eq!(link["emulation"], emulation);
+    assert_eq!(link["emulator"]["level"], emulation);
     let rows = link["rows"].as_array().unwrap();
     let names: Vec<&str> = rows.iter().map(|r| r["strategy"].as_str().unwrap()).collect();
-    assert_eq!(names, ["Isthmus q1", "Isthmus q4", "WebP q50", "PNG"]);
+    let sent = ["Isthmus q1", "Isthmus q4", "AVIF q50", "PNG", "WebP q50", "features f32", "features u8+zstd"];
+    assert_eq!(names[..7], sent);
+    assert_eq!(names[7..], ["local", "auto (latency)"]);
     for row in rows {
         assert_eq!((row["n"].as_u64(), row["failed"].as_u64()), (Some(2), Some(0)), "{row}");
+    }
+    let p50 = |name: &str| rows[names.iter().position(|n| *n == name).unwrap()]["latency_ms"]["p50"].as_f64().unwrap();
+    for (row, name) in rows.iter().zip(sent) {
         // no answer can come before its bytes have gone up and a round trip is over
         let least = row["bytes"].as_f64().unwrap() * 8.0 / 2e3 * 0.5 + 60.0;
-        assert!(row["latency_ms"]["p50"].as_f64().unwrap() >= least, "{row}");
-        assert!(row["predicted_ms"].as_f64().unwrap() > 60.0);
+        assert!(p50(name) >= least && row["predicted_ms"].as_f64().unwrap() > 60.0, "{row}");
     }
-    assert_eq!(rows[3]["agreement"], 1.0, "the lossless photo agrees with itself");
-    let p50 = |i: usize| rows[i]["latency_ms"]["p50"].as_f64().unwrap();
-    assert!(p50(0) < p50(3), "few bytes arrive sooner than many");
+    assert!(p50("Isthmus q1") < p50("PNG") && p50("PNG") < p50("features f32"), "few bytes arrive sooner than many");
+    assert!(p50("auto (latency)") < 1.5 * p50("local").min(p50("Isthmus q1")) + 50.0, "the client chooses something fast");
+    let agreement = |name: &str| {
+        let rows = results["agreement"].as_array().unwrap();
+        rows.iter().find(|r| r["strategy"] == name).unwrap()["agreement"]["mean"].as_f64().unwrap()
+    };
+    for lossless in ["PNG", "features f32", "local"] {
+        assert_eq!(agreement(lossless), 1.0, "{lossless} agrees with the lossless photo");
+    }
+    let times = &results["timelines"][0]["rows"];
+    assert_eq!(times[1]["strategy"], "auto (agreement)");
+    for row in times.as_array().unwrap() {
+        assert!(row["n"].as_u64().unwrap() >= 6 && row["in_time"].as_f64().unwrap() > 0.8, "{row}");
+    }
+    let shared = results["throughput"][0]["rows"].as_array().unwrap();
+    let rate = |i: usize| shared[i]["per_second"].as_f64().unwrap();
+    assert!(shared[1]["clients"] == 3 && rate(1) > 1.5 * rate(0), "three clients get more than one: {shared:?}");
 }
 
 #[test]
@@ -91,9 +115,13 @@ fn wrong_descriptions_stop_before_anything_starts() {
     };
     assert!(error(|r| r.replace("rounds", "runds")).contains("runds"));
     assert!(error(|r| r.replace("[\"slow\"]", "[\"fast\"]")).contains("there are slow"));
-    assert!(error(|r| r.replace("webp = [50]", "webp = [200]")).contains("at most 100"));
+    assert!(error(|r| r.replace("webp = [50]", "webp = [200]")).contains("0 to 100"));
     assert!(error(|r| r.replace("[1, 4]", "[99]")).contains("levels 1 to"));
     assert!(error(|r| r.replace("\"photos\"", "\"nowhere\"")).contains("nowhere"));
+    assert!(error(|r| r.replace("avif = [50]", "jpeg2000 = [50]")).contains("there are jpeg, webp, avif, png"));
+    assert!(error(|r| r.replace("clients = [1, 3]", "clients = [0]")).contains("throughput.clients"));
+    assert!(error(|r| r.replace("period = \"200ms\"", "period = \"0s\"")).contains("timeline.period"));
+    assert!(error(|r| r.replace("rounds = 1", "rounds = 1\ndevice_slowdown = 0.5")).contains("device_slowdown"));
 }
 
 /// Namespaces of the process `pid`, and the processes inside them.

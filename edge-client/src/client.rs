@@ -7,7 +7,7 @@ use hyper_util::rt::TokioIo;
 use isthmus_codec::BundleHash;
 use isthmus_proto::offload_v1::infer_request::Payload as WirePayload;
 use isthmus_proto::offload_v1::offload_service_client::OffloadServiceClient;
-use isthmus_proto::offload_v1::{DescribeRequest, DescribeResponse, InferRequest, InferResponse};
+use isthmus_proto::offload_v1::{DescribeRequest, DescribeResponse, Features, InferRequest, InferResponse};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Uri};
 use tower::service_fn;
@@ -82,8 +82,10 @@ impl Endpoint {
 pub enum Payload {
     /// A container made by [`crate::Encoder`].
     Bitstream(Bytes),
-    /// A JPEG, PNG or WebP file.
+    /// A JPEG, PNG, WebP or AVIF file.
     Image(Bytes),
+    /// Values of a layer of the server's model.
+    Features(Features),
 }
 
 impl Payload {
@@ -91,6 +93,7 @@ impl Payload {
     pub fn len(&self) -> usize {
         match self {
             Self::Bitstream(b) | Self::Image(b) => b.len(),
+            Self::Features(f) => f.data.len(),
         }
     }
 
@@ -125,6 +128,7 @@ impl InferOptions {
         let payload = match payload {
             Payload::Bitstream(b) => WirePayload::Bitstream(b),
             Payload::Image(b) => WirePayload::Image(b),
+            Payload::Features(f) => WirePayload::Features(f),
         };
         let timeout_ms = u32::try_from(self.deadline.as_millis()).unwrap_or(u32::MAX);
         InferRequest { id, model: self.model.clone(), payload: Some(payload), top_k: self.top_k, logits: self.logits, timeout_ms }

@@ -7,15 +7,16 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use edge_client::{Client, Endpoint};
+use edge_client::{Client, ClientError, Endpoint};
 use linkem::driver::namespace::missing;
 use linkem::driver::packet::{self, PacketLink};
 use linkem::driver::stream::{self, StreamLink};
-use linkem::{LatenessSummary, LinkConfig};
+use linkem::LinkConfig;
 use tokio::net::TcpStream;
 
 use crate::error::HarnessError;
 use crate::run::config::EmulationKind;
+use crate::run::results::Emulator;
 
 /// Handshake and first request may take this long beside the link's round trips.
 const CONNECT: Duration = Duration::from_secs(20);
@@ -23,7 +24,8 @@ const CONNECT: Duration = Duration::from_secs(20);
 /// A server that does not say where it listens within this time has not started.
 const START: Duration = Duration::from_secs(60);
 
-/// A link between this process and servers.
+/// A link between this process and servers; clones share it.
+#[derive(Clone)]
 pub enum Emulation {
     /// Two namespaces; the server runs in one, connections start in the other.
     Packet(Arc<PacketLink>),
@@ -46,16 +48,17 @@ impl Drop for ServerProcess {
 }
 
 impl ServerProcess {
-    /// Starts `binary` with a bundle; in the link's server namespace if it has one.
+    /// Starts `binary` with a bundle; in the link's server namespace if it has one, without a link on loopback.
     ///
     /// # Errors
     /// If it does not start; its own message is on standard error.
-    pub fn start(binary: &Path, bundle: &Path, emulation: &Emulation) -> Result<Self, HarnessError> {
+    pub fn start(binary: &Path, bundle: &Path, backbones: &Path, emulation: Option<&Emulation>) -> Result<Self, HarnessError> {
         let (mut command, host) = match emulation {
-            Emulation::Packet(link) => (link.server().command(binary), packet::SERVER),
-            Emulation::Stream(_) => (Command::new(binary), Ipv4Addr::LOCALHOST),
+            Some(Emulation::Packet(link)) => (link.server().command(binary), packet::SERVER),
+            Some(Emulation::Stream(_)) | None => (Command::new(binary), Ipv4Addr::LOCALHOST),
         };
         command.args(["--listen", &format!("{host}:0"), "--admin-listen", "127.0.0.1:0", "--insecure", "--bundle"]).arg(bundle);
+        command.arg("--backbones").arg(backbones);
         command.env("RUST_LOG", "warn").stdin(Stdio::null()).stdout(Stdio::piped());
         let name = binary.display().to_string();
         let mut child =
@@ -98,19 +101,11 @@ impl Emulation {
         }
     }
 
-    /// How results are marked.
-    pub fn name(&self) -> &'static str {
+    /// How results are marked, and how late the emulator was so far.
+    pub fn report(&self, link: &LinkConfig, congestion_control: &str) -> Emulator {
         match self {
-            Self::Packet(_) => packet::EMULATION,
-            Self::Stream(_) => stream::EMULATION,
-        }
-    }
-
-    /// How late the emulator was so far.
-    pub fn lateness(&self) -> LatenessSummary {
-        match self {
-            Self::Packet(link) => link.lateness().summary(),
-            Self::Stream(link) => link.lateness().summary(),
+            Self::Packet(l) => Emulator::new(packet::EMULATION, Some(congestion_control.into()), l.lateness().summary(), link),
+            Self::Stream(l) => Emulator::new(stream::EMULATION, None, l.lateness().summary(), link),
         }
     }
 
@@ -118,9 +113,9 @@ impl Emulation {
     ///
     /// # Errors
     /// If the server cannot be reached.
-    pub async fn connect(&self, server: SocketAddr) -> Result<Client, HarnessError> {
+    pub async fn connect(&self, server: SocketAddr) -> Result<Client, ClientError> {
         let endpoint = Endpoint::new(&format!("http://{server}"))?.allow_insecure(true).with_connect_timeout(CONNECT);
-        let client = match self {
+        match self {
             Self::Packet(link) => {
                 let link = link.clone();
                 Client::connect_through(&endpoint, move |_| {
@@ -138,7 +133,7 @@ impl Emulation {
                         TcpStream::from_std(connecting.await.map_err(std::io::Error::other)???)
                     }
                 })
-                .await?
+                .await
             }
             Self::Stream(link) => {
                 let link = link.clone();
@@ -153,9 +148,8 @@ impl Emulation {
                         .await
                     }
                 })
-                .await?
+                .await
             }
-        };
-        Ok(client)
+        }
     }
 }

@@ -83,6 +83,7 @@ impl Local {
                 let x = Tensor::from_slice(&latent).view([1, s.channels.into(), s.height.into(), s.width.into()]);
                 self.backbone.tail(&self.decoder.forward(&x), self.split)
             }
+            Payload::Features(_) => return Err(TrainError::data("features", "are not evaluated here")),
             Payload::Image(bytes) => {
                 let side = self.backbone.kind().input_size();
                 let mut pixels = Vec::new();

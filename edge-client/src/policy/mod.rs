@@ -23,7 +23,7 @@ const HEADROOM: f64 = 0.85;
 /// What is expected plus so many mean deviations must fit the deadline.
 const CAUTION: f64 = 2.0;
 /// A faster option must save this share, and this much.
-const WORTH: f64 = 0.1;
+const WORTH: f64 = 0.04;
 const WORTH_SECONDS: f64 = 0.002;
 /// An option that fits only if the link is better than it seems is tried after this time, then ever more rarely.
 const TRIAL: Duration = Duration::from_secs(2);
