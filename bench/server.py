@@ -42,7 +42,8 @@ def main():
         for _ in range(args.rounds):
             for batch in (1, 8):
                 direct = run(BIN / "trainer", "direct", "--batch", str(batch), "--rounds", "60" if batch == 1 else "20")
-                load = run(BIN / "bench-harness", "load", PHOTO, "--server", url, "--concurrency", str(batch), "--requests", "200")
+                load = run(BIN / "bench-harness", "load", PHOTO, "--server", url, "--concurrency", str(batch), "--json",
+                           "--warm-up", "500ms", "--window", "1s")["points"][0]
                 r = results.setdefault(batch, {"direct": [], "server": [], "outside": [], "batch": []})
                 r["direct"].append(direct["photos_per_second"])
                 r["server"].append(load["per_second"])

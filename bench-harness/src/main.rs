@@ -1,5 +1,7 @@
 //! `bench-harness`: measurements through a real server.
 
+mod commands;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -38,23 +40,11 @@ enum Command {
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
         threads: u16,
     },
-    /// Keep a server busy with one photo's container; prints JSON.
-    Load {
-        /// Photo to encode and send.
-        photo: PathBuf,
-        /// Server, http://HOST:PORT or https://HOST:PORT.
-        #[arg(long, default_value = "http://127.0.0.1:50051")]
-        server: String,
-        /// Bundle folder.
-        #[arg(long, default_value = "bundles/lite0-patch-stem")]
-        bundle: PathBuf,
-        /// Requests under way at once.
-        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
-        concurrency: u16,
-        /// Requests timed, after a tenth as many to warm up.
-        #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..))]
-        requests: u16,
-    },
+    /// Load a server: closed loop (--concurrency), open loop (--rate, --schedule), or the highest rate within a latency objective
+    /// (--search).
+    Load(commands::load::LoadArgs),
+    /// Check the link emulator on this machine: delay, rate, loss, steps, lateness. The packet level needs root.
+    Validate(commands::validate::ValidateArgs),
     /// Measure end-to-end latency over emulated links; writes results.json, results.md and report.html.
     Run {
         /// Description of the run; configs/quick.toml is a commented sample.
@@ -112,10 +102,8 @@ async fn run(command: Command) -> Result<()> {
             let timed = timing::encode(&photos, &bundle, graph.as_deref(), rounds.into(), threads.into())?;
             println!("{}", serde_json::to_string(&timed)?);
         }
-        Command::Load { photo, server, bundle, concurrency, requests } => {
-            let load = timing::load(&photo, &server, &bundle, concurrency.into(), requests.into()).await?;
-            println!("{}", serde_json::to_string(&load)?);
-        }
+        Command::Load(args) => commands::load::run(&args).await?,
+        Command::Validate(args) => commands::validate::run(&args).await?,
         Command::Run { config, out, server } => {
             let prepared = RunConfig::open(&config)?;
             let beside = std::env::current_exe()?.with_file_name("offload-server");

@@ -51,17 +51,29 @@ impl PhotoSet {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => HashMap::new(),
             Err(e) => return Err(io(&labels_path, e)),
         };
-        let mut photos = Vec::new();
-        for path in files {
-            let bytes = std::fs::read(&path).map_err(|e| io(&path, e))?;
-            let bad = |e: isthmus_pixels::PixelError| HarnessError::data(path.display().to_string(), e.to_string());
-            let pixels = isthmus_pixels::decode(&bytes).and_then(|p| p.network_input(side)).map_err(bad)?;
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let group = name.rsplit_once('-').map_or(name.as_str(), |(g, _)| g).to_owned();
-            let labels = labels.get(&name).cloned().unwrap_or_default();
-            photos.push(Photo { name, group, pixels, labels });
+        let mut photos = files.iter().map(|path| photo(path, side)).collect::<Result<Vec<_>, _>>()?;
+        for photo in &mut photos {
+            photo.labels = labels.get(&photo.name).cloned().unwrap_or_default();
         }
         let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Self { name, photos })
     }
+
+    /// A single photo.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn one(path: &Path, side: u32) -> Result<Self, HarnessError> {
+        let photo = photo(path, side)?;
+        Ok(Self { name: photo.name.clone(), photos: vec![photo] })
+    }
+}
+
+fn photo(path: &Path, side: u32) -> Result<Photo, HarnessError> {
+    let bytes = std::fs::read(path).map_err(|cause| HarnessError::Io { path: path.into(), cause })?;
+    let bad = |e: isthmus_pixels::PixelError| HarnessError::data(path.display().to_string(), e.to_string());
+    let pixels = isthmus_pixels::decode(&bytes).and_then(|p| p.network_input(side)).map_err(bad)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let group = name.rsplit_once('-').map_or(name.as_str(), |(g, _)| g).to_owned();
+    Ok(Photo { name, group, pixels, labels: Vec::new() })
 }

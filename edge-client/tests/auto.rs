@@ -35,21 +35,21 @@ async fn client(address: Arc<Mutex<SocketAddr>>, local: Option<LocalClassifier>)
 
 #[tokio::test]
 async fn a_server_that_goes_away_is_bridged_by_the_device_and_found_again() {
-    let mut server = Some(Server::start(&[]));
-    let address = Arc::new(Mutex::new(server.as_ref().unwrap().address));
+    let server = Server::start(&[]);
+    let address = Arc::new(Mutex::new(server.address));
     let mut client = client(address.clone(), Some(local())).await;
     for i in 0..6 {
         let answer = client.classify(&photo(i)).await.unwrap();
         assert!(answer.choice != Choice::Local && answer.bytes > 0 && answer.elapsed < DEADLINE, "{answer:?}");
     }
-    server = None;
+    drop(server);
     for i in 0..6 {
         let answer = client.classify(&photo(i)).await.unwrap();
         assert!(answer.choice == Choice::Local && answer.elapsed < DEADLINE, "{answer:?}");
     }
     assert!(client.policy().link_is_dead());
-    server = Some(Server::start(&[]));
-    *address.lock().unwrap() = server.as_ref().unwrap().address;
+    let server = Server::start(&[]);
+    *address.lock().unwrap() = server.address;
     let began = Instant::now();
     while client.classify(&photo(0)).await.unwrap().choice == Choice::Local {
         assert!(began.elapsed() < Duration::from_secs(20), "the server is back and not used");

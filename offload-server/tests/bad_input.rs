@@ -9,7 +9,7 @@ use bytes::Bytes;
 use common::{assert_healthy, client, code_of, options, sample};
 use edge_client::{Client, ClientError, Endpoint, InferOptions, Payload};
 use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
-use isthmus_proto::offload_v1::{InferRequest, infer_request};
+use isthmus_proto::offload_v1::{Features, InferRequest, infer_request};
 use isthmus_testkit::Server;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
@@ -165,12 +165,24 @@ async fn images_of_every_kind_of_wrong() {
         ("no pixels", png(100, 100, vec![])),
         ("cut jpeg header", photo[..200].to_vec()),
         ("just a jpeg marker", vec![0xff, 0xd8, 0xff]),
+        ("avif without boxes", b"\0\0\0\x18ftypavif\0\0\0\0avifmif1".to_vec()),
+        ("animated avif", b"\0\0\0\x18ftypavis\0\0\0\0avismsf1".to_vec()),
     ];
     for (name, bytes) in cases {
         let start = Instant::now();
         let (code, message) = code_of(&mut client, image(bytes)).await;
         assert_eq!(code, Code::InvalidArgument, "{name}: {message}");
         assert!(!message.is_empty() && start.elapsed() < Duration::from_secs(5), "{name}");
+    }
+    let values = |block, encoding: i32, data: Vec<u8>| Payload::Features(Features { block, encoding, data: data.into() });
+    for (name, payload) in [
+        ("no such block", values(99, 1, vec![])),
+        ("too few values", values(0, 1, vec![0; 16])),
+        ("no encoding", values(0, 0, vec![])),
+        ("no zstd", values(0, 2, vec![7; 100])),
+    ] {
+        let (code, message) = code_of(&mut client, payload).await;
+        assert!(code == Code::InvalidArgument && message.contains("features"), "{name}: {message}");
     }
     // larger than a message may be
     let (code, _) = code_of(&mut client, image(vec![1; 9 << 20])).await;

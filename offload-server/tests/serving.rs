@@ -6,7 +6,10 @@ mod common;
 use std::time::Duration;
 
 use common::{assert_healthy, client, encoder, options, sample};
+use edge_client::engine::{Engine, RtenEngine};
 use edge_client::{Client, ClientError, Endpoint, InferOptions, Payload};
+use isthmus_proto::offload_v1::Features;
+use isthmus_proto::offload_v1::features::Encoding;
 use isthmus_testkit::{Server, demo_photos};
 use tonic::Code;
 
@@ -127,6 +130,41 @@ async fn health_and_reflection_answer_standard_clients() {
     assert!(list.service.iter().any(|s| s.name == "isthmus.offload.v1.OffloadService"));
 }
 
+/// The output of block 0 for a photo, from the device's graph, in single precision.
+fn features(photo: usize) -> Features {
+    let graph = std::fs::read(isthmus_testkit::backbones().join("efficientnet-lite0-to-block0.onnx")).unwrap();
+    let file = std::fs::read(&demo_photos()[photo]).unwrap();
+    let mut pixels = Vec::new();
+    isthmus_pixels::decode(&file).unwrap().network_input(224).unwrap().normalise_into(&mut pixels);
+    let values = RtenEngine::new(&graph, 224, 1).unwrap().run(pixels).unwrap();
+    assert_eq!(values.len(), 16 * 112 * 112);
+    let data: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    Features { block: 0, encoding: Encoding::F32 as i32, data: data.into() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn raw_features_and_avif_give_the_answers_of_the_whole_network() {
+    let server = Server::start(&[]);
+    let mut client = client(&server).await;
+    let ask = InferOptions { logits: true, ..options() };
+    for i in 0..3 {
+        let photo = std::fs::read(&demo_photos()[i]).unwrap();
+        let whole = client.infer(Payload::Image(photo.clone().into()), &ask).await.unwrap();
+        let split = client.infer(Payload::Features(features(i)), &ask).await.unwrap();
+        let worst = whole.logits.iter().zip(&split.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 1e-3, "photo {i}: {worst}");
+        let pixels = isthmus_pixels::decode(&photo).unwrap().network_input(224).unwrap();
+        let rgb: Vec<ravif::RGB8> = pixels.data().chunks_exact(3).map(|p| ravif::RGB8::new(p[0], p[1], p[2])).collect();
+        let encoder = ravif::Encoder::new().with_quality(98.0).with_speed(10).with_bit_depth(ravif::BitDepth::Eight);
+        let file = encoder.encode_rgb(ravif::Img::new(rgb.as_slice(), 224, 224)).unwrap().avif_file;
+        let avif = client.infer(Payload::Image(file.into()), &ask).await.unwrap();
+        // little is lost, but something is: about the same probability for the same class
+        let (best, score) = (whole.labels[0].index, whole.labels[0].score);
+        let found = avif.labels.iter().find(|l| l.index == best).map_or(0.0, |l| l.score);
+        assert!((score - found).abs() < 0.15, "photo {i}: {score} as a file, {found} as AVIF");
+    }
+}
+
 /// docs/metrics.md and the exported metrics name the same things.
 #[tokio::test(flavor = "multi_thread")]
 async fn metrics_are_those_of_the_specification() {
@@ -135,6 +173,7 @@ async fn metrics_are_those_of_the_specification() {
     let (good, photo) = sample();
     assert_healthy(&mut client, &good).await;
     client.infer(Payload::Image(photo), &options()).await.unwrap();
+    client.infer(Payload::Features(features(0)), &options()).await.unwrap();
     let _ = client.infer(Payload::Bitstream(vec![1, 2, 3].into()), &options()).await;
     let page = server.metrics();
     let spec = std::fs::read_to_string(isthmus_testkit::root().join("docs/metrics.md")).unwrap();

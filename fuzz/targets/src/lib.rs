@@ -6,16 +6,20 @@ use isthmus_codec::{
     BundleHash, ChannelTable, Container, Contexts, Distribution, LatentShape, LevelTables, Predictor, Tables, Tap, coder, pmf,
 };
 
+use offload_server::features::FeatureMap;
+
 /// A target: any bytes must be survived.
 pub type Target = fn(&[u8]);
 
 /// Name and function of every target.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 9] = [
     ("container", container),
     ("payload", payload),
     ("tables", tables),
     ("manifest", manifest),
     ("image", image),
+    ("avif", avif),
+    ("features", features),
     ("pth", pth),
     ("rcc", rcc),
 ];
@@ -72,6 +76,23 @@ pub fn tables(data: &[u8]) {
 pub fn manifest(data: &[u8]) {
     let read = |_: &str| Ok(data.to_vec());
     let _ = isthmus_codec::Bundle::load(read, |_| false);
+}
+
+/// AVIF files.
+pub fn avif(data: &[u8]) {
+    if let Ok(rgb) = isthmus_avif::decode(data) {
+        assert_eq!(rgb.data().len() as u64, u64::from(rgb.width()) * u64::from(rgb.height()) * 3);
+    }
+}
+
+/// Raw features; the first byte says how they are written.
+pub fn features(data: &[u8]) {
+    const VALUES: usize = 96;
+    if let Some((encoding, data)) = data.split_first()
+        && let Ok(values) = (FeatureMap { block: 0, encoding: i32::from(*encoding) }).decode(data, VALUES)
+    {
+        assert!(values.len() == VALUES && values.iter().all(|v| v.is_finite()));
+    }
 }
 
 /// JPEG, PNG and WebP files.

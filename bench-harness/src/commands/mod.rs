@@ -1,0 +1,4 @@
+//! Subcommands with options of their own.
+
+pub mod load;
+pub mod validate;
