@@ -7,7 +7,7 @@ use plotters::prelude::*;
 
 const SIZE: (u32, u32) = (900, 560);
 const FLAT: (u32, u32) = (900, 260);
-const PALETTE: [RGBColor; 8] = [
+const PALETTE: [RGBColor; 14] = [
     RGBColor(0, 90, 181),
     RGBColor(220, 50, 32),
     RGBColor(0, 130, 90),
@@ -16,6 +16,12 @@ const PALETTE: [RGBColor; 8] = [
     RGBColor(90, 90, 90),
     RGBColor(0, 160, 190),
     RGBColor(160, 80, 40),
+    RGBColor(255, 120, 170),
+    RGBColor(110, 170, 20),
+    RGBColor(20, 40, 90),
+    RGBColor(180, 150, 110),
+    RGBColor(150, 0, 70),
+    RGBColor(100, 150, 240),
 ];
 
 /// An axis.
@@ -158,6 +164,8 @@ where
         .x_label_formatter(&number)
         .y_label_formatter(&number)
         .light_line_style(WHITE)
+        .label_style(("sans-serif", 15))
+        .axis_desc_style(("sans-serif", 16))
         .draw()
         .map_err(|e| fail(&e))?;
     for (i, line) in lines.iter().enumerate() {
@@ -174,6 +182,7 @@ where
         .position(legend)
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.3))
+        .label_font(("sans-serif", 14))
         .draw()
         .map_err(|e| fail(&e))?;
     area.present().map_err(|e| fail(&e))?;

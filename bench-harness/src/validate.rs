@@ -120,7 +120,11 @@ pub async fn run(mut progress: impl FnMut(&Check)) -> Result<Validation, Harness
         checks.iter().for_each(&mut progress);
         all.checks.extend(checks);
     };
-    if installed("ping") { add(vec![delay()?]) } else { all.left_out.push("delay: ping is not installed (Debian: iputils-ping)".into()) }
+    if installed("ping") {
+        add(vec![delay()?])
+    } else {
+        all.left_out.push("delay: ping is not installed (Debian: iputils-ping)".into())
+    }
     if installed("iperf3") {
         add(udp()?);
         add(tcp("cubic")?);
@@ -148,7 +152,14 @@ fn delay() -> Result<Check, HarnessError> {
     let measured = least.ok_or_else(|| HarnessError::data("ping", format!("not understood: {text}")))?;
     let ideal = 2.0 * (ms as f64 + 84.0 * 8.0 / (mbit * 1e3));
     let ok = measured >= ideal - 0.05 && measured <= ideal + 1.0;
-    Ok(Check { name: "shortest round trip of 200 pings, 10 Mbit/s, 20 ms".into(), ideal, measured, unit: "ms", ok, allowed: "+1 ms".into() })
+    Ok(Check {
+        name: "shortest round trip of 200 pings, 10 Mbit/s, 20 ms".into(),
+        ideal,
+        measured,
+        unit: "ms",
+        ok,
+        allowed: "+1 ms".into(),
+    })
 }
 
 /// Mbit/s that arrive (up, down) while both directions are loaded.

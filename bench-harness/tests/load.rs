@@ -27,7 +27,10 @@ fn closed_and_open_loops_and_schedules_are_measured() {
     let (ok, out, error) = load(&server, &["--concurrency", "1:4", "--json", "--csv", csv.to_str().unwrap()]);
     assert!(ok, "{error}");
     let closed = points(&out);
-    assert_eq!(closed.as_array().unwrap().iter().map(|p| p["load"].as_str().unwrap()).collect::<Vec<_>>(), ["1 under way", "2 under way", "4 under way"]);
+    assert_eq!(
+        closed.as_array().unwrap().iter().map(|p| p["load"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["1 under way", "2 under way", "4 under way"]
+    );
     for p in closed.as_array().unwrap() {
         assert!(p["n"].as_u64().unwrap() > 0 && p["per_second"].as_f64().unwrap() > 1.0, "{p}");
         assert!(p["server_ms"]["p50"].as_f64().unwrap() <= p["latency_ms"]["p99"].as_f64().unwrap(), "{p}");

@@ -87,7 +87,9 @@ fn play(up: &DirectionConfig, goal: Goal, local: Option<f64>, seconds: u64, fixe
             let wire = wire(&mut link, sent, bytes, up.delay);
             let answered = wire.map(|w| c.encode + w + c.server).filter(|t| *t <= deadline);
             let outcome = match answered {
-                Some(_) => Outcome::Answered { choice: c.choice, bytes, encode: c.encode, wire: wire.unwrap(), server: c.server, queue: 0.0 },
+                Some(_) => {
+                    Outcome::Answered { choice: c.choice, bytes, encode: c.encode, wire: wire.unwrap(), server: c.server, queue: 0.0 }
+                }
                 None => Outcome::Late { bytes, waited: deadline - c.encode },
             };
             let known = now + Duration::from_secs_f64(answered.unwrap_or(deadline));

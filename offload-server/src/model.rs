@@ -143,9 +143,7 @@ impl Model {
         let side = i64::from(self.input_size());
         let (shape, blueprint) = match stage {
             Stage::Pixels => ([3, side, side], None),
-            Stage::Features(layer) => {
-                (self.kind.layer_shape(layer).ok_or_else(|| ServerError::Network(format!("no {layer:?}")))?, None)
-            }
+            Stage::Features(layer) => (self.kind.layer_shape(layer).ok_or_else(|| ServerError::Network(format!("no {layer:?}")))?, None),
             Stage::Latent(i) => {
                 let b = self.blueprints.get(i).ok_or_else(|| ServerError::Network("no such blueprint".into()))?;
                 (b.latent, Some(b))

@@ -90,7 +90,9 @@ fn numbers(text: &str) -> Result<Vec<usize>> {
     let parse = |t: &str| t.trim().parse::<usize>().ok().filter(|n| (1..=MOST).contains(n));
     let list = match text.split_once(':') {
         Some((from, to)) => match (parse(from), parse(to)) {
-            (Some(from), Some(to)) if from <= to => Some(std::iter::successors(Some(from), |n| Some(n * 2)).take_while(|n| *n <= to).collect()),
+            (Some(from), Some(to)) if from <= to => {
+                Some(std::iter::successors(Some(from), |n| Some(n * 2)).take_while(|n| *n <= to).collect())
+            }
             _ => None,
         },
         None => text.split(',').map(parse).collect(),

@@ -81,7 +81,12 @@ impl Window {
     /// # Errors
     /// If the histograms do not fit each other.
     pub fn add(&mut self, other: &Self) -> Result<(), HarnessError> {
-        let pairs = [(&mut self.latency, &other.latency), (&mut self.lag, &other.lag), (&mut self.server, &other.server), (&mut self.queue, &other.queue)];
+        let pairs = [
+            (&mut self.latency, &other.latency),
+            (&mut self.lag, &other.lag),
+            (&mut self.server, &other.server),
+            (&mut self.queue, &other.queue),
+        ];
         for (mine, theirs) in pairs {
             mine.add(theirs).map_err(|e| HarnessError::data("histogram", e.to_string()))?;
         }

@@ -8,7 +8,20 @@ use crate::load::{Point, Summary};
 pub fn markdown(points: &[Point]) -> String {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header(["load", "answers/s", "p50 ms", "p95", "p99", "server p50", "queue p99", "lag p99", "batch", "n", "failed", "windows"]);
+    table.set_header([
+        "load",
+        "answers/s",
+        "p50 ms",
+        "p95",
+        "p99",
+        "server p50",
+        "queue p99",
+        "lag p99",
+        "batch",
+        "n",
+        "failed",
+        "windows",
+    ]);
     for p in points {
         let failed = p.failed.values().sum::<u64>() + p.unsent;
         table.add_row([
@@ -35,9 +48,9 @@ pub fn markdown(points: &[Point]) -> String {
 /// One line a point, with a head.
 pub fn csv(points: &[Point]) -> String {
     let names = ["latency", "lag", "server", "queue"];
-    let columns: Vec<String> =
-        names.iter().flat_map(|n| ["mean", "p50", "p95", "p99", "max"].map(|s| format!("{n}_{s}_ms"))).collect();
-    let mut out = format!("load,n,per_second,percentile_ms,batch_size,outside_network,failed,unsent,windows,stable,{}\n", columns.join(","));
+    let columns: Vec<String> = names.iter().flat_map(|n| ["mean", "p50", "p95", "p99", "max"].map(|s| format!("{n}_{s}_ms"))).collect();
+    let mut out =
+        format!("load,n,per_second,percentile_ms,batch_size,outside_network,failed,unsent,windows,stable,{}\n", columns.join(","));
     for p in points {
         let of = |s: &Summary| [s.mean, s.p50, s.p95, s.p99, s.max].map(|v| format!("{v:.3}")).join(",");
         let failed = p.failed.values().sum::<u64>();

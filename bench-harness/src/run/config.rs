@@ -140,7 +140,8 @@ impl RunConfig {
         [&mut config.bundle, &mut config.backbones, &mut config.photos, &mut config.catalogue].into_iter().for_each(beside);
         let catalogue = Catalogue::open(&config.catalogue).map_err(|e| HarnessError::data(e.key, e.why))?;
         let named = |links: &[String]| {
-            let link = |n: &String| Ok((n.clone(), catalogue.link(n).map_err(|e| HarnessError::data(name.clone(), e.to_string()))?.clone()));
+            let link =
+                |n: &String| Ok((n.clone(), catalogue.link(n).map_err(|e| HarnessError::data(name.clone(), e.to_string()))?.clone()));
             links.iter().map(link).collect::<Result<Vec<_>, HarnessError>>()
         };
         let links = named(&config.links)?;

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use edge_client::{Client, ClientError, Endpoint};
+use linkem::LinkConfig;
 use linkem::driver::namespace::missing;
 use linkem::driver::packet::{self, PacketLink};
 use linkem::driver::stream::{self, StreamLink};
-use linkem::LinkConfig;
 use tokio::net::TcpStream;
 
 use crate::error::HarnessError;

@@ -29,9 +29,10 @@ pub struct Line<'a> {
     pub local: Option<Rival<'a>>,
 }
 
-/// Agreement as measured without a link; for a client that chooses, that of its own answers.
+/// Agreement as measured without a link; for a client that chooses, that of the options it took (its own few answers over the link
+/// say little).
 fn agreement(results: &Results, row: &Row) -> f64 {
-    known(results, row).map_or(row.agreement, |a| a.agreement.mean)
+    known(results, row).map_or_else(|| row.believed_agreement.unwrap_or(row.agreement), |a| a.agreement.mean)
 }
 
 fn known<'a>(results: &'a Results, row: &Row) -> Option<&'a AgreementRow> {

@@ -22,7 +22,12 @@ const REQUEST: f64 = 130.0;
 ///
 /// # Errors
 /// If link or server do not start.
-pub async fn measure(bench: &mut Bench<'_>, (name, named): &(String, NamedLink), seed: u64, levels: u8) -> Result<LinkResults, HarnessError> {
+pub async fn measure(
+    bench: &mut Bench<'_>,
+    (name, named): &(String, NamedLink),
+    seed: u64,
+    levels: u8,
+) -> Result<LinkResults, HarnessError> {
     let config = &bench.prepared.config;
     let began = Instant::now();
     let strategies = config.strategies.all(levels)?;
@@ -80,9 +85,10 @@ fn row(strategy: Strategy, samples: &[Sample], failed: usize, link: &LinkConfig)
     let median = |f: fn(&Sample) -> f64| percentile(&sorted(samples.iter().map(f)), 0.5);
     let (bytes, encode, server) = (mean(&|s| s.bytes as f64), median(|s| s.encode), median(|s| s.server));
     let mut choices: BTreeMap<String, usize> = BTreeMap::new();
-    for choice in samples.iter().filter_map(|s| s.choice.clone()) {
+    for (choice, _) in samples.iter().filter_map(|s| s.choice.clone()) {
         *choices.entry(choice).or_default() += 1;
     }
+    let believed = samples.iter().filter_map(|s| s.choice.as_ref()).map(|c| c.1).sum::<f64>() / n.max(1) as f64;
     Row {
         strategy: strategy.name(),
         family: strategy.family().into(),
@@ -98,6 +104,7 @@ fn row(strategy: Strategy, samples: &[Sample], failed: usize, link: &LinkConfig)
             Strategy::Auto(_) | Strategy::Local => None,
             _ => predicted(link, encode, bytes, server),
         },
+        believed_agreement: (!choices.is_empty()).then_some(believed),
         choices: choices.into_iter().collect(),
     }
 }

@@ -23,8 +23,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::HarnessError;
 use crate::photos::PhotoSet;
-pub use config::RunConfig;
 use config::Prepared;
+pub use config::RunConfig;
 pub use results::Results;
 use session::Bench;
 use strategy::Device;

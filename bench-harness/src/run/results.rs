@@ -120,6 +120,9 @@ pub struct Row {
     pub server_ms: f64,
     /// Predicted median, where the rate is constant.
     pub predicted_ms: Option<f64>,
+    /// If the client chose: agreement that its options have on the held-out photos, weighted by how often it took them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub believed_agreement: Option<f64>,
     /// What was chosen how often, if the client chose.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub choices: Vec<(String, usize)>,

@@ -42,8 +42,8 @@ pub struct Sample {
     pub bytes: usize,
     /// As the lossless photo.
     pub agrees: bool,
-    /// How it was sent or computed, if the client chose.
-    pub choice: Option<String>,
+    /// How it was sent or computed, if the client chose, and how often that is believed to agree.
+    pub choice: Option<(String, f64)>,
 }
 
 fn ms(d: Duration) -> f64 {
@@ -151,6 +151,7 @@ pub async fn choose(client: &mut AutoClient, photo: &Photo, wanted: u32) -> Resu
     let photo = auto::Photo { pixels: photo.pixels.clone(), file: None };
     let answer = client.classify(&photo).await?;
     let agrees = answer.labels.first().is_some_and(|l| l.index == wanted);
-    let choice = Some(answer.choice.to_string());
+    let believed = client.policy().agreement(answer.choice).unwrap_or_default();
+    let choice = Some((answer.choice.to_string(), believed));
     Ok(Sample { latency: ms(answer.elapsed), encode: 0.0, server: 0.0, bytes: answer.bytes, agrees, choice })
 }

@@ -166,7 +166,9 @@ impl Device {
         let block = manifest.decoders.first().and_then(|d| d.split_block);
         let head = match (wanted, block) {
             (false, _) => None,
-            (true, None) => return Err(HarnessError::data("strategies.features", "the bundle rebuilds the pixels: it has no features to send")),
+            (true, None) => {
+                return Err(HarnessError::data("strategies.features", "the bundle rebuilds the pixels: it has no features to send"));
+            }
             (true, Some(block)) => {
                 let path = Self::graph(backbones, &encoder, &format!("-to-block{block}"));
                 let graph = std::fs::read(&path).map_err(|cause| HarnessError::Io { path, cause })?;

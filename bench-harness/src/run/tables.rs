@@ -22,7 +22,10 @@ pub fn markdown(results: &Results) -> String {
 fn emulator(e: &Emulator) -> String {
     let congestion = e.congestion_control.as_ref().map_or_else(String::new, |c| format!(", {c}"));
     let invalid = if e.valid { "" } else { " - **INVALID**: more than a tenth of the delay" };
-    format!("{} level{congestion}; emulator late by {} us (median), {} us (99th percentile){invalid}", e.level, e.late_p50_us, e.late_p99_us)
+    format!(
+        "{} level{congestion}; emulator late by {} us (median), {} us (99th percentile){invalid}",
+        e.level, e.late_p50_us, e.late_p99_us
+    )
 }
 
 fn agreement(results: &Results, out: &mut String) {

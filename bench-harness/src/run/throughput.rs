@@ -100,5 +100,12 @@ async fn share(
     }
     let latency = sorted(all.into_iter());
     let (n, seconds) = (latency.len(), began.elapsed().as_secs_f64());
-    Ok(ThroughputRow { strategy: strategy.name(), clients, n, failed, per_second: n as f64 / seconds, latency_ms: Percentiles::of(&latency) })
+    Ok(ThroughputRow {
+        strategy: strategy.name(),
+        clients,
+        n,
+        failed,
+        per_second: n as f64 / seconds,
+        latency_ms: Percentiles::of(&latency),
+    })
 }

@@ -65,7 +65,7 @@ async fn play(bench: &mut Bench<'_>, named: &NamedLink, t: &TimelineConfig, stra
         samples.push(TimelineSample {
             at_s: at.as_secs_f64(),
             latency_ms: in_time.as_ref().map(|s| (s.latency * 1e3).round() / 1e3),
-            choice: in_time.and_then(|s| s.choice).unwrap_or_else(|| strategy.name()),
+            choice: in_time.and_then(|s| s.choice).map_or_else(|| strategy.name(), |c| c.0),
         });
     }
     let n = samples.len().max(1) as f64;

@@ -23,7 +23,9 @@ async fn client(server: &ServerArgs, encoding: &EncodingArgs, policy: &PolicyArg
         _ => match LocalClassifier::open(&policy.local_model, side, encoding.threads.into()) {
             Ok(local) => Some(local),
             Err(e) => {
-                eprintln!("edge-client: no network for this device ({e}); when the link fails there will be no answer. `make setup` makes one, --local off says that none is wanted");
+                eprintln!(
+                    "edge-client: no network for this device ({e}); when the link fails there will be no answer. `make setup` makes one, --local off says that none is wanted"
+                );
                 None
             }
         },

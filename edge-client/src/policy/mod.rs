@@ -219,6 +219,11 @@ impl Policy {
         self.switches
     }
 
+    /// How often an option is believed to give the uncompressed network's answer.
+    pub fn agreement(&self, choice: Choice) -> Option<f64> {
+        self.candidates.iter().find(|c| c.choice == choice).map(|c| c.agreement)
+    }
+
     /// True while the link counts as dead.
     pub fn link_is_dead(&self) -> bool {
         self.dead.is_some()
