@@ -42,7 +42,7 @@ enum Command {
     },
     /// Load a server: closed loop (--concurrency), open loop (--rate, --schedule), or the highest rate within a latency objective
     /// (--search).
-    Load(commands::load::LoadArgs),
+    Load(Box<commands::load::LoadArgs>),
     /// Check the link emulator on this machine: delay, rate, loss, steps, lateness. The packet level needs root.
     Validate(commands::validate::ValidateArgs),
     /// Measure end-to-end latency over emulated links; writes results.json, results.md and report.html.
