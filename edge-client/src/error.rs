@@ -35,7 +35,7 @@ pub enum ClientError {
     },
     /// The server answered with an error.
     #[error("server: {} ({:?})", .0.message(), .0.code())]
-    Server(#[from] Box<tonic::Status>),
+    Server(Box<tonic::Status>), // not a `source`: its text is in this error's already
     /// Something else than an offload-server listens there.
     #[error("what listens there is no offload-server: {0} (is it the admin port?)")]
     NotOffload(String),

@@ -5,19 +5,26 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Sleep, sleep};
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
 use crate::telemetry;
 
+/// A connection that says nothing for so long after it was opened is closed: it would hold its place for ever.
+const FIRST_BYTE: Duration = Duration::from_secs(10);
+
 /// A connection that counts against the bound while it lives.
 #[derive(Debug)]
 pub struct Counted {
     stream: TcpStream,
+    /// Until the first byte has come.
+    silent: Option<Pin<Box<Sleep>>>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -26,7 +33,7 @@ pub fn at_most(most: usize, listener: TcpListener) -> impl Stream<Item = io::Res
     let places = Arc::new(Semaphore::new(most));
     TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| match accepted {
         Ok(stream) => match places.clone().try_acquire_owned() {
-            Ok(place) => Some(Ok(Counted { stream, _place: place })),
+            Ok(place) => Some(Ok(Counted { stream, silent: Some(Box::pin(sleep(FIRST_BYTE))), _place: place })),
             Err(_) => {
                 telemetry::connection_refused();
                 None
@@ -46,7 +53,14 @@ impl Connected for Counted {
 
 impl AsyncRead for Counted {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if buffer.filled().len() > before {
+            self.silent = None;
+        } else if self.silent.as_mut().is_some_and(|s| s.as_mut().poll(context).is_ready()) {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "nothing came after the connection was opened")));
+        }
+        read
     }
 }
 

@@ -17,6 +17,8 @@ use crate::registry::Registry;
 use crate::service::Service;
 use crate::{Config, ServerError, admin, connections, telemetry};
 
+/// A TLS handshake that takes longer is given up.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const MAX_STREAMS: u32 = 64;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
@@ -135,7 +137,7 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         .layer(GlobalConcurrencyLimitLayer::new(config.max_in_flight + SPARE_CALLS));
     if let (Some(cert), Some(key)) = (&config.tls_cert, &config.tls_key) {
         let (cert, key) = (pem(cert, "CERTIFICATE")?, pem(key, "PRIVATE KEY")?);
-        let tls = ServerTlsConfig::new().identity(Identity::from_pem(cert, key));
+        let tls = ServerTlsConfig::new().timeout(HANDSHAKE).identity(Identity::from_pem(cert, key));
         server = server.tls_config(tls).map_err(|e| ServerError::Config(format!("tls_cert, tls_key: {e}")))?;
     }
     let router = server.add_service(health_service).add_service(reflection).add_service(offload);

@@ -1,9 +1,11 @@
 //! `isthmus.offload.v1.OffloadService`.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
 use isthmus_codec::BundleHash;
 use isthmus_proto::offload_v1::infer_request::Payload;
 use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
@@ -12,7 +14,7 @@ use isthmus_proto::offload_v1::{
     Bundle as WireBundle, DescribeRequest, DescribeResponse, InferError, InferRequest, InferResponse, InferStreamResponse,
     Model as WireModel, Timing,
 };
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -203,39 +205,49 @@ impl OffloadService for Service {
         Ok(Response::new(self.shared.infer(request.into_inner(), arrived, budget).await?))
     }
 
-    type InferStreamStream = ReceiverStream<Result<InferStreamResponse, Status>>;
+    type InferStreamStream = Answers;
 
     async fn infer_stream(&self, request: Request<Streaming<InferRequest>>) -> Result<Response<Self::InferStreamStream>, Status> {
         let place = self.shared.streams.clone().try_acquire_owned();
         let place = place.map_err(|_| ServerError::Busy("too many streams are open"))?;
         let (answers, outgoing) = mpsc::channel(self.shared.window);
         let shared = self.shared.clone();
+        // a place of its own for the status that ends the stream: the channel may be full
+        let (last, ending) = oneshot::channel();
         tokio::spawn(async move {
-            pump(shared, request.into_inner(), answers).await;
+            if let Some(status) = pump(shared, request.into_inner(), answers).await {
+                let _ = last.send(Err(status));
+            }
             drop(place);
         });
-        Ok(Response::new(ReceiverStream::new(outgoing)))
+        let ending = futures_util::stream::once(ending).filter_map(|last| std::future::ready(last.ok()));
+        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing).chain(ending))))
     }
 }
 
+/// The answers of a stream, and the status that ends it.
+type Answers = Pin<Box<dyn Stream<Item = Result<InferStreamResponse, Status>> + Send>>;
+
 /// Reads requests while the window has room and answers each as it is ready. The stream ends with the client's
 /// half-close; with DEADLINE_EXCEEDED if nothing moves for too long, UNAVAILABLE when the server drains, or the
-/// transport's status for an unreadable message, after what is under way has been answered. Dropping the set of
-/// tasks cancels what is under way.
-async fn pump(shared: Arc<Shared>, mut requests: Streaming<InferRequest>, answers: mpsc::Sender<Result<InferStreamResponse, Status>>) {
+/// transport's status for an unreadable message, after what is under way has been answered; with DEADLINE_EXCEEDED
+/// if the client does not read its answers. Dropping the set of tasks cancels what is under way.
+async fn pump(
+    shared: Arc<Shared>,
+    mut requests: Streaming<InferRequest>,
+    answers: mpsc::Sender<Result<InferStreamResponse, Status>>,
+) -> Option<Status> {
     let mut tasks: JoinSet<Result<(), ()>> = JoinSet::new();
     let mut ending: Option<Result<(), Status>> = None;
     while ending.is_none() || !tasks.is_empty() {
         let open = ending.is_none();
         let room = open && tasks.len() < shared.window;
         tokio::select! {
-            () = answers.closed() => return,
+            () = answers.closed() => return None,
             () = shared.draining.cancelled(), if open => ending = Some(Err(ServerError::Draining.into())),
             done = tasks.join_next(), if !tasks.is_empty() => {
                 if !matches!(done, Some(Ok(Ok(())))) {
-                    // the client does not read its answers: there is no room for a status either
-                    let _ = answers.try_send(Err(ServerError::Deadline("waiting to be read by the client").into()));
-                    return;
+                    return Some(ServerError::Deadline("waiting to be read by the client").into());
                 }
             }
             message = tokio::time::timeout(shared.stream_idle, requests.message()), if room => match message {
@@ -250,9 +262,7 @@ async fn pump(shared: Arc<Shared>, mut requests: Streaming<InferRequest>, answer
             },
         }
     }
-    if let Some(Err(status)) = ending {
-        let _ = answers.send_timeout(Err(status), shared.stream_idle).await;
-    }
+    ending.and_then(Result::err)
 }
 
 async fn answer(shared: Arc<Shared>, request: InferRequest, answers: mpsc::Sender<Result<InferStreamResponse, Status>>) -> Result<(), ()> {

@@ -152,8 +152,7 @@ async fn images_of_every_kind_of_wrong() {
     let before = server.process.memory_kb("VmHWM");
 
     let animated_png = png(8, 8, chunk(b"acTL", &[0, 0, 0, 2, 0, 0, 0, 0]));
-    let mut animated_webp = b"RIFF\x2a\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\x07\0\0\x07\0\0".to_vec();
-    animated_webp.extend(b"ANIM\x06\0\0\0\0\0\0\0\0\0");
+    let animated_webp = std::fs::read(isthmus_testkit::root().join("fuzz/corpus/image/animated.webp")).unwrap();
     let cases: Vec<(&str, Vec<u8>)> = vec![
         ("empty", vec![]),
         ("text", b"hello, this is not an image".to_vec()),
@@ -173,6 +172,7 @@ async fn images_of_every_kind_of_wrong() {
         let (code, message) = code_of(&mut client, image(bytes)).await;
         assert_eq!(code, Code::InvalidArgument, "{name}: {message}");
         assert!(!message.is_empty() && start.elapsed() < Duration::from_secs(5), "{name}");
+        assert!(!name.starts_with("animated") || message.contains("animated"), "{name}: {message}");
     }
     let values = |block, encoding: i32, data: Vec<u8>| Payload::Features(Features { block, encoding, data: data.into() });
     for (name, payload) in [
@@ -334,4 +334,48 @@ async fn deadlines_are_kept() {
         task.await.unwrap().unwrap();
     }
     assert_healthy(&mut client, &good).await;
+}
+
+/// The answers that fit are delivered, then a status says that the others are not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_reads_too_late_learns_that_answers_are_missing() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("server.toml");
+    std::fs::write(&config, "stream_idle = \"1s\"\nstream_window = 2\n").unwrap();
+    let server = Server::start(&["--config", config.to_str().unwrap()]);
+    let mut late = client(&server).await;
+    let (good, _) = sample();
+    let (send, requests) = tokio::sync::mpsc::channel(1);
+    let mut answers = late.raw().infer_stream(ReceiverStream::new(requests)).await.unwrap().into_inner();
+    let flood = async {
+        let mut sent = 0;
+        loop {
+            let payload = Some(infer_request::Payload::Bitstream(good.clone()));
+            if send.send(InferRequest { id: sent, payload, logits: true, ..InferRequest::default() }).await.is_err() {
+                return;
+            }
+            sent += 1;
+        }
+    };
+    // long enough for windows and buffers to fill and for the limit to pass
+    let _ = tokio::time::timeout(Duration::from_secs(12), flood).await;
+    let status = loop {
+        match tokio::time::timeout(Duration::from_secs(10), answers.message()).await.unwrap() {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the stream ended as if nothing was missing"),
+            Err(status) => break status,
+        }
+    };
+    assert!(status.code() == Code::DeadlineExceeded && status.message().contains("read by the client"), "{status:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_say_nothing_are_closed() {
+    use tokio::io::AsyncReadExt;
+    let server = Server::start(&[]);
+    let mut silent = tokio::net::TcpStream::connect(server.address).await.unwrap();
+    let mut greeting = Vec::new();
+    // the server may greet, and then closes
+    let closed = tokio::time::timeout(Duration::from_secs(30), silent.read_to_end(&mut greeting)).await;
+    assert!(closed.is_ok(), "the connection is still open");
 }

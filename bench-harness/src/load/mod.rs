@@ -19,6 +19,8 @@ use engine::{Target, Window};
 const AGREEING: usize = 3;
 /// A rate serves an objective only if no more than this share of its requests fails.
 const FAILURES: f64 = 0.01;
+/// And only if at least this share of the requests is answered while they come.
+const FOLLOWS: f64 = 0.95;
 /// A search ends when its bounds are this close.
 const PRECISION: f64 = 0.03;
 
@@ -163,7 +165,10 @@ pub async fn search(
         tried(&point);
         let failed = point.failed.values().sum::<u64>() + point.unsent;
         let answered = point.n > 0 && failed as f64 <= FAILURES * (point.n + failed) as f64;
-        let fits = answered && point.percentile_ms <= objective.as_secs_f64() * 1e3;
+        // answers must keep up with the requests, as far as so few can tell
+        let wanted = FOLLOWS * rate * point.n as f64 / point.per_second.max(1e-9);
+        let follows = point.n as f64 + 3.0 * (point.n as f64).sqrt() >= wanted;
+        let fits = answered && follows && point.percentile_ms <= objective.as_secs_f64() * 1e3;
         all.push(point.clone());
         match (fits, all.len()) {
             (false, 1) => return Ok((None, all)), // not even the lowest

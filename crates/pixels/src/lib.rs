@@ -101,17 +101,26 @@ impl Rgb {
     /// # Errors
     /// [`PixelError::Resize`] for a zero target.
     pub fn resize(&self, width: u32, height: u32) -> Result<Self, PixelError> {
-        if (width, height) == (self.width, self.height) {
-            return Ok(self.clone());
+        self.resize_part([0, 0, self.width, self.height], width, height)
+    }
+
+    /// [`Rgb::resize`] of the rectangle (x, y, w, h), which must lie inside, without a copy of it.
+    fn resize_part(&self, [x, y, w, h]: [u32; 4], width: u32, height: u32) -> Result<Self, PixelError> {
+        if (width, height) == (w, h) {
+            return Ok(self.crop(x, y, w, h));
         }
         let fail = |e: String| PixelError::Resize(e);
         // four bytes a pixel: the only layout the resizer is built for (its others triple the binary)
-        let wide: Vec<u8> = self.data.chunks_exact(3).flat_map(|p| [p[0], p[1], p[2], 0]).collect();
-        let source = fir::images::ImageRef::new(self.width, self.height, &wide, fir::PixelType::U8x4).map_err(|e| fail(e.to_string()))?;
+        let mut wide: Vec<u8> = Vec::with_capacity(w as usize * h as usize * 4);
+        for row in y..y + h {
+            let from = (row as usize * self.width as usize + x as usize) * 3;
+            wide.extend(self.data[from..from + w as usize * 3].chunks_exact(3).flat_map(|p| [p[0], p[1], p[2], 0]));
+        }
+        let source = fir::images::ImageRef::new(w, h, &wide, fir::PixelType::U8x4).map_err(|e| fail(e.to_string()))?;
         let filter = fir::ResizeAlg::Convolution(fir::FilterType::CatmullRom);
         let options = fir::ResizeOptions::new().resize_alg(filter).use_alpha(false);
         // rows first, then columns, rounded in between: the order of the reference (the resizer's own differs)
-        let mut rows = fir::images::Image::new(width, self.height, fir::PixelType::U8x4);
+        let mut rows = fir::images::Image::new(width, h, fir::PixelType::U8x4);
         let mut target = fir::images::Image::new(width, height, fir::PixelType::U8x4);
         let mut resizer = fir::Resizer::new();
         resizer.resize(&source, &mut rows, &options).map_err(|e| fail(e.to_string()))?;
@@ -129,7 +138,7 @@ impl Rgb {
         let crop = (u64::from(side) * u64::from(shorter) / u64::from(side + 32)).max(1) as u32;
         let x = (self.width - crop).div_ceil(2);
         let y = (self.height - crop).div_ceil(2);
-        self.crop(x, y, crop, crop).resize(side, side)
+        self.resize_part([x, y, crop, crop], side, side)
     }
 
     /// The network's square input: an image that is exactly `side` x `side` is taken as already

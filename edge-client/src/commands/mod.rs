@@ -29,6 +29,21 @@ pub fn encoder(args: &EncodingArgs) -> Result<(Encoder, u8), ClientError> {
     Ok((encoder, quality))
 }
 
+/// Largest file read: more than any photo, container or certificate needs.
+const LARGEST: u64 = 256 << 20;
+
+/// A regular file of bounded size.
 pub fn read(path: &Path) -> Result<Vec<u8>, ClientError> {
-    std::fs::read(path).map_err(|cause| ClientError::Io { path: path.into(), cause })
+    let io = |cause| ClientError::Io { path: path.into(), cause };
+    let about = std::fs::metadata(path).map_err(io)?;
+    if about.is_dir() {
+        return Err(io(std::io::ErrorKind::IsADirectory.into()));
+    }
+    if !about.is_file() {
+        return Err(ClientError::Usage(format!("{}: is no regular file", path.display())));
+    }
+    if about.len() > LARGEST {
+        return Err(ClientError::Usage(format!("{}: {} bytes; at most {LARGEST} are read", path.display(), about.len())));
+    }
+    std::fs::read(path).map_err(io)
 }
