@@ -9,7 +9,7 @@ RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
 .PHONY: demo test lint bench train setup build photos training-photos fuzz clean help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 setup: tools ## fetch libtorch, backbones and demo photos (pinned, cached), import the backbones
 	@if [ -n "$$LIBTORCH" ]; then echo "setup: using LIBTORCH=$$LIBTORCH"; else $(PYTHON) setup/fetch.py libtorch; fi
@@ -36,7 +36,6 @@ data/eval/demo/labels.json: crates/trainer/split.json setup/assets.json | setup
 
 photos: setup $(EVALUATION) ## fetch the evaluation photos (needs Debian's apt-get) and cut their crops
 
-# also the ones that bundles are trained on
 training-photos: photos ## fetch the training photos (needs apt-get and npm) and pack them
 	@$(RELEASE)/trainer fetch
 

@@ -52,7 +52,9 @@ pub async fn run(bundle: &Path, endpoint: &Endpoint, deadline: Duration) -> Vec<
             client
         }
         Err(e) => {
-            checks.push(check("connection", Err(format!("{e}; is the server running, and is the address right?"))));
+            let text = e.to_string();
+            let hint = if text.contains("is the server running") { "" } else { "; is the server running, and is the address right?" };
+            checks.push(check("connection", Err(format!("{text}{hint}"))));
             return checks;
         }
     };

@@ -10,7 +10,7 @@ use linkem::catalogue::NamedLink;
 use crate::error::HarnessError;
 use crate::run::progress;
 use crate::run::results::{LinkResults, Percentiles, Row, percentile, sorted};
-use crate::run::session::{Bench, Sample, Session, choose};
+use crate::run::session::{Bench, Sample, Session, choose, spread};
 use crate::run::strategy::Strategy;
 
 /// Bytes on the link per byte of payload: headers of IP and TCP with timestamps on full packets of 1500.
@@ -45,7 +45,8 @@ pub async fn measure(
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); strategies.len()];
     let mut failed = vec![0; strategies.len()];
     for round in 0..=config.rounds {
-        for (photo, &wanted) in bench.photos.iter().zip(&bench.reference).take(sent) {
+        for p in spread(bench.photos.len(), sent) {
+            let (photo, wanted) = (&bench.photos[p], bench.reference[p]);
             for (s, strategy) in strategies.iter().enumerate() {
                 let sample = match &mut auto[s] {
                     Some(client) => choose(client, photo, wanted).await,

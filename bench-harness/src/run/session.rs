@@ -29,6 +29,11 @@ pub struct Bench<'a> {
     pub reference: Vec<u32>,
 }
 
+/// Indices of `some` of `all` photos, evenly spread: neighbours may be crops of one photo.
+pub fn spread(all: usize, some: usize) -> impl Iterator<Item = usize> {
+    (0..some.min(all)).map(move |i| i * all / some.min(all))
+}
+
 /// One answered request. Milliseconds.
 #[derive(Debug, Clone)]
 pub struct Sample {
@@ -154,4 +159,16 @@ pub async fn choose(client: &mut AutoClient, photo: &Photo, wanted: u32) -> Resu
     let believed = client.policy().agreement(answer.choice).unwrap_or_default();
     let choice = Some((answer.choice.to_string(), believed));
     Ok(Sample { latency: ms(answer.elapsed), encode: 0.0, server: 0.0, bytes: answer.bytes, agrees, choice })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::spread;
+
+    #[test]
+    fn photos_are_spread_over_all() {
+        assert_eq!(spread(10, 3).collect::<Vec<_>>(), [0, 3, 6]);
+        assert_eq!(spread(2, 5).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(spread(0, 5).count(), 0);
+    }
 }

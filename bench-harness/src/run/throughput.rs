@@ -14,7 +14,7 @@ use crate::error::HarnessError;
 use crate::run::config::ThroughputConfig;
 use crate::run::progress;
 use crate::run::results::{Percentiles, ThroughputResults, ThroughputRow, sorted};
-use crate::run::session::{Bench, Site};
+use crate::run::session::{Bench, Site, spread};
 use crate::run::strategy::{Prepared, Strategy};
 
 /// Most different photos sent.
@@ -37,7 +37,8 @@ pub async fn measure(
     let mut rows = Vec::new();
     for strategy in strategies {
         let mut made = Vec::new();
-        for photo in bench.photos.iter().take(PHOTOS) {
+        for p in spread(bench.photos.len(), PHOTOS) {
+            let photo = &bench.photos[p];
             let began = Instant::now();
             if let Prepared::Send(payload) = bench.device.prepare(strategy, &photo.pixels)? {
                 made.push((payload, began.elapsed().mul_f64(config.device_slowdown)));
