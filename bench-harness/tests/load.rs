@@ -56,7 +56,7 @@ fn an_overload_shows_in_the_latency_and_the_search_stays_below_it() {
     assert!(ok, "{error}");
     let over = &points(&out)[0];
     let failed = over["failed"].as_object().unwrap().values().map(|n| n.as_u64().unwrap()).sum::<u64>() + over["unsent"].as_u64().unwrap();
-    assert!(over["per_second"].as_f64().unwrap() < 1000.0 && failed > 0, "{over}");
+    assert!((0.1..1000.0).contains(&over["per_second"].as_f64().unwrap()) && failed > 0, "{over}");
     let (ok, out, error) = load(&server, &["--search", "1:2000", "--objective", "2s", "--json"]);
     assert!(ok, "{error}");
     let found: Value = serde_json::from_str(&out).unwrap();

@@ -1,11 +1,12 @@
 //! The server's half of a split network: containers and images in, labels out.
 //!
-//! Path of a request: [`service`] (limits, deadline) -> [`intake`] (entropy or image decoding on a bounded
+//! Path of a request: [`service`] (limits, deadline) -> [`admission`] (is there time?) -> [`intake`] (entropy or image decoding on a bounded
 //! pool) -> [`batcher`] (what waits together runs together) -> [`model`] (decoder and tail on libtorch).
 
 #![forbid(unsafe_code)]
 
 pub mod admin;
+mod admission;
 pub mod batcher;
 pub mod config;
 pub mod connections;

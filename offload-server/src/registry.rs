@@ -1,12 +1,14 @@
 //! The loaded models and bundles.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use isthmus_codec::{Bundle, BundleHash, CodecError};
 use isthmus_nets::BackboneKind;
 use isthmus_nets::backbone::CLASSES;
 use isthmus_nets::device::parse_device;
 
+use crate::admission::Admission;
 use crate::batcher::Batcher;
 use crate::model::{Model, Stage};
 use crate::{Config, ServerError, labels};
@@ -21,6 +23,8 @@ pub struct Entry {
     pub input_size: u32,
     /// Where it runs.
     pub device: String,
+    /// Who may come in.
+    pub admission: Arc<Admission>,
     /// Its queue and network thread.
     pub batcher: Batcher,
     stages: Vec<(BundleHash, Stage)>,
@@ -76,7 +80,7 @@ impl Registry {
                 tch::Device::Cuda(n) => format!("cuda:{n}"),
                 _ => "cpu".to_owned(),
             };
-            models.push(Entry { name, kind, input_size, device, batcher, stages });
+            models.push(Entry { name, kind, input_size, device, admission: Admission::new(config.max_batch), batcher, stages });
         }
         Ok(Self { models, bundles, labels })
     }

@@ -20,9 +20,10 @@ use crate::{Config, ServerError, admin, connections, telemetry};
 /// A TLS handshake that takes longer is given up.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 const KEEPALIVE: Duration = Duration::from_secs(30);
-const MAX_STREAMS: u32 = 64;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 const MAX_HEADERS: u32 = 16 << 10;
+/// Of one connection.
+const LEAST_STREAMS: u32 = 64;
 /// Calls beside the requests in flight: health, Describe, reflection.
 const SPARE_CALLS: usize = 16;
 
@@ -128,7 +129,9 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         .http2_keepalive_timeout(Some(KEEPALIVE))
         // until the response starts, so uploads that stall end too; streams have their own limits
         .timeout(config.max_deadline)
-        .max_concurrent_streams(MAX_STREAMS)
+        // above what is taken: a call that has to wait in its client's transport for a place comes with a time limit that has
+        // partly passed, which nobody here can see; better to refuse it at once
+        .max_concurrent_streams(u32::try_from(2 * config.max_in_flight).unwrap_or(u32::MAX).max(LEAST_STREAMS))
         // counted before a message is read, so that half-sent ones are bounded too; refused with RESOURCE_EXHAUSTED
         .load_shed(true)
         .http2_max_header_list_size(MAX_HEADERS)

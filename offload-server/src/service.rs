@@ -24,7 +24,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::batcher::Computed;
 use crate::features::FeatureMap;
 use crate::intake::Intake;
-use crate::registry::Registry;
+use crate::registry::{Entry, Registry};
 use crate::telemetry::{self, InFlight, Kind};
 use crate::{Config, ServerError};
 
@@ -110,6 +110,23 @@ impl Shared {
         let _place = self.in_flight.try_acquire().map_err(|_| ServerError::Busy("too many requests in flight"))?;
         let _counted = InFlight::enter();
         let entry = self.registry.model(&ask.model)?;
+        let admitted = entry.admission.enter(deadline.saturating_duration_since(Instant::now()))?;
+        let answer = self.answer(ask, entry, kind, payload, arrived, deadline).await;
+        if !matches!(answer, Err(ServerError::Deadline(_) | ServerError::Busy(_) | ServerError::Draining)) {
+            admitted.answered();
+        }
+        answer
+    }
+
+    async fn answer(
+        &self,
+        ask: Ask,
+        entry: &Entry,
+        kind: Kind,
+        payload: Bytes,
+        arrived: Instant,
+        deadline: Instant,
+    ) -> Result<InferResponse, ServerError> {
         let ready = self.intake.decode(&self.registry, &ask.model, kind, payload, deadline).await?;
         if Instant::now() >= deadline {
             return Err(ServerError::Deadline("being decoded"));

@@ -51,7 +51,7 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
     let handle = builder.install_recorder().map_err(failed)?;
     describe_counter!("isthmus_requests_total", "Requests answered, by payload and gRPC code");
     describe_counter!("isthmus_refused_total", "Requests that failed, by reason");
-    describe_counter!("isthmus_dropped_total", "Requests dropped from the network queue, by reason");
+    describe_counter!("isthmus_dropped_total", "Requests dropped before they cost anything, by reason");
     describe_histogram!("isthmus_request_bytes", "Payload bytes of a request");
     describe_histogram!("isthmus_request_seconds", "Time from arrival to answer");
     describe_histogram!("isthmus_entropy_decode_seconds", "Entropy decoding of a container");
