@@ -2,8 +2,7 @@
 //!
 //! Under more load than a server can carry, first-in-first-out queues answer every request late: all work is in vain. So each
 //! request's wait is predicted from how many are before it and how fast requests have been leaving with an answer, whatever it is
-//! that they wait for. Who leaves too late or too early for one does not count, so late answers make the prediction longer and
-//! admit fewer.
+//! that they wait for. Whoever was let in and had no answer in time makes the prediction longer, so that fewer are let in.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,6 +11,8 @@ use crate::{ServerError, telemetry};
 
 /// Answers that the average spans: several batches, whose members leave together.
 const SPAN: f64 = 64.0;
+/// Answers that the first guess is worth.
+const GUESS: f64 = 16.0;
 
 /// Counts requests in and out.
 pub struct Admission {
@@ -34,9 +35,10 @@ struct Flow {
 pub struct Admitted(Arc<Admission>);
 
 impl Admission {
-    /// For requests that are computed at most `max_batch` together.
-    pub fn new(max_batch: usize) -> Arc<Self> {
-        Arc::new(Self { max_batch: u32::try_from(max_batch).unwrap_or(u32::MAX), flow: Mutex::default() })
+    /// For requests that are computed at most `max_batch` together; `alone` is what one takes by itself, the first guess.
+    pub fn new(max_batch: usize, alone: Duration) -> Arc<Self> {
+        let flow = Flow { interval: alone.as_secs_f64(), answers: GUESS, ..Flow::default() };
+        Arc::new(Self { max_batch: u32::try_from(max_batch).unwrap_or(u32::MAX), flow: Mutex::new(flow) })
     }
 
     /// Lets a request in that has `budget` left; if there is no other, always.
@@ -66,19 +68,24 @@ impl Admission {
         self.flow.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn answered_at(&self, now: Instant) {
+    /// One has its answer. A late one tells that an answer takes at least as long as it has been awaited, no more.
+    fn leave_at(&self, in_time: bool, now: Instant) {
         let mut flow = self.flow();
         let passed = flow.since.map_or(0.0, |since| now.saturating_duration_since(since).as_secs_f64());
+        if in_time {
+            flow.since = Some(now);
+        } else if passed <= flow.interval {
+            return;
+        }
         flow.answers = (flow.answers + 1.0).min(SPAN);
         flow.interval += (passed - flow.interval) / flow.answers;
-        flow.since = Some(now);
     }
 }
 
 impl Admitted {
-    /// Its answer is ready, be it that the request was wrong.
-    pub fn answered(self) {
-        self.0.answered_at(Instant::now());
+    /// Its answer is ready, be it that the request was wrong; or its deadline has passed.
+    pub fn leave(self, in_time: bool) {
+        self.0.leave_at(in_time, Instant::now());
     }
 }
 
@@ -99,7 +106,7 @@ mod tests {
         for _ in 0..n {
             let one = admission.enter_at(Duration::ZERO, now).unwrap();
             now += each;
-            admission.answered_at(now);
+            admission.leave_at(true, now);
             drop(one);
         }
         now
@@ -107,8 +114,8 @@ mod tests {
 
     #[test]
     fn who_would_be_late_is_refused() {
-        let admission = Admission::new(4);
-        let now = carry(&admission, Instant::now(), 10, 10 * MS);
+        let admission = Admission::new(4, 30 * MS);
+        let now = carry(&admission, Instant::now(), 1000, 10 * MS);
         let enter = |budget| admission.enter_at(budget, now);
         let inside: Vec<_> = (0..8).map(|_| enter(1000 * MS).unwrap()).collect();
         assert!(matches!(enter(115 * MS), Err(ServerError::Busy(_))), "8 before it and a batch of 4, 10 ms each");
@@ -119,20 +126,42 @@ mod tests {
 
     #[test]
     fn answers_that_come_together_count_as_many() {
-        let admission = Admission::new(16);
+        let admission = Admission::new(16, MS);
         let mut now = Instant::now();
         for _ in 0..40 {
             let batch: Vec<_> = (0..16).map(|_| admission.enter_at(Duration::MAX, now).unwrap()).collect();
             now += 160 * MS;
-            batch.iter().for_each(|_| admission.answered_at(now));
+            batch.iter().for_each(|_| admission.leave_at(true, now));
         }
         let interval = admission.flow().interval;
         assert!((0.008..0.012).contains(&interval), "{interval}");
     }
 
     #[test]
-    fn late_answers_admit_fewer_and_a_stall_is_forgotten() {
-        let admission = Admission::new(1);
+    fn late_answers_let_fewer_in() {
+        let admission = Admission::new(16, MS);
+        let mut now = Instant::now();
+        let enter = |now| admission.enter_at(500 * MS, now).ok();
+        let burst = |now| std::iter::from_fn(move || enter(now)).take(1000).collect::<Vec<_>>();
+        assert!(burst(now).len() > 400, "the guess was far too good");
+        for _ in 0..3 {
+            let inside = burst(now);
+            now += 500 * MS;
+            inside.iter().for_each(|_| admission.leave_at(false, now));
+        }
+        assert!(burst(now).len() < 4);
+        drop(burst(now));
+        // whoever asks for the impossible learns nothing about others
+        let hasty = admission.enter_at(MS, now).unwrap();
+        let before = admission.flow().interval;
+        admission.leave_at(false, now + MS);
+        drop(hasty);
+        assert_eq!(admission.flow().interval, before);
+    }
+
+    #[test]
+    fn a_stall_is_forgotten() {
+        let admission = Admission::new(1, MS);
         let now = carry(&admission, Instant::now(), 100, 10 * MS);
         let now = carry(&admission, now, 1, Duration::from_secs(10));
         let first = admission.enter_at(Duration::ZERO, now).unwrap();

@@ -1,6 +1,7 @@
 //! A backbone with the decoders that feed it.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use isthmus_codec::manifest::DecoderEntry;
 use isthmus_codec::{Bundle, BundleHash};
@@ -131,6 +132,19 @@ impl Model {
     /// The stage at which latents of bundle `hash` enter.
     pub fn stage(&self, hash: &BundleHash) -> Option<Stage> {
         self.blueprints.iter().position(|b| b.hash == *hash).map(Stage::Latent)
+    }
+
+    /// What one image takes by itself once libtorch has warmed up.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn time_alone(&self) -> Result<Duration, ServerError> {
+        let side = self.input_size() as usize;
+        let input = vec![0.0; 3 * side * side];
+        self.run(Stage::Pixels, &[&input])?;
+        let start = Instant::now();
+        self.run(Stage::Pixels, &[&input])?;
+        Ok(start.elapsed())
     }
 
     /// Logits of a batch that enters at `stage`.

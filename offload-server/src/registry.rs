@@ -73,6 +73,7 @@ impl Registry {
         for name in &config.models {
             let model = Model::load(name, &config.backbones, &bundles, device)?;
             let stages: Vec<_> = model.bundles().copied().filter_map(|h| model.stage(&h).map(|s| (h, s))).collect();
+            let alone = model.time_alone()?;
             let (name, kind, input_size) = (model.name(), model.kind(), model.input_size());
             tracing::info!(model = name, device = ?device, bundles = stages.len(), "model loaded");
             let batcher = Batcher::start(model, name, config.max_batch, config.max_queue)?;
@@ -80,7 +81,7 @@ impl Registry {
                 tch::Device::Cuda(n) => format!("cuda:{n}"),
                 _ => "cpu".to_owned(),
             };
-            models.push(Entry { name, kind, input_size, device, admission: Admission::new(config.max_batch), batcher, stages });
+            models.push(Entry { name, kind, input_size, device, admission: Admission::new(config.max_batch, alone), batcher, stages });
         }
         Ok(Self { models, bundles, labels })
     }

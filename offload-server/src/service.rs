@@ -112,8 +112,10 @@ impl Shared {
         let entry = self.registry.model(&ask.model)?;
         let admitted = entry.admission.enter(deadline.saturating_duration_since(Instant::now()))?;
         let answer = self.answer(ask, entry, kind, payload, arrived, deadline).await;
-        if !matches!(answer, Err(ServerError::Deadline(_) | ServerError::Busy(_) | ServerError::Draining)) {
-            admitted.answered();
+        match answer {
+            Err(ServerError::Busy(_) | ServerError::Draining) => {}
+            Err(ServerError::Deadline(_)) => admitted.leave(false),
+            _ => admitted.leave(true),
         }
         answer
     }

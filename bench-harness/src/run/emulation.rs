@@ -101,6 +101,11 @@ impl Emulation {
         }
     }
 
+    /// True if kernels' TCP runs over the link.
+    pub fn is_packet_level(&self) -> bool {
+        matches!(self, Self::Packet(_))
+    }
+
     /// How results are marked, and how late the emulator was so far.
     pub fn report(&self, link: &LinkConfig, congestion_control: &str) -> Emulator {
         match self {

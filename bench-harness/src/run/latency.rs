@@ -17,6 +17,8 @@ use crate::run::strategy::Strategy;
 const OVERHEAD: f64 = 1500.0 / 1448.0;
 /// HTTP/2 and gRPC headers of a request on an open connection, and those of its packets.
 const REQUEST: f64 = 130.0;
+/// What TCP sends before the first acknowledgement: ten packets (RFC 6928), also after a pause.
+const INITIAL_WINDOW: f64 = 10.0 * 1500.0;
 
 /// Measures all strategies over one link.
 ///
@@ -32,7 +34,8 @@ pub async fn measure(
     let began = Instant::now();
     let strategies = config.strategies.all(levels)?;
     let site = bench.site(&named.link, seed)?;
-    let mut session = Session::new(&site, config.device_slowdown, config.deadline);
+    // a connection each: what TCP learns from one strategy's payloads must not help or hurt another's
+    let mut sessions: Vec<Session> = strategies.iter().map(|_| Session::new(&site, config.device_slowdown, config.deadline)).collect();
     let mut auto: Vec<Option<AutoClient>> = Vec::new();
     for strategy in &strategies {
         auto.push(match strategy {
@@ -50,7 +53,7 @@ pub async fn measure(
             for (s, strategy) in strategies.iter().enumerate() {
                 let sample = match &mut auto[s] {
                     Some(client) => choose(client, photo, wanted).await,
-                    None => session.one(&mut bench.device, *strategy, photo, wanted).await,
+                    None => sessions[s].one(&mut bench.device, *strategy, photo, wanted).await,
                 };
                 bar.inc(1);
                 match sample {
@@ -62,7 +65,8 @@ pub async fn measure(
         }
     }
     bar.finish_and_clear();
-    let rows = strategies.iter().zip(&samples).zip(&failed).map(|((s, samples), &f)| row(*s, samples, f, &named.link)).collect();
+    let model = Model { link: &named.link, slow_start: site.emulation.is_packet_level() };
+    let rows = strategies.iter().zip(&samples).zip(&failed).map(|((s, samples), &f)| row(*s, samples, f, &model)).collect();
     let emulator = site.emulation.report(&named.link, &config.congestion_control);
     eprintln!("{name}: {} requests, {:.0} s", strategies.len() * sent * config.rounds, began.elapsed().as_secs_f64());
     Ok(LinkResults { name: name.clone(), about: named.about.clone(), uplink_mbit_per_s: named.link.up.mbit_per_s, emulator, rows })
@@ -72,14 +76,35 @@ fn ms(d: Duration) -> f64 {
     d.as_secs_f64() * 1e3
 }
 
-/// Encode + round trip + bits / uplink rate + server, in milliseconds.
-fn predicted(link: &LinkConfig, encode: f64, bytes: f64, server: f64) -> Option<f64> {
-    let mbit = link.up.mbit_per_s.filter(|_| link.up.outages.is_empty())?;
-    let on_link = bytes * OVERHEAD + REQUEST;
-    Some(encode + ms(link.up.delay + link.down.delay) + on_link * 8.0 / (mbit * 1e3) + server)
+/// What a request takes by arithmetic: encode + round trip + upload + server (frankensplit.md 4.3), the upload being bits / rate and,
+/// with TCP, the rounds in which a connection that was idle finds out that it may send more.
+struct Model<'a> {
+    link: &'a LinkConfig,
+    slow_start: bool,
 }
 
-fn row(strategy: Strategy, samples: &[Sample], failed: usize, link: &LinkConfig) -> Row {
+impl Model<'_> {
+    /// Milliseconds; none over a link that varies.
+    fn predicted(&self, encode: f64, bytes: f64, server: f64) -> Option<f64> {
+        let mbit = self.link.up.mbit_per_s.filter(|_| self.link.up.outages.is_empty())?;
+        let round_trip = ms(self.link.up.delay + self.link.down.delay);
+        Some(encode + round_trip + self.upload(bytes * OVERHEAD + REQUEST, mbit * 1e3 / 8.0, round_trip) + server)
+    }
+
+    /// `bytes` on the link at `rate` bytes a millisecond: each round sends a window, and the next one, twice as large, may begin when
+    /// the first of it has been acknowledged.
+    fn upload(&self, bytes: f64, rate: f64, round_trip: f64) -> f64 {
+        let (mut left, mut window, mut time) = (bytes, INITIAL_WINDOW, 0.0);
+        while self.slow_start && left > window && window / rate < round_trip {
+            left -= window;
+            window *= 2.0;
+            time += round_trip;
+        }
+        time + left / rate
+    }
+}
+
+fn row(strategy: Strategy, samples: &[Sample], failed: usize, model: &Model<'_>) -> Row {
     let n = samples.len();
     let mean = |f: &dyn Fn(&Sample) -> f64| samples.iter().map(f).sum::<f64>() / n.max(1) as f64;
     let latency = sorted(samples.iter().map(|s| s.latency));
@@ -103,9 +128,27 @@ fn row(strategy: Strategy, samples: &[Sample], failed: usize, link: &LinkConfig)
         server_ms: server,
         predicted_ms: match strategy {
             Strategy::Auto(_) | Strategy::Local => None,
-            _ => predicted(link, encode, bytes, server),
+            _ if n == 0 => None,
+            _ => model.predicted(encode, bytes, server),
         },
         believed_agreement: (!choices.is_empty()).then_some(believed),
         choices: choices.into_iter().collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uploads_that_fit_the_first_window_take_bits_over_rate_and_larger_ones_wait() {
+        let link = LinkConfig { up: linkem::DirectionConfig::default(), down: linkem::DirectionConfig::default() };
+        let model = |slow_start| Model { link: &link, slow_start };
+        // 12 Mbit/s are 1500 bytes a millisecond
+        assert_eq!(model(true).upload(15_000.0, 1500.0, 40.0), 10.0);
+        assert_eq!(model(true).upload(45_000.0, 1500.0, 40.0), 40.0 + 20.0);
+        assert_eq!(model(true).upload(75_000.0, 1500.0, 40.0), 80.0 + 20.0);
+        assert_eq!(model(false).upload(75_000.0, 1500.0, 40.0), 50.0);
+        assert_eq!(model(true).upload(75_000.0, 1500.0, 9.0), 50.0, "the window exceeds what fits the link");
     }
 }

@@ -178,6 +178,10 @@ fn section(link: &LinkResults) -> Result<String, HarnessError> {
         let chosen: Vec<String> = r.choices.iter().map(|(c, n)| format!("{c} {n}")).collect();
         let name = escape(&r.strategy);
         let name = if chosen.is_empty() { name } else { format!("{name}<br><small>{}</small>", escape(&chosen.join(", "))) };
+        if r.n == 0 {
+            let nothing = String::new;
+            return vec![name, nothing(), nothing(), nothing(), nothing(), nothing(), r.failed.to_string(), "no answer in time".into()];
+        }
         vec![
             name,
             format!("{:.0}", r.bytes),

@@ -76,6 +76,10 @@ fn links(results: &Results, out: &mut String) {
                  |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n";
         for r in &link.rows {
             let predicted = r.predicted_ms.map_or_else(String::new, |p| format!("{p:.0}"));
+            if r.n == 0 {
+                let _ = writeln!(out, "| {} | | | | | | | | | {} |", r.strategy, r.failed);
+                continue;
+            }
             let chosen: Vec<String> = r.choices.iter().map(|(c, n)| format!("{c} {n}")).collect();
             let chosen = if chosen.is_empty() { String::new() } else { format!(" ({})", chosen.join(", ")) };
             let _ = writeln!(

@@ -27,6 +27,9 @@ const WORTH: f64 = 0.04;
 const WORTH_SECONDS: f64 = 0.002;
 /// An option that fits only if the link is better than it seems is tried after this time, then ever more rarely.
 const TRIAL: Duration = Duration::from_secs(2);
+/// And not before so many other requests, doubled likewise.
+const TRIAL_REQUESTS: u32 = 2;
+const TRIAL_REQUESTS_MOST: u32 = 64;
 const TRIAL_LONGEST: Duration = Duration::from_secs(64);
 /// How far the link may be better than it seems, in standard deviations.
 const HOPE: f64 = 1.5;
@@ -179,6 +182,8 @@ pub struct Policy {
     dead: Option<Dead>,
     trial_at: Duration,
     trial_pause: Duration,
+    trial_requests: u32,
+    since_trial: u32,
     switches: u64,
 }
 
@@ -205,6 +210,8 @@ impl Policy {
             dead: None,
             trial_at: TRIAL,
             trial_pause: TRIAL,
+            trial_requests: TRIAL_REQUESTS,
+            since_trial: 0,
             switches: 0,
         })
     }
@@ -363,7 +370,8 @@ impl Policy {
 
     /// An option that would be better if the link is better than it seems, once in a while.
     fn trial(&mut self, now: Duration) -> Option<usize> {
-        if now < self.trial_at || self.candidates[self.current].choice == Choice::Local {
+        self.since_trial += 1;
+        if now < self.trial_at || self.since_trial < self.trial_requests || self.candidates[self.current].choice == Choice::Local {
             return None;
         }
         let deadline = self.goal.deadline.as_secs_f64();
@@ -379,6 +387,8 @@ impl Policy {
         self.trial_at = now + self.trial_pause;
         if better.is_some() {
             self.trial_pause = (self.trial_pause * 2).min(TRIAL_LONGEST);
+            self.trial_requests = (self.trial_requests * 2).min(TRIAL_REQUESTS_MOST);
+            self.since_trial = 0;
         }
         better
     }
@@ -396,6 +406,7 @@ impl Policy {
                 }
                 if self.dead.take().is_some() {
                     self.trial_pause = TRIAL;
+                    self.trial_requests = TRIAL_REQUESTS;
                     self.trial_at = now + TRIAL;
                 }
             }
