@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 use edge_client::AutoClient;
 use linkem::LinkConfig;
 use linkem::catalogue::NamedLink;
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
 
 use crate::error::HarnessError;
 use crate::run::progress;
@@ -17,6 +20,8 @@ use crate::run::strategy::Strategy;
 const OVERHEAD: f64 = 1500.0 / 1448.0;
 /// HTTP/2 and gRPC headers of a request on an open connection, and those of its packets.
 const REQUEST: f64 = 130.0;
+/// Seconds that are waited at most for a queue to drain.
+const LONGEST_BACKLOG: f64 = 20.0;
 /// What TCP sends before the first acknowledgement: ten packets (RFC 6928), also after a pause.
 const INITIAL_WINDOW: f64 = 10.0 * 1500.0;
 
@@ -47,10 +52,15 @@ pub async fn measure(
     let bar = progress(format!("{name}: latency"), (config.rounds + 1) * sent * strategies.len());
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); strategies.len()];
     let mut failed = vec![0; strategies.len()];
+    let mut order: Vec<usize> = (0..strategies.len()).collect();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
     for round in 0..=config.rounds {
         for p in spread(bench.photos.len(), sent) {
             let (photo, wanted) = (&bench.photos[p], bench.reference[p]);
-            for (s, strategy) in strategies.iter().enumerate() {
+            // in another order each time: who comes after a pause finds a colder server
+            order.shuffle(&mut rng);
+            for &s in &order {
+                let strategy = &strategies[s];
                 let sample = match &mut auto[s] {
                     Some(client) => choose(client, photo, wanted).await,
                     None => sessions[s].one(&mut bench.device, *strategy, photo, wanted).await,
@@ -58,8 +68,12 @@ pub async fn measure(
                 bar.inc(1);
                 match sample {
                     Ok(sample) if round > 0 => samples[s].push(sample),
-                    Err(_) if round > 0 => failed[s] += 1,
-                    _ => {}
+                    Ok(_) => {}
+                    Err(_) => {
+                        failed[s] += usize::from(round > 0);
+                        // what the link still holds of it must not delay the next
+                        tokio::time::sleep(backlog(&named.link)).await;
+                    }
                 }
             }
         }
@@ -70,6 +84,14 @@ pub async fn measure(
     let emulator = site.emulation.report(&named.link, &config.congestion_control);
     eprintln!("{name}: {} requests, {:.0} s", strategies.len() * sent * config.rounds, began.elapsed().as_secs_f64());
     Ok(LinkResults { name: name.clone(), about: named.about.clone(), uplink_mbit_per_s: named.link.up.mbit_per_s, emulator, rows })
+}
+
+/// How long a full queue takes to drain, as far as a queue and a rate are given.
+fn backlog(link: &LinkConfig) -> Duration {
+    let up = &link.up;
+    let bytes = up.queue.as_ref().and_then(|q| q.bytes).unwrap_or_default() as f64;
+    let seconds = up.mbit_per_s.map_or(0.0, |mbit| bytes * 8.0 / (mbit * 1e6));
+    Duration::from_secs_f64(seconds.min(LONGEST_BACKLOG)) + up.delay
 }
 
 fn ms(d: Duration) -> f64 {

@@ -26,7 +26,7 @@ pub struct Upload {
 ///
 /// # Errors
 /// If there may be no clients.
-pub fn split(bits: &Bits, clients: u32, report: &ReportContext, rng: &mut (impl CryptoRng)) -> Result<Upload, SecAggError> {
+pub fn split(bits: &Bits, clients: u32, report: &ReportContext, rng: &mut impl CryptoRng) -> Result<Upload, SecAggError> {
     let width = width(clients)?;
     let k0 = Seed::random(rng);
     let mask = seeded(&k0, report, bits.len(), width);

@@ -31,7 +31,7 @@ impl Seed {
     }
 
     /// From the generator.
-    pub fn random(rng: &mut (impl CryptoRng)) -> Self {
+    pub fn random(rng: &mut impl CryptoRng) -> Self {
         let mut bytes = [0; 32];
         rng.fill_bytes(&mut bytes);
         Self(bytes)

@@ -26,8 +26,8 @@ fn nmse(vectors: &[Vec<f32>], transform: Transform, scale: Option<&Scale>, trial
             };
             let mut start = 0;
             for (block, range) in quantiser.blocks().iter().zip(scale.unwrap_or(&own).ranges(quantiser.blocks()).unwrap()) {
-                for j in start..start + block.coded {
-                    total[j] += f64::from(range.min) + f64::from(range.step) * f64::from(u8::from(bits.get(j)));
+                for (j, t) in total.iter_mut().enumerate().skip(start).take(block.coded) {
+                    *t += f64::from(range.min) + f64::from(range.step) * f64::from(u8::from(bits.get(j)));
                 }
                 start += block.coded;
             }

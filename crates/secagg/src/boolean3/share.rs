@@ -19,7 +19,7 @@ pub struct Upload {
 
 impl Upload {
     /// Splits `bits`.
-    pub fn split(bits: &Bits, report: &ReportContext, rng: &mut (impl CryptoRng)) -> Self {
+    pub fn split(bits: &Bits, report: &ReportContext, rng: &mut impl CryptoRng) -> Self {
         let (k0, k1) = (Seed::random(rng), Seed::random(rng));
         let mut words = bits.words().to_vec();
         Stream::share(&k0, report, 0).xor(&mut words);

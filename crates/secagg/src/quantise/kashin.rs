@@ -49,6 +49,7 @@ mod tests {
 
     /// docs/secure-aggregation.md gives these vectors.
     #[test]
+    #[allow(clippy::approx_constant, reason = "as written down")]
     fn golden_vectors() {
         let signs = |minus: &[usize]| Bits::fill(8, |_| minus.iter().map(|j| 1 << j).sum());
         let x = [1.0, 2.0, 3.0, 4.0];
