@@ -14,7 +14,7 @@ use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha20Rng;
 
 const TURNS: usize = 5;
-const BLOCK_WORDS: usize = 1024;
+const BLOCK_WORDS: usize = 256;
 
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
