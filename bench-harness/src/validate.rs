@@ -44,6 +44,14 @@ pub struct Check {
     pub allowed: String,
 }
 
+impl Check {
+    /// Measured against ideal, which may differ by `percent`.
+    fn within(name: String, ideal: f64, measured: f64, unit: &'static str, percent: f64) -> Self {
+        let ok = (measured / ideal - 1.0).abs() <= percent / 100.0;
+        Self { name, ideal, measured, unit, ok, allowed: format!("{percent} %") }
+    }
+}
+
 /// All checks, and those that could not be made with the reason.
 #[derive(Debug, Default, Serialize)]
 pub struct Validation {
@@ -212,15 +220,8 @@ fn udp() -> Result<Vec<Check>, HarnessError> {
     let link = start(&LinkConfig { up: direction(up, 20), down: direction(down, 20) }, "cubic")?;
     let (u, d) = iperf(&link, &["-u", "-b", "30M", "-l", "1470"])?;
     let check = |what: &str, rate: f64, measured: f64| {
-        let ideal = rate * DATAGRAM.0 / DATAGRAM.1;
-        Check {
-            name: format!("UDP {what} of {up}/{down} Mbit/s, 20 ms, both directions loaded"),
-            ideal,
-            measured,
-            unit: "Mbit/s",
-            ok: (measured / ideal - 1.0).abs() <= 0.02,
-            allowed: "2 %".into(),
-        }
+        let name = format!("UDP {what} of {up}/{down} Mbit/s, 20 ms, both directions loaded");
+        Check::within(name, rate * DATAGRAM.0 / DATAGRAM.1, measured, "Mbit/s", 2.0)
     };
     Ok(vec![check("up", up, u), check("down", down, d)])
 }
@@ -363,15 +364,8 @@ async fn levels() -> Result<Vec<Check>, HarnessError> {
             rest.sort_by(f64::total_cmp);
             rest[rest.len() / 2]
         };
-        let (ideal, measured) = (median(packets), median(streams));
-        checks.push(Check {
-            name: format!("upload of {bytes} bytes at 2/20 Mbit/s, 20 ms: stream level (ideal: packet level)"),
-            ideal,
-            measured,
-            unit: "ms",
-            ok: (measured / ideal - 1.0).abs() <= 0.1,
-            allowed: "10 %".into(),
-        });
+        let name = format!("upload of {bytes} bytes at 2/20 Mbit/s, 20 ms: stream level (ideal: packet level)");
+        checks.push(Check::within(name, median(packets), median(streams), "ms", 10.0));
     }
     Ok(checks)
 }

@@ -2,14 +2,13 @@
 //!
 //! One thread, block by block as a party would: expanding shares, the levels' messages, the counts; beside it the same sum of plaintext bits, and
 //! the client's side. Medians of five turns, JSON on standard output.
-#![allow(clippy::unwrap_used)]
-
+use std::error::Error;
 use std::time::Instant;
 
-use isthmus_secagg::boolean3::count::zero_keys;
+use isthmus_secagg::boolean3::count::{ZeroKeys, zero_keys};
 use isthmus_secagg::boolean3::{BlockCount, Party, PartyShare, Upload};
 use isthmus_secagg::simulate::{Reports, block_shares};
-use isthmus_secagg::{Bits, Quantiser, ReportContext, Scale, Seed, Transform};
+use isthmus_secagg::{Bits, Quantiser, ReportContext, Scale, SecAggError, Seed, Transform};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha20Rng;
 
@@ -50,12 +49,15 @@ fn plain(rows: &[&[u64]], words: usize) -> Vec<Vec<u64>> {
     digits
 }
 
-fn main() {
-    let mut numbers = std::env::args().skip(1).map(|a| a.parse::<usize>().unwrap());
-    let (clients, dim) = (numbers.next().unwrap_or(1000), numbers.next().unwrap_or(1_000_000));
+fn main() -> Result<(), Box<dyn Error>> {
+    let number = |place, name: &str, default| match std::env::args().nth(place) {
+        Some(text) => text.parse::<usize>().ok().filter(|n| *n > 0).ok_or_else(|| format!("{name} {text:?}: write a number above 0")),
+        None => Ok(default),
+    };
+    let (clients, dim) = (number(1, "CLIENTS", 1000)?, number(2, "COORDINATES", 1_000_000)?);
     let mut rng = ChaCha20Rng::seed_from_u64(1);
-    let quantiser = Quantiser::new(dim, Transform::Hadamard, &Seed::from_bytes([1; 32])).unwrap();
-    let scale = Scale::public(1.0, Transform::Hadamard).unwrap();
+    let quantiser = Quantiser::new(dim, Transform::Hadamard, &Seed::from_bytes([1; 32]))?;
+    let scale = Scale::public(1.0, Transform::Hadamard)?;
     let x: Vec<f32> = (0..dim).map(|j| ((j * 7919 % 2003) as f32 - 1001.0) * 1e-6).collect();
     let (mut forward, mut rounding, mut splitting) = (Vec::new(), Vec::new(), Vec::new());
     let report = |c: usize| {
@@ -64,18 +66,20 @@ fn main() {
         ReportContext { task: [0; 32], round: 1, report }
     };
     for _ in 0..TURNS {
-        let (t, y) = seconds(|| quantiser.forward(&x).unwrap());
+        let (t, y) = seconds(|| quantiser.forward(&x));
+        let y = y?;
         forward.push(t);
-        let (t, bits) = seconds(|| quantiser.round(&y, &scale, &mut rng).unwrap());
+        let (t, bits) = seconds(|| quantiser.round(&y, &scale, &mut rng));
+        let bits = bits?;
         rounding.push(t);
         splitting.push(seconds(|| Upload::split(&bits, &report(0), &mut rng)).0);
     }
     let coded = quantiser.coded();
     let words = coded.div_ceil(64);
     // party 2 stores a masked vector and expands a seed; all stored vectors are uniform, so one set serves all turns
-    let reports: Reports = (0..clients)
-        .map(|c| (report(c), PartyShare::Two { s2: Bits::fill(coded, |_| rng.next_u64()), k0: Seed::random(&mut rng) }))
-        .collect();
+    let masked: Vec<Bits> = (0..clients).map(|_| Bits::fill(coded, |_| rng.next_u64())).collect();
+    let share = |s2: &Bits, k0| PartyShare::Two { s2: s2.clone(), k0 };
+    let reports: Reports = masked.iter().enumerate().map(|(c, s2)| (report(c), share(s2, Seed::random(&mut rng)))).collect();
     let pairwise = [(); 3].map(|()| Seed::random(&mut rng));
     let (mut expanding, mut counting, mut plaintext) = (Vec::new(), Vec::new(), Vec::new());
     let mut peer_bytes = 0;
@@ -85,18 +89,13 @@ fn main() {
         peer_bytes = 0;
         for (block, from) in (0..).zip((0..words).step_by(BLOCK_WORDS)) {
             let width = BLOCK_WORDS.min(words - from);
-            let (t, side) = seconds(|| block_shares(&reports, block, from, width).unwrap());
+            let (t, side) = seconds(|| block_shares(&reports, block, from, width));
             expand += t;
+            let side = side?;
             let (t, sent) = seconds(|| alone(side, &keys));
             count += t;
-            peer_bytes += sent * 8;
-            let rows: Vec<&[u64]> = reports
-                .iter()
-                .map(|(_, share)| match share {
-                    PartyShare::Two { s2, .. } => &s2.words()[from..from + width],
-                    _ => unreachable!(),
-                })
-                .collect();
+            peer_bytes += sent? * 8;
+            let rows: Vec<&[u64]> = masked.iter().map(|bits| &bits.words()[from..from + width]).collect();
             plain_sum += seconds(|| plain(&rows, width)).0;
         }
         expanding.push(expand);
@@ -112,17 +111,18 @@ fn main() {
          \"plaintext_sum_s\": {plaintext:.3}, \"turns\": {TURNS}}}",
         coded.div_ceil(8)
     );
+    Ok(())
 }
 
 /// All levels of one party, with its own messages in place of its neighbour's: the same work. Words sent.
-fn alone(mut side: BlockCount, keys: &isthmus_secagg::boolean3::count::ZeroKeys) -> usize {
+fn alone(mut side: BlockCount, keys: &ZeroKeys) -> Result<usize, SecAggError> {
     let mut sent = 0;
-    while let Some(message) = side.send(keys).unwrap() {
+    while let Some(message) = side.send(keys)? {
         sent += message.len();
-        side.receive(&message).unwrap();
+        side.receive(&message)?;
     }
-    let opening = side.opening().unwrap().to_vec();
+    let opening = side.opening()?.to_vec();
     sent += opening.len();
-    side.open(&opening).unwrap().counts(1).unwrap();
-    sent
+    side.open(&opening)?.counts(1)?;
+    Ok(sent)
 }

@@ -129,11 +129,11 @@ impl Quantiser {
     /// Rounds coded coordinates to bits.
     ///
     /// # Errors
-    /// If `y` has another length.
+    /// If `y` has another length, or the scale is not finite.
     pub fn round(&self, y: &[f32], scale: &Scale, rng: &mut impl RngCore) -> Result<Bits, SecAggError> {
         expect_size("coded coordinates", self.coded(), y.len())?;
         let ranges = scale.ranges(&self.blocks)?;
-        let mut bits = Bits::zeros(y.len()).words().to_vec();
+        let mut bits = vec![0; y.len().div_ceil(WORD)];
         let mut start = 0;
         for (block, range) in self.blocks.iter().zip(ranges) {
             for (j, v) in (start..).zip(&y[start..start + block.coded]) {

@@ -78,6 +78,9 @@ impl Scale {
     }
 
     /// Range of each block. A block's expected share of the squared norm is its share of the coordinates.
+    ///
+    /// # Errors
+    /// If the scale is not finite or its step negative.
     pub fn ranges(&self, blocks: &Blocks) -> Result<Vec<Range>, SecAggError> {
         let range = |len: usize, coded: usize| match self {
             Self::Range(range) => *range,
