@@ -7,7 +7,7 @@ use plotters::prelude::*;
 
 const SIZE: (u32, u32) = (900, 560);
 const FLAT: (u32, u32) = (900, 260);
-const PALETTE: [RGBColor; 14] = [
+const PALETTE: [RGBColor; 18] = [
     RGBColor(0, 90, 181),
     RGBColor(220, 50, 32),
     RGBColor(0, 130, 90),
@@ -22,7 +22,14 @@ const PALETTE: [RGBColor; 14] = [
     RGBColor(180, 150, 110),
     RGBColor(150, 0, 70),
     RGBColor(100, 150, 240),
+    RGBColor(0, 200, 120),
+    RGBColor(200, 200, 0),
+    RGBColor(255, 90, 0),
+    RGBColor(200, 120, 255),
 ];
+
+/// Pixels of a legend's entry: its height, the line before the name, a letter.
+const ENTRY: (i32, i32, i32) = (20, 18, 8);
 
 /// An axis.
 pub struct Axis {
@@ -40,29 +47,6 @@ impl Axis {
     pub fn log(label: &str) -> Self {
         Self { label: label.into(), log: true }
     }
-}
-
-impl Axis {
-    /// Where `value` is between the ends of `range`, from 0 to 1.
-    fn place(&self, range: &std::ops::Range<f64>, value: f64) -> f64 {
-        let scale = |v: f64| if self.log { v.max(1e-9).ln() } else { v };
-        (scale(value) - scale(range.start)) / (scale(range.end) - scale(range.start))
-    }
-}
-
-/// The corner with the fewest of `points` (both coordinates from 0 to 1), where the legend hides least.
-fn emptiest_corner(points: impl Iterator<Item = (f64, f64)> + Clone) -> SeriesLabelPosition {
-    let within = |right: bool, upper: bool| {
-        let inside = |&(x, y): &(f64, f64)| (if right { x > 0.7 } else { x < 0.3 }) && (if upper { y > 0.5 } else { y < 0.5 });
-        points.clone().filter(inside).count()
-    };
-    let corners = [
-        (within(true, false), SeriesLabelPosition::LowerRight),
-        (within(true, true), SeriesLabelPosition::UpperRight),
-        (within(false, true), SeriesLabelPosition::UpperLeft),
-        (within(false, false), SeriesLabelPosition::LowerLeft),
-    ];
-    corners.into_iter().min_by_key(|c| c.0).map_or(SeriesLabelPosition::LowerRight, |c| c.1)
 }
 
 /// A named line with a mark at each point.
@@ -121,16 +105,15 @@ struct Sheet<'a> {
 fn plot(sheet: &Sheet<'_>, x: &Axis, y: &Axis, lines: &[Line]) -> Result<String, String> {
     let all = || lines.iter().flat_map(|l| l.points.iter().copied());
     let (xs, ys) = (range(all().map(|p| p.0), x.log), range(all().map(|p| p.1), y.log));
-    let legend = emptiest_corner(all().map(|p| (x.place(&xs, p.0), y.place(&ys, p.1))));
     match (x.log, y.log) {
-        (false, false) => draw(sheet, x, y, xs, ys, lines, legend),
-        (true, false) => draw(sheet, x, y, xs.log_scale(), ys, lines, legend),
-        (false, true) => draw(sheet, x, y, xs, ys.log_scale(), lines, legend),
-        (true, true) => draw(sheet, x, y, xs.log_scale(), ys.log_scale(), lines, legend),
+        (false, false) => draw(sheet, x, y, xs, ys, lines),
+        (true, false) => draw(sheet, x, y, xs.log_scale(), ys, lines),
+        (false, true) => draw(sheet, x, y, xs, ys.log_scale(), lines),
+        (true, true) => draw(sheet, x, y, xs.log_scale(), ys.log_scale(), lines),
     }
 }
 
-fn draw<X, Y>(sheet: &Sheet<'_>, x: &Axis, y: &Axis, xs: X, ys: Y, lines: &[Line], legend: SeriesLabelPosition) -> Result<String, String>
+fn draw<X, Y>(sheet: &Sheet<'_>, x: &Axis, y: &Axis, xs: X, ys: Y, lines: &[Line]) -> Result<String, String>
 where
     X: AsRangedCoord<Value = f64>,
     Y: AsRangedCoord<Value = f64>,
@@ -141,7 +124,10 @@ where
     let mut text = String::new();
     let area = SVGBackend::with_string(&mut text, sheet.size).into_drawing_area();
     area.fill(&WHITE).map_err(|e| fail(&e))?;
-    let mut chart = ChartBuilder::on(&area)
+    // beside the chart, where it hides nothing
+    let letters = lines.iter().map(|l| l.name.chars().count()).max().unwrap_or(0) as i32;
+    let (left, legend) = area.split_horizontally(sheet.size.0 as i32 - 2 * ENTRY.1 - ENTRY.2 * letters);
+    let mut chart = ChartBuilder::on(&left)
         .caption(sheet.title, ("sans-serif", 20))
         .margin(12)
         .x_label_area_size(46)
@@ -172,21 +158,13 @@ where
         let colour = PALETTE[i % PALETTE.len()];
         chart
             .draw_series(LineSeries::new(line.points.iter().copied().filter(|_| sheet.joined), colour.stroke_width(2)))
-            .map_err(|e| fail(&e))?
-            .label(&line.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+            .map_err(|e| fail(&e))?;
         chart.draw_series(line.points.iter().map(|&p| Circle::new(p, 3, colour.filled()))).map_err(|e| fail(&e))?;
+        let at = 3 * ENTRY.0 / 2 + ENTRY.0 * i as i32;
+        legend.draw(&PathElement::new([(0, at), (ENTRY.1, at)], colour.stroke_width(3))).map_err(|e| fail(&e))?;
+        legend.draw(&Text::new(line.name.as_str(), (ENTRY.1 + 6, at - 7), ("sans-serif", 14))).map_err(|e| fail(&e))?;
     }
-    chart
-        .configure_series_labels()
-        .position(legend)
-        .background_style(WHITE.mix(0.85))
-        .border_style(BLACK.mix(0.3))
-        .label_font(("sans-serif", 14))
-        .draw()
-        .map_err(|e| fail(&e))?;
     area.present().map_err(|e| fail(&e))?;
-    drop(chart);
-    drop(area);
+    drop((chart, legend, left, area));
     Ok(text)
 }

@@ -8,12 +8,12 @@ use crate::plot::{Axis, Line, svg};
 use crate::run::headline::{self, Rival};
 use crate::run::results::{Emulator, LinkResults, Results, Row, ThroughputResults, TimelineResults};
 
-const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#111;background:#fff}\
+const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:0 auto;padding:1rem;color:#111;background:#fff}\
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2.5rem}.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem}\
 td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}td:first-child,th:first-child{text-align:left}\
 svg{max-width:100%;height:auto}.bar{display:flex;height:1rem;min-width:16rem}.bar span{display:block}.encode{background:#005ab5}\
 .wire{background:#e69600}.server{background:#00825a}.bad{color:#b00020;font-weight:bold}.good{color:#00643c;font-weight:bold}small{color:#555}\
-nav a{margin-right:1rem;white-space:nowrap}@media print{h2{break-after:avoid}svg,table{break-inside:avoid}.wide{overflow:visible}nav{display:none}\
+nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem}nav a{white-space:nowrap}@media print{h2{break-after:avoid}svg,table{break-inside:avoid}.wide{overflow:visible}nav{display:none}\
 td,th{padding:.1rem .3rem;font-size:.7rem}}";
 
 fn escape(text: &str) -> String {
