@@ -28,14 +28,15 @@ impl std::fmt::Debug for Family {
 }
 
 /// Every codec there is.
-pub static REGISTRY: [Family; 4] = [
-    // baseline, 4:2:0, optimised Huffman tables
-    Family { key: "jpeg", name: "JPEG", qualities: Some(1..=100), encode: |p, q| images::jpeg(p, q).map_err(|e| e.to_string()) },
-    Family { key: "webp", name: "WebP", qualities: Some(0..=100), encode: webp },
-    Family { key: "avif", name: "AVIF", qualities: Some(1..=100), encode: avif },
-    // what the uncompressed teacher sees
-    Family { key: "png", name: "PNG", qualities: None, encode: |p, _| images::png(p).map_err(|e| e.to_string()) },
-];
+pub static REGISTRY: [&Family; 4] = [&JPEG, &WEBP, &AVIF, &PNG];
+
+/// Baseline, 4:2:0, optimised Huffman tables.
+static JPEG: Family =
+    Family { key: "jpeg", name: "JPEG", qualities: Some(1..=100), encode: |p, q| images::jpeg(p, q).map_err(|e| e.to_string()) };
+static WEBP: Family = Family { key: "webp", name: "WebP", qualities: Some(0..=100), encode: webp };
+static AVIF: Family = Family { key: "avif", name: "AVIF", qualities: Some(1..=100), encode: avif };
+/// What the uncompressed teacher sees.
+static PNG: Family = Family { key: "png", name: "PNG", qualities: None, encode: |p, _| images::png(p).map_err(|e| e.to_string()) };
 
 /// libwebp, method 6 (slowest, smallest).
 fn webp(pixels: &Rgb, quality: u8) -> Result<Vec<u8>, String> {
@@ -90,7 +91,7 @@ impl Codec {
 
     /// Lossless.
     pub fn png() -> Self {
-        Self { family: &REGISTRY[REGISTRY.len() - 1], quality: 0 }
+        Self { family: &PNG, quality: 0 }
     }
 
     /// True if nothing is lost.

@@ -179,10 +179,38 @@ fn on_links_that_vary_it_beats_every_fixed_choice() {
         for local in [None, Some(0.35)] {
             let goal = goal(300, Aim::Agreement);
             let auto = play(&up, goal, local, 60, None);
+            // a device that is to spare its energy is no rival here: the next test is about one that is not
             for c in candidates(None) {
                 let fixed = play(&up, goal, None, 60, Some(c.choice));
                 assert!(auto.value > fixed.value, "{name}, local {local:?}: {:.3} against {:.3} of {}", auto.value, fixed.value, c.choice);
             }
         }
+    }
+}
+
+#[test]
+fn a_device_that_may_compute_by_choice_loses_to_no_fixed_choice_and_goes_back_to_a_link_that_recovers() {
+    let may = |aim| Goal { local: LocalUse::Choice, least_agreement: 0.6, ..goal(500, aim) };
+    let driving = Driving { peak_mbit_per_s: 12.0, length: Duration::from_secs(60), dwell: Duration::from_millis(500), seed: 7 };
+    let traced = DirectionConfig { driving: Some(driving), delay: Duration::from_millis(25), ..DirectionConfig::default() };
+    for local in [0.15, 0.25] {
+        let auto = play(&traced, may(Aim::Agreement), Some(local), 60, None);
+        for c in candidates(Some(local)) {
+            let fixed = play(&traced, may(Aim::Agreement), Some(local), 60, Some(c.choice));
+            assert!(auto.value > fixed.value - 0.01, "{:.3} against {:.3} of {}", auto.value, fixed.value, c.choice);
+        }
+    }
+    let mut dark = constant(12.0, 20);
+    dark.outages = vec![Outage { at: Duration::from_secs(10), lasts: Duration::from_secs(2) }];
+    let thin = |then: f64| {
+        let steps = [(0, 0.1), (10, then)];
+        let steps = steps.iter().map(|&(at, mbit_per_s)| Step { at: Duration::from_secs(at), mbit_per_s }).collect();
+        DirectionConfig { steps, delay: Duration::from_millis(10), ..DirectionConfig::default() }
+    };
+    for (name, up) in [("outage", dark), ("thin, then 12", thin(12.0)), ("thin, then 54", thin(54.0))] {
+        let run = play(&up, may(Aim::Latency), Some(0.2), 120, None);
+        let second_half = &run.choices[run.choices.len() / 2..];
+        let local = second_half.iter().filter(|c| **c == Choice::Local).count();
+        assert!(local * 10 < second_half.len(), "{name}: {local} of {} on the device, mean {:.3}", second_half.len(), run.latency);
     }
 }

@@ -9,7 +9,6 @@ pub mod admin;
 mod admission;
 pub mod batcher;
 pub mod config;
-pub mod connections;
 pub mod error;
 pub mod features;
 pub mod intake;

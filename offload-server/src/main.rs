@@ -49,13 +49,16 @@ struct Cli {
     /// Allow listening without TLS off loopback.
     #[arg(long)]
     insecure: bool,
+    /// End when standard input does: for programs that start a server and must not leave one behind, however they end.
+    #[arg(long)]
+    while_stdin: bool,
     /// Print the configuration that would be used, and stop.
     #[arg(long)]
     print_config: bool,
 }
 
 impl Cli {
-    fn config(self) -> Result<(Config, bool)> {
+    fn config(self) -> Result<(Config, bool, bool)> {
         let mut c = match &self.config {
             Some(path) => Config::open(path)?,
             None => Config::default(),
@@ -77,7 +80,7 @@ impl Cli {
         set(&mut c.tls_key, self.tls_key.map(Some));
         c.insecure |= self.insecure;
         c.check()?;
-        Ok((c, self.print_config))
+        Ok((c, self.print_config, self.while_stdin))
     }
 }
 
@@ -95,7 +98,7 @@ fn main() -> std::process::ExitCode {
 
 #[tokio::main]
 async fn run() -> Result<()> {
-    let (config, print) = Cli::parse().config()?;
+    let (config, print, while_stdin) = Cli::parse().config()?;
     if print {
         use std::io::Write;
         let text = toml::to_string(&config).context("configuration")?;
@@ -110,6 +113,7 @@ async fn run() -> Result<()> {
     tokio::select! {
         ended = running.ended() => return Ok(ended?),
         _ = term.recv() => tracing::info!("SIGTERM: finishing what is in flight"),
+        () = input_ended(), if while_stdin => tracing::info!("standard input ended: finishing what is in flight"),
         _ = int.recv() => tracing::info!("interrupted: finishing what is in flight"),
     }
     tokio::select! {
@@ -119,4 +123,14 @@ async fn run() -> Result<()> {
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Waits for the end of standard input, on a thread that nobody joins: reading cannot be cancelled.
+async fn input_ended() {
+    let (ended, wait) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        ended.send(())
+    });
+    let _ = wait.await;
 }

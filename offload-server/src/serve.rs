@@ -15,7 +15,7 @@ use tower::util::MapResponseLayer;
 
 use crate::registry::Registry;
 use crate::service::Service;
-use crate::{Config, ServerError, admin, connections, telemetry};
+use crate::{Config, ServerError, admin, telemetry};
 
 /// A TLS handshake that takes longer is given up.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -150,7 +150,7 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         // balancers look away before connections close
         health.set_not_serving::<OffloadServiceServer<Service>>().await;
     };
-    let incoming = connections::at_most(config.max_connections, listener);
+    let incoming = isthmus_listen::at_most(config.max_connections, listener, telemetry::connection_refused);
     let served = tokio::spawn(async move {
         let served = router.serve_with_incoming_shutdown(incoming, shutdown).await;
         served.map_err(|e| ServerError::Transport(e.to_string()))

@@ -6,6 +6,12 @@ pub mod offload_v1 {
     tonic::include_proto!("isthmus.offload.v1");
 }
 
+/// `isthmus.aggregator.v1`: federated rounds with secure aggregation.
+pub mod aggregator_v1 {
+    #![allow(missing_docs, clippy::all, clippy::pedantic)]
+    tonic::include_proto!("isthmus.aggregator.v1");
+}
+
 /// The `k` best of `logits` as labels with their softmax probabilities, best first.
 pub fn best(logits: &[f32], k: usize, names: &[String]) -> Vec<offload_v1::Label> {
     let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use linkem::catalogue::{Catalogue, NamedLink};
+use linkem::driver::namespace::missing;
 use serde::{Deserialize, Serialize};
 
 use crate::error::HarnessError;
 use crate::run::strategy::{Strategy, StrategyConfig};
 
 /// Longest time for one request.
+const CONGESTION_CONTROLS: &str = "/proc/sys/net/ipv4/tcp_available_congestion_control";
 const LONGEST: Duration = Duration::from_secs(600);
 /// Most clients at once.
 const MOST_CLIENTS: usize = 256;
@@ -160,6 +162,20 @@ impl RunConfig {
         }
         if !(1.0..=1000.0).contains(&self.device_slowdown) {
             return Err("device_slowdown: use 1 to 1000".into());
+        }
+        if self.emulation == EmulationKind::Packet
+            && let Some(why) = missing()
+        {
+            return Err(format!("emulation = \"packet\": {why}"));
+        }
+        // at packet level it is pinned; it must exist wherever the run may be repeated
+        let known = std::fs::read_to_string(CONGESTION_CONTROLS).unwrap_or_default();
+        if !known.split_whitespace().any(|name| name == self.congestion_control) {
+            return Err(format!(
+                "congestion_control: {:?} is not known to this kernel; there are {}",
+                self.congestion_control,
+                known.trim()
+            ));
         }
         let limit = |key: &str, d: Duration| {
             let fits = (Duration::from_millis(10)..=LONGEST).contains(&d);

@@ -59,7 +59,8 @@ impl ServerProcess {
         };
         command.args(["--listen", &format!("{host}:0"), "--admin-listen", "127.0.0.1:0", "--insecure", "--bundle"]).arg(bundle);
         command.arg("--backbones").arg(backbones);
-        command.env("RUST_LOG", "warn").stdin(Stdio::null()).stdout(Stdio::piped());
+        // the pipe ends with this process, however that ends
+        command.arg("--while-stdin").env("RUST_LOG", "warn").stdin(Stdio::piped()).stdout(Stdio::piped());
         let name = binary.display().to_string();
         let mut child =
             command.spawn().map_err(|e| HarnessError::data(name.clone(), format!("{e}; build it, or name it with --server")))?;
@@ -110,7 +111,9 @@ impl Emulation {
     pub fn report(&self, link: &LinkConfig, congestion_control: &str) -> Emulator {
         match self {
             Self::Packet(l) => Emulator::new(packet::EMULATION, Some(congestion_control.into()), l.lateness().summary(), link),
-            Self::Stream(l) => Emulator::new(stream::EMULATION, None, l.lateness().summary(), link),
+            Self::Stream(l) => {
+                Emulator { ignored: stream::ignored(link), ..Emulator::new(stream::EMULATION, None, l.lateness().summary(), link) }
+            }
         }
     }
 

@@ -20,6 +20,8 @@ use crate::run::strategy::Strategy;
 const OVERHEAD: f64 = 1500.0 / 1448.0;
 /// HTTP/2 and gRPC headers of a request on an open connection, and those of its packets.
 const REQUEST: f64 = 130.0;
+/// A strategy whose first so many requests all failed is not tried any more; the rest count as failed.
+const HOPELESS: usize = 3;
 /// Seconds that are waited at most for a queue to drain.
 const LONGEST_BACKLOG: f64 = 20.0;
 /// What TCP sends before the first acknowledgement: ten packets (RFC 6928), also after a pause.
@@ -61,6 +63,11 @@ pub async fn measure(
             order.shuffle(&mut rng);
             for &s in &order {
                 let strategy = &strategies[s];
+                if failed[s] >= HOPELESS && samples[s].is_empty() {
+                    failed[s] += usize::from(round > 0);
+                    bar.inc(1);
+                    continue;
+                }
                 let sample = match &mut auto[s] {
                     Some(client) => choose(client, photo, wanted).await,
                     None => sessions[s].one(&mut bench.device, *strategy, photo, wanted).await,
@@ -87,7 +94,7 @@ pub async fn measure(
 }
 
 /// How long a full queue takes to drain, as far as a queue and a rate are given.
-fn backlog(link: &LinkConfig) -> Duration {
+pub(crate) fn backlog(link: &LinkConfig) -> Duration {
     let up = &link.up;
     let bytes = up.queue.as_ref().and_then(|q| q.bytes).unwrap_or_default() as f64;
     let seconds = up.mbit_per_s.map_or(0.0, |mbit| bytes * 8.0 / (mbit * 1e6));

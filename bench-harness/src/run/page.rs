@@ -11,7 +11,7 @@ use crate::run::results::{Emulator, LinkResults, Results, Row, ThroughputResults
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:0 auto;padding:1rem;color:#111;background:#fff}\
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2.5rem}.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem}\
 td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}td:first-child,th:first-child{text-align:left}\
-svg{max-width:100%;height:auto}.bar{display:flex;height:1rem;min-width:16rem}.bar span{display:block}.encode{background:#005ab5}\
+svg{max-width:100%;height:auto}@media (max-width:45rem) and (not print){.plot svg{max-width:none;width:44rem}}.bar{display:flex;height:1rem;min-width:16rem}.bar span{display:block}.encode{background:#005ab5}\
 .wire{background:#e69600}.server{background:#00825a}.bad{color:#b00020;font-weight:bold}.good{color:#00643c;font-weight:bold}small{color:#555}\
 nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem}nav a{white-space:nowrap}@media print{h2{break-after:avoid}svg,table{break-inside:avoid}.wide{overflow:visible}nav{display:none}\
 td,th{padding:.1rem .3rem;font-size:.7rem}}";
@@ -21,7 +21,7 @@ fn escape(text: &str) -> String {
 }
 
 fn drawn(title: &str, x: &Axis, y: &Axis, lines: &[Line]) -> Result<String, HarnessError> {
-    svg(title, x, y, lines).map_err(|e| HarnessError::data("report", e))
+    Ok(format!("<div class=\"wide plot\">{}</div>", svg(title, x, y, lines).map_err(|e| HarnessError::data("report", e))?))
 }
 
 /// Lines by name, their points from left to right.
@@ -153,10 +153,11 @@ fn emulator(e: &Emulator) -> String {
     let congestion = e.congestion_control.as_deref().map_or_else(String::new, |c| format!(", {}", escape(c)));
     let invalid = if e.valid { "" } else { " <span class=\"bad\">Invalid: more than a tenth of the delay.</span>" };
     format!(
-        "<p>{} level{congestion}; emulator late by {} µs (median), {} µs (99th percentile).{invalid}</p>",
+        "<p>{} level{congestion}; emulator late by {} µs (median), {} µs (99th percentile){}.{invalid}</p>",
         escape(&e.level),
         e.late_p50_us,
-        e.late_p99_us
+        e.late_p99_us,
+        escape(&e.left_out())
     )
 }
 

@@ -64,9 +64,21 @@ pub struct Emulator {
     pub late_max_us: u64,
     /// False if it was too late for the link's delay: do not use these numbers.
     pub valid: bool,
+    /// What the link's description asks for and a byte stream cannot show.
+    #[serde(default)]
+    pub ignored: Vec<String>,
 }
 
 impl Emulator {
+    /// What was left out, as a half sentence.
+    pub fn left_out(&self) -> String {
+        if self.ignored.is_empty() {
+            String::new()
+        } else {
+            format!("; the link's {} cannot be shown at this level and was left out", self.ignored.join(", "))
+        }
+    }
+
     /// Of a link that has carried its traffic.
     pub fn new(level: &str, congestion_control: Option<String>, s: LatenessSummary, link: &linkem::LinkConfig) -> Self {
         Self {
@@ -76,6 +88,7 @@ impl Emulator {
             late_p99_us: s.p99_us,
             late_max_us: s.max_us,
             valid: s.valid_for(link.up.delay.min(link.down.delay)),
+            ignored: Vec::new(),
         }
     }
 }

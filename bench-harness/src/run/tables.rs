@@ -23,8 +23,11 @@ fn emulator(e: &Emulator) -> String {
     let congestion = e.congestion_control.as_ref().map_or_else(String::new, |c| format!(", {c}"));
     let invalid = if e.valid { "" } else { " - **INVALID**: more than a tenth of the delay" };
     format!(
-        "{} level{congestion}; emulator late by {} us (median), {} us (99th percentile){invalid}",
-        e.level, e.late_p50_us, e.late_p99_us
+        "{} level{congestion}; emulator late by {} us (median), {} us (99th percentile){}{invalid}",
+        e.level,
+        e.late_p50_us,
+        e.late_p99_us,
+        e.left_out()
     )
 }
 

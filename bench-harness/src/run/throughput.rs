@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 
 use crate::error::HarnessError;
 use crate::run::config::ThroughputConfig;
+use crate::run::latency::backlog;
 use crate::run::progress;
 use crate::run::results::{Percentiles, ThroughputResults, ThroughputRow, sorted};
 use crate::run::session::{Bench, Site, spread};
@@ -47,6 +48,8 @@ pub async fn measure(
         let made = Arc::new(made);
         for &clients in &t.clients {
             rows.push(share(&site, strategy, made.clone(), clients, t.length, config.deadline).await?);
+            // what the queue still holds of requests that were given up must not delay the next row
+            tokio::time::sleep(backlog(&named.link)).await;
             bar.inc(1);
         }
     }

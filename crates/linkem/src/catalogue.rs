@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::LinkConfig;
+use crate::config::{DirectionConfig, LinkConfig};
 use crate::error::LinkError;
 
 /// Named links; configs/links.toml is the one that comes with the product.
@@ -18,12 +18,28 @@ pub struct Catalogue {
 
 /// A link and what it stands for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Entry")]
 pub struct NamedLink {
     /// One line for people.
     pub about: String,
     /// Its two directions.
     #[serde(flatten)]
     pub link: LinkConfig,
+}
+
+/// A link as written: a flattened structure would let unknown keys pass.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    about: String,
+    up: DirectionConfig,
+    down: DirectionConfig,
+}
+
+impl From<Entry> for NamedLink {
+    fn from(Entry { about, up, down }: Entry) -> Self {
+        Self { about, link: LinkConfig { up, down } }
+    }
 }
 
 impl Catalogue {

@@ -11,6 +11,7 @@ use linkem::driver::packet::{PacketLink, SERVER};
 use linkem::{DirectionConfig, LinkConfig};
 
 const MBIT: f64 = 10.0;
+const TURNS: u16 = 5;
 const BYTES: usize = 2_000_000;
 const INTO_BUCKET: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 
@@ -57,9 +58,15 @@ fn bulk_transfers_take_as_long_as_through_the_kernels_token_bucket() {
     let direction = || DirectionConfig::constant(MBIT, Duration::from_millis(1), 64 << 10);
     let link = PacketLink::start(&LinkConfig { up: direction(), down: direction() }, Path::new("."), 1, "cubic").unwrap();
     let [near, far] = bucket();
-    let emulated = transfer(link.edge(), link.server(), (SERVER, 7100));
-    let kernel = transfer(&near, &far, (INTO_BUCKET, 7100));
-    let ratio = emulated / kernel;
-    println!("{BYTES} bytes at {MBIT} Mbit/s: emulator {emulated:.3} s, kernel {kernel:.3} s, ratio {ratio:.3}");
-    assert!((0.95..=1.05).contains(&ratio), "emulator {emulated:.3} s, kernel {kernel:.3} s");
+    // other work on the machine disturbs single transfers
+    let ratios = (0..TURNS).map(|turn| {
+        let emulated = transfer(link.edge(), link.server(), (SERVER, 7100 + turn));
+        let kernel = transfer(&near, &far, (INTO_BUCKET, 7100 + turn));
+        println!("{BYTES} bytes at {MBIT} Mbit/s: emulator {emulated:.3} s, kernel {kernel:.3} s, ratio {:.3}", emulated / kernel);
+        emulated / kernel
+    });
+    let mut ratios: Vec<f64> = ratios.collect();
+    ratios.sort_by(f64::total_cmp);
+    let median = ratios[ratios.len() / 2];
+    assert!((0.98..=1.02).contains(&median), "median {median:.3} of {ratios:.3?}");
 }

@@ -78,7 +78,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let words = coded.div_ceil(64);
     // party 2 stores a masked vector and expands a seed; all stored vectors are uniform, so one set serves all turns
     let masked: Vec<Bits> = (0..clients).map(|_| Bits::fill(coded, |_| rng.next_u64())).collect();
-    let share = |s2: &Bits, k0| PartyShare::Two { s2: s2.clone(), k0 };
+    let share = |s0: &Bits, k2| PartyShare::Two { k2, s0: s0.clone() };
     let reports: Reports = masked.iter().enumerate().map(|(c, s2)| (report(c), share(s2, Seed::random(&mut rng)))).collect();
     let pairwise = [(); 3].map(|()| Seed::random(&mut rng));
     let (mut expanding, mut counting, mut plaintext) = (Vec::new(), Vec::new(), Vec::new());

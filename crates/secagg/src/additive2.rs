@@ -65,6 +65,11 @@ impl Sum {
         Ok(())
     }
 
+    /// The sum so far.
+    pub fn residues(&self) -> &[u32] {
+        &self.residues
+    }
+
     fn add(&mut self, shares: &[u32]) {
         let low = low(self.width);
         self.residues.iter_mut().zip(shares).for_each(|(r, s)| *r = r.wrapping_add(*s) & low);

@@ -25,6 +25,12 @@ pub enum SecAggError {
     /// A call out of turn.
     #[error("the block is not there yet: {0}")]
     Order(&'static str),
+    /// A signature, a credential or an envelope is not what it claims to be.
+    #[error("{0}")]
+    Authentication(&'static str),
+    /// A neighbour did not answer.
+    #[error("the exchange with the other parties failed: {0}")]
+    Link(String),
 }
 
 /// Checks a size.

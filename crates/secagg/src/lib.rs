@@ -15,6 +15,7 @@ pub mod boolean3;
 pub mod error;
 pub mod prg;
 pub mod quantise;
+pub mod report;
 pub mod simulate;
 
 pub use bits::Bits;

@@ -1,7 +1,9 @@
 //! All three parties of mode B in one process: the oracle for the service, and the base of tests and benchmarks.
 
+use std::sync::mpsc::{Receiver, Sender, channel};
+
 use crate::boolean3::count::zero_keys;
-use crate::boolean3::{BlockCount, Party, PartyShare};
+use crate::boolean3::{BlockCount, Circuit, Exchange, Party, PartyShare, Shares};
 use crate::error::{SecAggError, expect_size};
 use crate::prg::{ReportContext, Seed};
 
@@ -68,6 +70,53 @@ impl Round {
             counts.append(&mut results[0]);
         }
         Ok(counts)
+    }
+}
+
+/// Runs the same circuit as all three parties, each in a thread with its own shares, and opens what comes out.
+///
+/// # Errors
+/// What a party ran into, or that their results do not fit together.
+pub fn run<T: Sync>(
+    round: &Round,
+    block: u32,
+    inputs: &[T; 3],
+    circuit: impl Fn(&mut Circuit<'_>, Party, &T) -> Result<Shares, SecAggError> + Sync,
+) -> Result<Vec<u64>, SecAggError> {
+    let links = [(); 3].map(|()| channel());
+    let (sends, receives): (Vec<Sender<_>>, Vec<Receiver<_>>) = links.into_iter().unzip();
+    let circuit = &circuit;
+    let outputs = std::thread::scope(|scope| {
+        let parties = Party::ALL.into_iter().zip(inputs).zip(receives);
+        let threads: Vec<_> = parties
+            .map(|((party, input), receive)| {
+                let mut link = Channels { send: sends[usize::from(party.previous().index())].clone(), receive };
+                let keys = zero_keys(&round.pairwise, party, round.task, round.round, round.epoch);
+                scope.spawn(move || circuit(&mut Circuit::new(&keys, block, &mut link), party, input))
+            })
+            .collect();
+        drop(sends);
+        let ended =
+            |t: std::thread::ScopedJoinHandle<'_, _>| t.join().unwrap_or_else(|_| Err(SecAggError::Link("a party panicked".into())));
+        threads.into_iter().map(ended).collect::<Result<Vec<Shares>, _>>()
+    })?;
+    let [a, b, c] = outputs.as_slice() else { return Err(SecAggError::Link("a party is missing".into())) };
+    if a.next != b.own || b.next != c.own || c.next != a.own {
+        return Err(SecAggError::Config("the parties' shares do not fit together".into()));
+    }
+    a.open(&c.own)
+}
+
+struct Channels {
+    send: Sender<Vec<u64>>,
+    receive: Receiver<Vec<u64>>,
+}
+
+impl Exchange for Channels {
+    fn exchange(&mut self, _: u32, message: Vec<u64>) -> Result<Vec<u64>, SecAggError> {
+        let gone = |_| SecAggError::Link("a party stopped".into());
+        self.send.send(message).map_err(|_| SecAggError::Link("a party stopped".into()))?;
+        self.receive.recv().map_err(gone)
     }
 }
 

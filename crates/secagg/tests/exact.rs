@@ -137,5 +137,5 @@ fn calls_out_of_turn_and_wrong_sizes_are_refused() {
     assert!(block.send(&keys).unwrap().is_none());
     assert!(block.opening().is_ok() && block.open(&[0]).is_err());
     assert!(isthmus_secagg::simulate::block_shares(&Vec::new(), 0, 0, 1).is_err());
-    assert!(isthmus_secagg::simulate::block_shares(&parties[1], 0, 0, 2).is_err(), "past the end of the vector");
+    assert!(isthmus_secagg::simulate::block_shares(&parties[0], 0, 0, 2).is_err(), "past the end of the vector");
 }

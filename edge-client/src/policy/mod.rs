@@ -7,7 +7,8 @@
 //! What is known: the size, agreement and cost of each option (the bundle's own measurements, corrected by what is seen), the
 //! link ([`LinkEstimate`]), and the server's reported queue. A better option is taken after it has looked better several times
 //! in a row, a worse one at once when the present one no longer fits. A link that answered late or not at all counts as dead;
-//! it is tried again with real requests whose answer the device computes at the same time.
+//! it is tried again with real requests whose answer the device computes at the same time; so is one that was left for the device
+//! because it was slow.
 
 mod link;
 
@@ -31,6 +32,8 @@ const TRIAL: Duration = Duration::from_secs(2);
 const TRIAL_REQUESTS: u32 = 2;
 const TRIAL_REQUESTS_MOST: u32 = 64;
 const TRIAL_LONGEST: Duration = Duration::from_secs(64);
+/// While the device computes the answers by choice, nothing else tells that the link has become faster.
+const TRIAL_LONGEST_LOCAL: Duration = Duration::from_secs(8);
 /// How far the link may be better than it seems, in standard deviations.
 const HOPE: f64 = 1.5;
 /// A payload beyond so many times the present option's was a trial.
@@ -353,7 +356,9 @@ impl Policy {
             self.better_for = 0;
         }
         let chosen = self.trial(now).unwrap_or(self.current);
-        Decision { choice: self.candidates[chosen].choice, local_after: self.local_after(chosen) }
+        let from_local = chosen != self.current && self.candidates[self.current].choice == Choice::Local;
+        let local_after = if from_local { Some(Duration::ZERO) } else { self.local_after(chosen) };
+        Decision { choice: self.candidates[chosen].choice, local_after }
     }
 
     fn switch(&mut self, to: usize) {
@@ -371,7 +376,10 @@ impl Policy {
     /// An option that would be better if the link is better than it seems, once in a while.
     fn trial(&mut self, now: Duration) -> Option<usize> {
         self.since_trial += 1;
-        if now < self.trial_at || self.since_trial < self.trial_requests || self.candidates[self.current].choice == Choice::Local {
+        if self.candidates[self.current].choice == Choice::Local {
+            return self.trial_from_local(now);
+        }
+        if now < self.trial_at || self.since_trial < self.trial_requests {
             return None;
         }
         let deadline = self.goal.deadline.as_secs_f64();
@@ -391,6 +399,18 @@ impl Policy {
             self.since_trial = 0;
         }
         better
+    }
+
+    /// While the device is the soonest: the soonest way over the link, to see what has become of it.
+    fn trial_from_local(&mut self, now: Duration) -> Option<usize> {
+        if self.goal.aim != Aim::Latency || now < self.trial_at {
+            return None;
+        }
+        self.trial_pause = (self.trial_pause * 2).min(TRIAL_LONGEST_LOCAL);
+        self.trial_at = now + self.trial_pause;
+        self.since_trial = 0;
+        let sent = self.options().into_iter().filter(|&i| self.candidates[i].choice != Choice::Local);
+        sent.min_by(|&a, &b| self.expected(&self.candidates[a]).total_cmp(&self.expected(&self.candidates[b])))
     }
 
     /// Learns from what came of a request.

@@ -7,33 +7,33 @@ use crate::boolean3::Party;
 use crate::error::{SecAggError, expect_size};
 use crate::prg::{ReportContext, Seed, Stream};
 
-/// What a client sends: two seeds, each sealed for the two parties that hold it, and a masked vector for parties 1 and 2.
+/// What a client sends: two seeds, each sealed for the two parties that hold it, and a masked vector for parties 0 and 2.
 pub struct Upload {
-    /// Seed of s0: parties 0 and 2.
-    pub k0: Seed,
+    /// b ^ s1 ^ s2, uniform by itself: parties 0 and 2.
+    pub s0: Bits,
     /// Seed of s1: parties 0 and 1.
     pub k1: Seed,
-    /// b ^ s0 ^ s1, uniform by itself: parties 1 and 2.
-    pub s2: Bits,
+    /// Seed of s2: parties 1 and 2.
+    pub k2: Seed,
 }
 
 impl Upload {
     /// Splits `bits`.
     pub fn split(bits: &Bits, report: &ReportContext, rng: &mut impl CryptoRng) -> Self {
-        let (k0, k1) = (Seed::random(rng), Seed::random(rng));
+        let (k1, k2) = (Seed::random(rng), Seed::random(rng));
         let mut words = bits.words().to_vec();
-        Stream::share(&k0, report, 0).xor(&mut words);
         Stream::share(&k1, report, 1).xor(&mut words);
-        let s2 = Bits::fill(bits.len(), |k| words[k]);
-        Self { k0, k1, s2 }
+        Stream::share(&k2, report, 2).xor(&mut words);
+        let s0 = Bits::fill(bits.len(), |k| words[k]);
+        Self { s0, k1, k2 }
     }
 
     /// What `party` gets.
     pub fn part(&self, party: Party) -> PartyShare {
         match party.index() {
-            0 => PartyShare::Zero { k0: self.k0.clone(), k1: self.k1.clone() },
-            1 => PartyShare::One { k1: self.k1.clone(), s2: self.s2.clone() },
-            _ => PartyShare::Two { s2: self.s2.clone(), k0: self.k0.clone() },
+            0 => PartyShare::Zero { s0: self.s0.clone(), k1: self.k1.clone() },
+            1 => PartyShare::One { k1: self.k1.clone(), k2: self.k2.clone() },
+            _ => PartyShare::Two { k2: self.k2.clone(), s0: self.s0.clone() },
         }
     }
 }
@@ -42,8 +42,8 @@ impl Upload {
 pub enum PartyShare {
     /// Party 0.
     Zero {
-        /// Seed of s0.
-        k0: Seed,
+        /// The masked vector.
+        s0: Bits,
         /// Seed of s1.
         k1: Seed,
     },
@@ -51,15 +51,15 @@ pub enum PartyShare {
     One {
         /// Seed of s1.
         k1: Seed,
-        /// The masked vector.
-        s2: Bits,
+        /// Seed of s2.
+        k2: Seed,
     },
     /// Party 2.
     Two {
+        /// Seed of s2.
+        k2: Seed,
         /// The masked vector.
-        s2: Bits,
-        /// Seed of s0.
-        k0: Seed,
+        s0: Bits,
     },
 }
 
@@ -70,31 +70,33 @@ impl PartyShare {
     /// If the slices differ in length or reach past the end of the vector.
     pub fn expand(&self, report: &ReportContext, from: usize, own: &mut [u64], next: &mut [u64]) -> Result<(), SecAggError> {
         expect_size("words", own.len(), next.len())?;
-        let seeded = |seed: &Seed, index: u8, words: &mut [u64]| {
-            let mut stream = Stream::share(seed, report, index);
-            stream.seek(from);
-            stream.fill(words);
-        };
-        let stored = |s2: &Bits, words: &mut [u64]| {
+        let stored = |s0: &Bits, words: &mut [u64]| {
             let end = from + words.len();
-            let part = s2.words().get(from..end).ok_or(SecAggError::Size { what: "words", expected: end, found: s2.words().len() })?;
+            let part = s0.words().get(from..end).ok_or(SecAggError::Size { what: "words", expected: end, found: s0.words().len() })?;
             words.copy_from_slice(part);
             Ok(())
         };
         match self {
-            Self::Zero { k0, k1 } => {
-                seeded(k0, 0, own);
-                seeded(k1, 1, next);
+            Self::Zero { s0, k1 } => {
+                seeded(k1, report, 1, from, next);
+                stored(s0, own)
+            }
+            Self::One { k1, k2 } => {
+                seeded(k1, report, 1, from, own);
+                seeded(k2, report, 2, from, next);
                 Ok(())
             }
-            Self::One { k1, s2 } => {
-                seeded(k1, 1, own);
-                stored(s2, next)
-            }
-            Self::Two { s2, k0 } => {
-                seeded(k0, 0, next);
-                stored(s2, own)
+            Self::Two { k2, s0 } => {
+                seeded(k2, report, 2, from, own);
+                stored(s0, next)
             }
         }
     }
+}
+
+/// Words from `from` on of share `index`, whose seed is `seed`.
+pub fn seeded(seed: &Seed, report: &ReportContext, index: u8, from: usize, words: &mut [u64]) {
+    let mut stream = Stream::share(seed, report, index);
+    stream.seek(from);
+    stream.fill(words);
 }

@@ -14,8 +14,6 @@ use tokio::time::{Sleep, sleep};
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
-use crate::telemetry;
-
 /// A connection that says nothing for so long after it was opened is closed: it would hold its place for ever.
 const FIRST_BYTE: Duration = Duration::from_secs(10);
 
@@ -28,14 +26,14 @@ pub struct Counted {
     _place: OwnedSemaphorePermit,
 }
 
-/// The connections of `listener`; those beyond `most` are closed at once.
-pub fn at_most(most: usize, listener: TcpListener) -> impl Stream<Item = io::Result<Counted>> {
+/// The connections of `listener`; those beyond `most` are closed at once, and `refused` is called.
+pub fn at_most(most: usize, listener: TcpListener, refused: fn()) -> impl Stream<Item = io::Result<Counted>> {
     let places = Arc::new(Semaphore::new(most));
     TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| match accepted {
         Ok(stream) => match places.clone().try_acquire_owned() {
             Ok(place) => Some(Ok(Counted { stream, silent: Some(Box::pin(sleep(FIRST_BYTE))), _place: place })),
             Err(_) => {
-                telemetry::connection_refused();
+                refused();
                 None
             }
         },

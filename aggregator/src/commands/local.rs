@@ -1,0 +1,86 @@
+//! `aggregator local`: three parties on this machine.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use aggregator::local::{Trial, set_up};
+use anyhow::{Context, Result, bail};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Folder for keys, configurations and state; made if it does not exist, used again if it does.
+    folder: PathBuf,
+    /// First of nine ports; 0: ports of the system's choice.
+    #[arg(long, default_value_t = 50061)]
+    port: u16,
+    /// Clients to enrol; their keys go to FOLDER/clients.
+    #[arg(long, default_value_t = 10)]
+    clients: usize,
+    /// A round with fewer clients is never opened.
+    #[arg(long, default_value_t = 3)]
+    min_clients: u32,
+}
+
+/// A party as a child process; killed when dropped.
+pub struct PartyProcess(Child);
+
+/// Starts a party and waits until it serves.
+pub async fn spawn(config: &Path) -> Result<PartyProcess> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["party", "--config"]).arg(config).stdout(Stdio::piped()).kill_on_drop(true);
+    let mut child = command.spawn().context("starting a party")?;
+    let mut lines = BufReader::new(child.stdout.take().context("a party's output")?).lines();
+    let Some(line) = lines.next_line().await? else { bail!("the party of {} did not start (its error is above)", config.display()) };
+    println!("{line}");
+    tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+    Ok(PartyProcess(child))
+}
+
+impl PartyProcess {
+    /// Waits for the end.
+    pub async fn ended(&mut self) -> Result<()> {
+        bail!("a party ended: {}", self.0.wait().await?)
+    }
+
+    /// Asks it to end, and waits.
+    pub async fn stop(mut self) -> Result<()> {
+        if let Some(pid) = self.0.id().and_then(|id| rustix::process::Pid::from_raw(id as i32)) {
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        }
+        self.0.wait().await?;
+        Ok(())
+    }
+}
+
+pub async fn run(args: Args) -> Result<()> {
+    let trial: Trial = set_up(&args.folder, args.port, args.clients, args.min_clients)?;
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut parties = Vec::new();
+    for config in &trial.configs {
+        parties.push(spawn(config).await?);
+    }
+    println!(
+        "operators: aggregator round --url {} --ca {} --token {} list\nclients:   {} (keys in {})\nstatus:    http://{}/\nCtrl-C ends all three.",
+        trial.url,
+        trial.certificate.display(),
+        trial.token.display(),
+        trial.url,
+        trial.clients.display(),
+        trial.status
+    );
+    let [a, b, c] = parties.as_mut_slice() else { bail!("three parties") };
+    let failed = tokio::select! {
+        ended = a.ended() => ended,
+        ended = b.ended() => ended,
+        ended = c.ended() => ended,
+        _ = term.recv() => Ok(()),
+        _ = int.recv() => Ok(()),
+    };
+    for party in parties {
+        party.stop().await?;
+    }
+    failed
+}

@@ -1,0 +1,6 @@
+//! Subcommands.
+
+pub mod keys;
+pub mod local;
+pub mod party;
+pub mod round;

@@ -1,0 +1,50 @@
+//! `aggregator party`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use aggregator::store::redb::RedbStore;
+use aggregator::{Config, start, telemetry};
+use anyhow::{Context, Result};
+use tokio::signal::unix::{SignalKind, signal};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// TOML file; configs/aggregator.toml explains every key.
+    #[arg(long, env = "ISTHMUS_AGGREGATOR_CONFIG")]
+    config: PathBuf,
+    /// Print the configuration that would be used, and stop.
+    #[arg(long)]
+    print_config: bool,
+}
+
+pub async fn run(args: Args) -> Result<()> {
+    let config = Config::open(&args.config)?;
+    if args.print_config {
+        use std::io::Write;
+        return Ok(std::io::stdout().write_all(toml::to_string(&config).context("configuration")?.as_bytes())?);
+    }
+    telemetry::install_logs(config.log_format);
+    let metrics = telemetry::install_metrics()?;
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let store = Arc::new(RedbStore::open(&config.data)?);
+    let mut running = start(config, store, metrics).await?;
+    // for scripts that let the system choose the ports
+    println!(
+        "serving clients on {}, parties on {}, status on {}",
+        running.address.map_or("-".into(), |a| a.to_string()),
+        running.peer_address,
+        running.admin_address.map_or("-".into(), |a| a.to_string())
+    );
+    tokio::select! {
+        ended = running.ended() => return Ok(ended?),
+        _ = term.recv() => tracing::info!("SIGTERM: finishing what is in flight"),
+        _ = int.recv() => tracing::info!("interrupted: finishing what is in flight"),
+    }
+    tokio::select! {
+        stopped = running.stop() => stopped?,
+        _ = int.recv() => anyhow::bail!("interrupted again: stopped at once"),
+        _ = term.recv() => anyhow::bail!("SIGTERM again: stopped at once"),
+    }
+    Ok(())
+}

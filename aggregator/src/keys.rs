@@ -1,0 +1,237 @@
+//! Keys in files: a party's, an authority's, a client's, an operator's.
+//!
+//! Secret files can be read by their owner only. A party's public description goes to the other parties.
+
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use isthmus_federate::report::Identity;
+use isthmus_federate::round::fixed;
+use isthmus_secagg::report::{Credential, EnvelopeKey, KEY_BYTES, SignKey, hash};
+use rand::RngCore;
+use rand::TryRngCore;
+use rand::rngs::OsRng;
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use crate::error::AggregatorError;
+
+const CERTIFICATE: &str = "identity.pem";
+const TLS_KEY: &str = "identity.key";
+const ENVELOPE_KEY: &str = "envelope.key";
+/// The other parties' file in a key folder.
+pub const PUBLIC: &str = "public.toml";
+
+/// What a party tells the others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PublicParty {
+    /// 0, 1 or 2.
+    pub party: u8,
+    /// Where its listener for parties is.
+    pub url: String,
+    /// Public key of its envelopes, in hexadecimal digits.
+    pub envelope_key: String,
+    /// Its TLS certificate.
+    pub certificate: String,
+}
+
+/// What a party keeps for itself.
+pub struct SecretParty {
+    /// Certificate of both listeners.
+    pub certificate: String,
+    /// Its key.
+    pub tls_key: Zeroizing<String>,
+    /// Opens envelopes.
+    pub envelope: EnvelopeKey,
+}
+
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> AggregatorError + '_ {
+    move |cause| AggregatorError::Io { path: path.into(), cause }
+}
+
+fn config(why: impl std::fmt::Display) -> AggregatorError {
+    AggregatorError::Config(why.to_string())
+}
+
+/// Writes a file that only its owner can read, and that does not exist yet.
+fn write_secret(path: &Path, text: &str) -> Result<(), AggregatorError> {
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io(path))?;
+    file.write_all(text.as_bytes()).map_err(io(path))
+}
+
+fn read(path: &Path) -> Result<Zeroizing<String>, AggregatorError> {
+    Ok(Zeroizing::new(std::fs::read_to_string(path).map_err(io(path))?))
+}
+
+/// Name that a party's certificate is checked for.
+pub fn tls_name(party: u8) -> String {
+    format!("party-{party}.isthmus.internal")
+}
+
+/// A number of bytes in hexadecimal digits.
+///
+/// # Errors
+/// If it is something else.
+pub fn from_hex<const N: usize>(what: &str, text: &str) -> Result<[u8; N], AggregatorError> {
+    let bytes =
+        Zeroizing::new(hex::decode(text.trim()).map_err(|_| config(format!("{what}: {N} bytes in hexadecimal digits are wanted")))?);
+    fixed(what, &bytes).map_err(config)
+}
+
+fn random() -> Result<Zeroizing<[u8; 32]>, AggregatorError> {
+    let mut bytes = Zeroizing::new([0; 32]);
+    OsRng.try_fill_bytes(&mut *bytes).map_err(config)?;
+    Ok(bytes)
+}
+
+/// Makes a party's keys in `folder`, for a party that others reach at `url` under the names `hosts`.
+///
+/// # Errors
+/// If there are keys already, or the folder cannot be written.
+pub fn make_party(folder: &Path, party: u8, url: &str, hosts: &[String]) -> Result<PublicParty, AggregatorError> {
+    std::fs::create_dir_all(folder).map_err(io(folder))?;
+    let names: Vec<String> = hosts.iter().cloned().chain([tls_name(party)]).collect();
+    let made = rcgen::generate_simple_self_signed(names).map_err(config)?;
+    write_secret(&folder.join(TLS_KEY), &Zeroizing::new(made.signing_key.serialize_pem()))?;
+    let secret = random()?;
+    write_secret(&folder.join(ENVELOPE_KEY), &Zeroizing::new(hex::encode(*secret)))?;
+    let path = folder.join(CERTIFICATE);
+    std::fs::write(&path, made.cert.pem()).map_err(io(&path))?;
+    let envelope_key = hex::encode(EnvelopeKey::from_bytes(&secret)?.public());
+    let public = PublicParty { party, url: url.into(), envelope_key, certificate: made.cert.pem() };
+    let path = folder.join(PUBLIC);
+    std::fs::write(&path, toml::to_string(&public).map_err(config)?).map_err(io(&path))?;
+    Ok(public)
+}
+
+impl SecretParty {
+    /// Reads a party's keys.
+    ///
+    /// # Errors
+    /// If a file is missing or holds something else.
+    pub fn open(folder: &Path) -> Result<Self, AggregatorError> {
+        let certificate = read(&folder.join(CERTIFICATE))?.to_string();
+        let secret = Zeroizing::new(from_hex(ENVELOPE_KEY, &read(&folder.join(ENVELOPE_KEY))?)?);
+        Ok(Self { certificate, tls_key: read(&folder.join(TLS_KEY))?, envelope: EnvelopeKey::from_bytes(&secret)? })
+    }
+}
+
+impl PublicParty {
+    /// Reads a party's description.
+    ///
+    /// # Errors
+    /// If the file is missing or holds something else.
+    pub fn open(path: &Path) -> Result<Self, AggregatorError> {
+        let text = read(path)?;
+        let public: Self = toml::from_str(&text).map_err(|e| config(format!("{}: {e}", path.display())))?;
+        public.key()?;
+        public.certificate_der()?;
+        Ok(public)
+    }
+
+    /// Its certificate as presented in a handshake.
+    ///
+    /// # Errors
+    /// If the text holds none.
+    pub fn certificate_der(&self) -> Result<Vec<u8>, AggregatorError> {
+        let der = CertificateDer::from_pem_slice(self.certificate.as_bytes());
+        der.map(|d| d.as_ref().to_vec()).map_err(|e| config(format!("certificate of party {}: {e}", self.party)))
+    }
+
+    /// The public key of its envelopes.
+    ///
+    /// # Errors
+    /// If it is none.
+    pub fn key(&self) -> Result<[u8; KEY_BYTES], AggregatorError> {
+        from_hex("envelope_key", &self.envelope_key)
+    }
+}
+
+/// Makes a signing key, an authority's or a client's; its public half.
+///
+/// # Errors
+/// If the file exists.
+pub fn make_signer(path: &Path) -> Result<[u8; KEY_BYTES], AggregatorError> {
+    let secret = random()?;
+    write_secret(path, &Zeroizing::new(hex::encode(*secret)))?;
+    Ok(SignKey::from_bytes(&secret).public())
+}
+
+/// Reads a signing key.
+///
+/// # Errors
+/// If the file is missing or holds something else.
+pub fn open_signer(path: &Path) -> Result<SignKey, AggregatorError> {
+    let secret = Zeroizing::new(from_hex(&path.display().to_string(), &read(path)?)?);
+    Ok(SignKey::from_bytes(&secret))
+}
+
+/// Makes an operator's token; its SHA-256, which party 0 is told.
+///
+/// # Errors
+/// If the file exists.
+pub fn make_token(path: &Path) -> Result<String, AggregatorError> {
+    let token = Zeroizing::new(hex::encode(*random()?));
+    write_secret(path, &token)?;
+    Ok(hex::encode(hash(&[token.as_bytes()])))
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CredentialFile {
+    client: String,
+    expires: u64,
+    signature: String,
+}
+
+/// Writes a credential.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_credential(path: &Path, credential: &Credential) -> Result<(), AggregatorError> {
+    let file = CredentialFile {
+        client: hex::encode(credential.client),
+        expires: credential.expires,
+        signature: hex::encode(credential.signature),
+    };
+    std::fs::write(path, toml::to_string(&file).map_err(config)?).map_err(io(path))
+}
+
+/// Reads a credential.
+///
+/// # Errors
+/// If the file is missing or holds something else.
+pub fn open_credential(path: &Path) -> Result<Credential, AggregatorError> {
+    let text = read(path)?;
+    let file: CredentialFile = toml::from_str(&text).map_err(|e| config(format!("{}: {e}", path.display())))?;
+    Ok(Credential { client: from_hex("client", &file.client)?, expires: file.expires, signature: from_hex("signature", &file.signature)? })
+}
+
+/// A client's key with its credential.
+///
+/// # Errors
+/// If a file is missing, or the credential is another key's.
+pub fn open_identity(key: &Path, credential: &Path) -> Result<Identity, AggregatorError> {
+    let identity = Identity { key: open_signer(key)?, credential: open_credential(credential)? };
+    if identity.key.public() != identity.credential.client {
+        return Err(config(format!("{} is a credential of another client than {}", credential.display(), key.display())));
+    }
+    Ok(identity)
+}
+
+/// Random bytes from the system.
+///
+/// # Errors
+/// If the system has none.
+pub fn random_seed() -> Result<[u8; 32], AggregatorError> {
+    Ok(*random()?)
+}
+
+/// The system's generator, for what must be unpredictable.
+pub fn system_rng() -> impl RngCore + rand::CryptoRng {
+    OsRng.unwrap_err()
+}

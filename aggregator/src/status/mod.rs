@@ -1,0 +1,117 @@
+//! The admin listener: status page, its data, metrics, liveness.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde::Serialize;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::party::Party;
+
+const PAGE: &str = include_str!("page.html");
+/// Rounds on the page.
+const SHOWN: usize = 200;
+
+/// What the page shows.
+#[derive(Serialize)]
+struct Status {
+    task: String,
+    party: u8,
+    version: &'static str,
+    now_ms: u64,
+    parties: Vec<Neighbour>,
+    rounds: Vec<Shown>,
+    counters: Vec<(String, f64)>,
+}
+
+#[derive(Serialize)]
+struct Neighbour {
+    party: u8,
+    url: String,
+    own: bool,
+}
+
+#[derive(Serialize)]
+struct Shown {
+    round: u64,
+    state: &'static str,
+    reason: String,
+    mode: &'static str,
+    dim: u32,
+    body_bytes: usize,
+    reports: u32,
+    clients: u32,
+    kept: u32,
+    target: u32,
+    max_clients: u32,
+    epoch: u64,
+    created_ms: u64,
+    sealed_ms: u64,
+    done_ms: u64,
+    upload_until_ms: u64,
+}
+
+fn status(party: &Party, metrics: &str) -> Status {
+    let cells = party.cells();
+    let shown = cells.iter().rev().take(SHOWN).map(|cell| {
+        let (record, config) = (cell.record(), cell.plan.config());
+        Shown {
+            round: record.round,
+            state: record.phase.name(),
+            reason: record.reason,
+            mode: if cell.plan.parties() == 3 { "boolean-3" } else { "additive-2" },
+            dim: config.dim,
+            body_bytes: cell.plan.body_bytes(),
+            reports: *cell.reports.borrow(),
+            clients: record.clients,
+            kept: record.kept,
+            target: record.target,
+            max_clients: config.max_clients,
+            epoch: record.epoch,
+            created_ms: record.created_ms,
+            sealed_ms: record.sealed_ms,
+            done_ms: record.done_ms,
+            upload_until_ms: config.upload_until_ms,
+        }
+    });
+    let counters = metrics.lines().filter(|l| !l.starts_with('#') && l.contains("_total"));
+    Status {
+        task: party.config.task.clone(),
+        party: party.me(),
+        version: env!("CARGO_PKG_VERSION"),
+        now_ms: party.now_ms(),
+        parties: party.parties.iter().map(|p| Neighbour { party: p.party, url: p.url.clone(), own: p.party == party.me() }).collect(),
+        rounds: shown.collect(),
+        counters: counters.filter_map(|l| l.rsplit_once(' ')).filter_map(|(name, v)| Some((name.to_owned(), v.parse().ok()?))).collect(),
+    }
+}
+
+/// Serves `/`, `/status.json`, `/metrics` and `/healthz` until `stop`.
+pub async fn serve(listener: TcpListener, party: Arc<Party>, metrics: PrometheusHandle, stop: CancellationToken) {
+    let page = || async {
+        let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'";
+        ([(CONTENT_TYPE, "text/html; charset=utf-8"), (CONTENT_SECURITY_POLICY, policy)], PAGE)
+    };
+    let rendered = metrics.clone();
+    let data = move || {
+        let json = serde_json::to_string(&status(&party, &metrics.render()));
+        std::future::ready(match json {
+            Ok(json) => ([(CONTENT_TYPE, "application/json"), (CACHE_CONTROL, "no-store")], json).into_response(),
+            Err(error) => (axum::http::StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+        })
+    };
+    let router = Router::new()
+        .route("/", get(page))
+        .route("/status.json", get(data))
+        .route("/metrics", get(move || std::future::ready(rendered.render())))
+        .route("/healthz", get(|| std::future::ready("ok\n")));
+    let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
+    if let Err(error) = served {
+        tracing::error!(%error, "admin listener failed");
+    }
+}
