@@ -6,7 +6,7 @@ PYTHON ?= python3
 export GOMP_SPINCOUNT ?= 20000
 RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
 
-.PHONY: demo test lint bench train setup build photos training-photos fuzz clean help
+.PHONY: demo test lint bench train setup build photos training-photos federated-data federate join fuzz clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -24,6 +24,26 @@ tools:
 
 build: setup ## build everything in release mode
 	@$(CARGO) build --release --workspace
+	@$(MAKE) --no-print-directory client-that-trains
+
+# `edge-client federate` needs libtorch, which the plain client must not: a second binary beside it
+.PHONY: client-that-trains
+client-that-trains:
+	@$(CARGO) build --release --workspace --features edge-client/train --bin edge-client
+	@cp $(RELEASE)/edge-client $(RELEASE)/edge-client-train.new && mv $(RELEASE)/edge-client-train.new $(RELEASE)/edge-client-train
+	@$(CARGO) build --release --workspace --bin edge-client
+
+federated-data: ## fetch Fashion-MNIST (needs Debian's apt-get)
+	@$(PYTHON) setup/fetch.py fashion-mnist
+
+federate: build federated-data ## train 20 federated rounds: 100 simulated clients, three real parties on this machine
+	@$(RELEASE)/aggregator train configs/federated.toml
+
+TRIAL := runs/federated/parties
+join: ## take part in the training that `make federate` runs, as one more client
+	@$(RELEASE)/edge-client-train federate --ca $(TRIAL)/party0/identity.pem --key $(TRIAL)/clients/0.key --credential $(TRIAL)/clients/0.credential \
+	  --url https://localhost:$$(sed -n 's/^listen = .*:\([0-9]*\)"/\1/p' $(TRIAL)/party0.toml) \
+	  --data third_party/dataset-fashion-mnist/usr/share/datasets/fashion-mnist --part 100 --of 101
 
 EVALUATION := data/eval/held-out/.complete
 
@@ -42,6 +62,7 @@ training-photos: photos ## fetch the training photos (needs apt-get and npm) and
 # the same where it is possible: tests and demo say what they leave out without these photos
 .PHONY: photos-if-possible
 photos-if-possible: build data/eval/demo/labels.json
+	@$(MAKE) --no-print-directory federated-data || echo "federated-data: the Debian package could not be fetched; going on without it" >&2
 	@$(MAKE) --no-print-directory photos || echo "photos: the Debian packages with the held-out photos could not be fetched; going on without them" >&2
 
 demo: photos-if-possible ## 20 ImageNet photos through the real client and server, then the comparison with WebP and JPEG

@@ -1,17 +1,14 @@
-//! Keys in files: a party's, an authority's, a client's, an operator's.
+//! Keys in files: a party's and an operator's; those of authorities and clients are [`isthmus_federate::identity`]'s.
 //!
 //! Secret files can be read by their owner only. A party's public description goes to the other parties.
 
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use isthmus_federate::report::Identity;
-use isthmus_federate::round::fixed;
-use isthmus_secagg::report::{Credential, EnvelopeKey, KEY_BYTES, SignKey, hash};
-use rand::RngCore;
-use rand::TryRngCore;
+pub use isthmus_federate::identity::{from_hex, make_signer, open_identity, open_signer, write_credential};
+use isthmus_federate::identity::{random, read, write_secret};
+use isthmus_secagg::report::{EnvelopeKey, KEY_BYTES, hash};
 use rand::rngs::OsRng;
+use rand::{RngCore, TryRngCore};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
@@ -57,35 +54,9 @@ fn config(why: impl std::fmt::Display) -> AggregatorError {
     AggregatorError::Config(why.to_string())
 }
 
-/// Writes a file that only its owner can read, and that does not exist yet.
-fn write_secret(path: &Path, text: &str) -> Result<(), AggregatorError> {
-    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io(path))?;
-    file.write_all(text.as_bytes()).map_err(io(path))
-}
-
-fn read(path: &Path) -> Result<Zeroizing<String>, AggregatorError> {
-    Ok(Zeroizing::new(std::fs::read_to_string(path).map_err(io(path))?))
-}
-
 /// Name that a party's certificate is checked for.
 pub fn tls_name(party: u8) -> String {
     format!("party-{party}.isthmus.internal")
-}
-
-/// A number of bytes in hexadecimal digits.
-///
-/// # Errors
-/// If it is something else.
-pub fn from_hex<const N: usize>(what: &str, text: &str) -> Result<[u8; N], AggregatorError> {
-    let bytes =
-        Zeroizing::new(hex::decode(text.trim()).map_err(|_| config(format!("{what}: {N} bytes in hexadecimal digits are wanted")))?);
-    fixed(what, &bytes).map_err(config)
-}
-
-fn random() -> Result<Zeroizing<[u8; 32]>, AggregatorError> {
-    let mut bytes = Zeroizing::new([0; 32]);
-    OsRng.try_fill_bytes(&mut *bytes).map_err(config)?;
-    Ok(bytes)
 }
 
 /// Makes a party's keys in `folder`, for a party that others reach at `url` under the names `hosts`.
@@ -147,27 +118,8 @@ impl PublicParty {
     /// # Errors
     /// If it is none.
     pub fn key(&self) -> Result<[u8; KEY_BYTES], AggregatorError> {
-        from_hex("envelope_key", &self.envelope_key)
+        Ok(from_hex("envelope_key", &self.envelope_key)?)
     }
-}
-
-/// Makes a signing key, an authority's or a client's; its public half.
-///
-/// # Errors
-/// If the file exists.
-pub fn make_signer(path: &Path) -> Result<[u8; KEY_BYTES], AggregatorError> {
-    let secret = random()?;
-    write_secret(path, &Zeroizing::new(hex::encode(*secret)))?;
-    Ok(SignKey::from_bytes(&secret).public())
-}
-
-/// Reads a signing key.
-///
-/// # Errors
-/// If the file is missing or holds something else.
-pub fn open_signer(path: &Path) -> Result<SignKey, AggregatorError> {
-    let secret = Zeroizing::new(from_hex(&path.display().to_string(), &read(path)?)?);
-    Ok(SignKey::from_bytes(&secret))
 }
 
 /// Makes an operator's token; its SHA-256, which party 0 is told.
@@ -178,49 +130,6 @@ pub fn make_token(path: &Path) -> Result<String, AggregatorError> {
     let token = Zeroizing::new(hex::encode(*random()?));
     write_secret(path, &token)?;
     Ok(hex::encode(hash(&[token.as_bytes()])))
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CredentialFile {
-    client: String,
-    expires: u64,
-    signature: String,
-}
-
-/// Writes a credential.
-///
-/// # Errors
-/// If the file cannot be written.
-pub fn write_credential(path: &Path, credential: &Credential) -> Result<(), AggregatorError> {
-    let file = CredentialFile {
-        client: hex::encode(credential.client),
-        expires: credential.expires,
-        signature: hex::encode(credential.signature),
-    };
-    std::fs::write(path, toml::to_string(&file).map_err(config)?).map_err(io(path))
-}
-
-/// Reads a credential.
-///
-/// # Errors
-/// If the file is missing or holds something else.
-pub fn open_credential(path: &Path) -> Result<Credential, AggregatorError> {
-    let text = read(path)?;
-    let file: CredentialFile = toml::from_str(&text).map_err(|e| config(format!("{}: {e}", path.display())))?;
-    Ok(Credential { client: from_hex("client", &file.client)?, expires: file.expires, signature: from_hex("signature", &file.signature)? })
-}
-
-/// A client's key with its credential.
-///
-/// # Errors
-/// If a file is missing, or the credential is another key's.
-pub fn open_identity(key: &Path, credential: &Path) -> Result<Identity, AggregatorError> {
-    let identity = Identity { key: open_signer(key)?, credential: open_credential(credential)? };
-    if identity.key.public() != identity.credential.client {
-        return Err(config(format!("{} is a credential of another client than {}", credential.display(), key.display())));
-    }
-    Ok(identity)
 }
 
 /// Random bytes from the system.

@@ -21,6 +21,8 @@ pub mod serve;
 pub mod status;
 pub mod store;
 pub mod telemetry;
+#[cfg(feature = "train")]
+pub mod train;
 
 pub use config::Config;
 pub use error::AggregatorError;

@@ -70,7 +70,8 @@ pub fn enrol(folder: &Path, number: usize) -> Result<(), AggregatorError> {
     std::fs::create_dir_all(&clients).map_err(io(&clients))?;
     let public = if key.exists() { keys::open_signer(&key)?.public() } else { keys::make_signer(&key)? };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    keys::write_credential(&credential, &Credential::issue(&keys::open_signer(&folder.join("authority.key"))?, public, now + DAYS))
+    let issued = Credential::issue(&keys::open_signer(&folder.join("authority.key"))?, public, now + DAYS);
+    Ok(keys::write_credential(&credential, &issued)?)
 }
 
 /// Makes what is missing in `folder`: nine ports from `port` on (0: of the system's choice), `clients` clients.

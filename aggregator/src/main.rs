@@ -24,6 +24,9 @@ enum Command {
     Round(commands::round::Args),
     /// Make everything for a trial on this machine and run three parties until Ctrl-C.
     Local(commands::local::Args),
+    /// Train a model by federated rounds.
+    #[cfg(feature = "train")]
+    Train(commands::train::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -43,5 +46,7 @@ async fn run() -> Result<()> {
         Command::Keys(args) => commands::keys::run(args),
         Command::Round(args) => commands::round::run(args).await,
         Command::Local(args) => commands::local::run(args).await,
+        #[cfg(feature = "train")]
+        Command::Train(args) => commands::train::run_loop(args).await,
     }
 }

@@ -116,6 +116,7 @@ impl Cell {
             created_ms: record.created_ms,
             sealed_ms: record.sealed_ms,
             done_ms: record.done_ms,
+            score: record.score,
         }
     }
 
@@ -383,6 +384,7 @@ impl Party {
         let added = self.store.add_report(report, cell.plan.config().max_clients).await?;
         if added == Added::New {
             cell.reports.send_modify(|n| *n += 1);
+            self.changes.send_modify(|n| *n += 1);
             telemetry::report_stored();
         }
         Ok(added)

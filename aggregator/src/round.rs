@@ -85,6 +85,9 @@ pub struct Record {
     pub sealed_ms: u64,
     /// When the round ended.
     pub done_ms: u64,
+    /// How well the model did afterwards, if somebody noted it.
+    #[serde(default)]
+    pub score: Option<f64>,
 }
 
 impl Record {
@@ -103,6 +106,7 @@ impl Record {
             created_ms: now_ms,
             sealed_ms: 0,
             done_ms: 0,
+            score: None,
         }
     }
 

@@ -10,7 +10,7 @@ use isthmus_federate::participant::{CHUNK_BYTES, MAX_MODEL_BYTES};
 use isthmus_federate::round::{VERSION, direction_hash, fixed};
 use isthmus_proto::aggregator_v1::round_service_server::RoundService;
 use isthmus_proto::aggregator_v1::{
-    AbortRoundRequest, CreateRoundRequest, Filter, ListRoundsRequest, ListRoundsResponse, Mode, Model, ModelChunk, ResultChunk, Round,
+    AbortRoundRequest, CreateRoundRequest, Filter, ListRoundsRequest, ListRoundsResponse, Mode, Model, ModelChunk, NoteScoreRequest, ResultChunk, Round,
     RoundConfig, RoundRequest, WatchRoundsRequest, model_chunk, result_chunk,
 };
 use isthmus_secagg::report::hash;
@@ -164,6 +164,21 @@ impl RoundService for Operators {
         let cell = self.0.cell(request.round)?;
         let reason = if request.reason.is_empty() { "by an operator" } else { &request.reason };
         self.0.abort(&cell, reason).await?;
+        Ok(Response::new(cell.round()))
+    }
+
+    async fn note_score(&self, request: Request<NoteScoreRequest>) -> Result<Response<Round>, Status> {
+        self.authorise(&request)?;
+        let request = request.into_inner();
+        if !(0.0..=1.0).contains(&request.score) {
+            return Err(AggregatorError::Invalid(format!("a score is from 0 to 1, not {}", request.score)).into());
+        }
+        let cell = self.0.cell(request.round)?;
+        let noted = self.0.change(&cell, |record| {
+            record.score = Some(request.score);
+            Ok(None)
+        });
+        noted.await?;
         Ok(Response::new(cell.round()))
     }
 

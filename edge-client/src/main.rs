@@ -93,6 +93,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Take part in federated training: only sums over many clients ever become known.
+    #[cfg(feature = "train")]
+    Federate(commands::federate::Args),
 }
 
 const DEFAULT_BUNDLE: &str = "bundles/lite0-patch-stem";
@@ -230,6 +233,8 @@ fn main() -> ExitCode {
                 Command::Encode { file, output, encoding } => commands::files::encode(&file, output, &encoding),
                 Command::Inspect { file, bundle } => commands::files::inspect(&file, bundle.as_deref()),
                 Command::Doctor { server, bundle, deadline, json } => commands::doctor::run(&server, &bundle, deadline, json).await,
+                #[cfg(feature = "train")]
+                Command::Federate(args) => commands::federate::run(args).await,
             }
         })
     };

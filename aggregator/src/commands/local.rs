@@ -28,9 +28,15 @@ pub struct Args {
 pub struct PartyProcess(Child);
 
 /// Starts a party and waits until it serves.
-pub async fn spawn(config: &Path) -> Result<PartyProcess> {
+///
+/// `log` is its level of logging, unless the environment names another.
+pub async fn spawn(config: &Path, log: &str) -> Result<PartyProcess> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["party", "--config"]).arg(config).stdout(Stdio::piped()).kill_on_drop(true);
+    // the pipe to its input ends with this process, however that ends
+    command.args(["party", "--while-stdin", "--config"]).arg(config).stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
+    command.env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| log.into()));
+    // Ctrl-C goes to this process alone, which ends the parties in order
+    command.process_group(0);
     let mut child = command.spawn().context("starting a party")?;
     let mut lines = BufReader::new(child.stdout.take().context("a party's output")?).lines();
     let Some(line) = lines.next_line().await? else { bail!("the party of {} did not start (its error is above)", config.display()) };
@@ -60,7 +66,7 @@ pub async fn run(args: Args) -> Result<()> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut parties = Vec::new();
     for config in &trial.configs {
-        parties.push(spawn(config).await?);
+        parties.push(spawn(config, "info").await?);
     }
     println!(
         "operators: aggregator round --url {} --ca {} --token {} list\nclients:   {} (keys in {})\nstatus:    http://{}/\nCtrl-C ends all three.",

@@ -4,3 +4,5 @@ pub mod keys;
 pub mod local;
 pub mod party;
 pub mod round;
+#[cfg(feature = "train")]
+pub mod train;

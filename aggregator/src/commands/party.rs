@@ -13,6 +13,9 @@ pub struct Args {
     /// TOML file; configs/aggregator.toml explains every key.
     #[arg(long, env = "ISTHMUS_AGGREGATOR_CONFIG")]
     config: PathBuf,
+    /// End when standard input does: for programs that start a party and must not leave one behind, however they end.
+    #[arg(long)]
+    while_stdin: bool,
     /// Print the configuration that would be used, and stop.
     #[arg(long)]
     print_config: bool,
@@ -40,6 +43,7 @@ pub async fn run(args: Args) -> Result<()> {
         ended = running.ended() => return Ok(ended?),
         _ = term.recv() => tracing::info!("SIGTERM: finishing what is in flight"),
         _ = int.recv() => tracing::info!("interrupted: finishing what is in flight"),
+        () = input_ended(), if args.while_stdin => tracing::info!("standard input ended: finishing what is in flight"),
     }
     tokio::select! {
         stopped = running.stop() => stopped?,
@@ -47,4 +51,14 @@ pub async fn run(args: Args) -> Result<()> {
         _ = term.recv() => anyhow::bail!("SIGTERM again: stopped at once"),
     }
     Ok(())
+}
+
+/// Waits for the end of standard input, on a thread that nobody joins: reading cannot be cancelled.
+async fn input_ended() {
+    let (ended, wait) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        ended.send(())
+    });
+    let _ = wait.await;
 }

@@ -54,6 +54,7 @@ struct Shown {
     sealed_ms: u64,
     done_ms: u64,
     upload_until_ms: u64,
+    score: Option<f64>,
 }
 
 fn status(party: &Party, metrics: &str) -> Status {
@@ -77,6 +78,7 @@ fn status(party: &Party, metrics: &str) -> Status {
             sealed_ms: record.sealed_ms,
             done_ms: record.done_ms,
             upload_until_ms: config.upload_until_ms,
+            score: record.score,
         }
     });
     let counters = metrics.lines().filter(|l| !l.starts_with('#') && l.contains("_total"));

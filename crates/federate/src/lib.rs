@@ -6,10 +6,13 @@
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod identity;
 pub mod operator;
 pub mod participant;
 pub mod report;
 pub mod round;
+#[cfg(feature = "train")]
+pub mod train;
 
 pub use error::FederateError;
 pub use operator::Operator;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use isthmus_proto::aggregator_v1::round_service_client::RoundServiceClient;
 use isthmus_proto::aggregator_v1::{
-    AbortRoundRequest, CreateRoundRequest, ListRoundsRequest, Model, ModelChunk, Round, RoundRequest, State, WatchRoundsRequest,
+    AbortRoundRequest, CreateRoundRequest, ListRoundsRequest, Model, ModelChunk, NoteScoreRequest, Round, RoundRequest, State, WatchRoundsRequest,
     model_chunk, result_chunk,
 };
 use isthmus_secagg::report::hash;
@@ -167,6 +167,15 @@ impl Operator {
             Err(FederateError::Invalid("the connection ended".into()))
         };
         tokio::time::timeout(limit, wait).await.unwrap_or(Err(FederateError::Late { what: "the round", limit }))
+    }
+
+    /// Notes how well the model did after a round.
+    ///
+    /// # Errors
+    /// Why it was refused.
+    pub async fn note_score(&mut self, round: u64, score: f64) -> Result<Round, FederateError> {
+        let request = self.within(NoteScoreRequest { round, score });
+        Ok(self.client.note_score(request).await.map_err(refused("noting a score"))?.into_inner())
     }
 
     /// The result of a round that is done.

@@ -93,6 +93,15 @@ pub struct Process {
 }
 
 impl Process {
+    /// Starts a program and waits for the first line that it prints; its errors go to the test's.
+    pub fn spawn(command: &mut Command) -> (Self, String) {
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("the program starts");
+        let stdout = child.stdout.take().expect("piped");
+        let process = Self { child };
+        let line = BufReader::new(stdout).lines().next().and_then(Result::ok);
+        (process, line.expect("the program says that it is ready (its error is above)"))
+    }
+
     /// Process id.
     pub fn id(&self) -> u32 {
         self.child.id()
@@ -148,12 +157,7 @@ impl Server {
         let mut command = Command::new(binary("offload-server"));
         command.args(["--listen", "127.0.0.1:0", "--admin-listen", &admin.to_string()]);
         command.arg("--bundle").arg(bundle()).arg("--backbones").arg(backbones()).args(extra);
-        command.stdout(Stdio::piped()).stderr(Stdio::inherit());
-        let mut child = command.spawn().expect("offload-server starts");
-        let stdout = child.stdout.take().expect("piped");
-        let process = Process { child };
-        let mut lines = BufReader::new(stdout).lines();
-        let line = lines.next().and_then(Result::ok).expect("offload-server says where it listens (its error is above)");
+        let (process, line) = Process::spawn(&mut command);
         let address = line.strip_prefix("listening on ").and_then(|a| a.parse().ok()).expect("an address");
         Self { process, address, admin }
     }

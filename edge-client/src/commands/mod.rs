@@ -9,6 +9,8 @@ use crate::{EncodingArgs, ServerArgs};
 pub mod auto;
 pub mod classify;
 pub mod doctor;
+#[cfg(feature = "train")]
+pub mod federate;
 pub mod files;
 pub mod output;
 pub mod stream;
