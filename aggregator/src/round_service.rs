@@ -10,8 +10,8 @@ use isthmus_federate::participant::{CHUNK_BYTES, MAX_MODEL_BYTES};
 use isthmus_federate::round::{VERSION, direction_hash, fixed};
 use isthmus_proto::aggregator_v1::round_service_server::RoundService;
 use isthmus_proto::aggregator_v1::{
-    AbortRoundRequest, CreateRoundRequest, Filter, ListRoundsRequest, ListRoundsResponse, Mode, Model, ModelChunk, NoteScoreRequest, ResultChunk, Round,
-    RoundConfig, RoundRequest, WatchRoundsRequest, model_chunk, result_chunk,
+    AbortRoundRequest, CreateRoundRequest, Filter, ListRoundsRequest, ListRoundsResponse, Mode, Model, ModelChunk, NoteScoreRequest,
+    ResultChunk, Round, RoundConfig, RoundRequest, WatchRoundsRequest, model_chunk, result_chunk,
 };
 use isthmus_secagg::report::hash;
 use tokio_stream::Stream;

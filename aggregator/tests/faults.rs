@@ -38,7 +38,8 @@ async fn rounds_survive_kills() {
     let (mut done, mut aborted, mut kills) = (0, 0, 0);
     for turn in 0..rounds {
         let mut operator = parties.operator().await;
-        let request = isthmus_proto::aggregator_v1::CreateRoundRequest { upload_ms: 15_000, compute_ms: 20_000, ..request(CLIENTS as u32, 3000) };
+        let request =
+            isthmus_proto::aggregator_v1::CreateRoundRequest { upload_ms: 15_000, compute_ms: 20_000, ..request(CLIENTS as u32, 3000) };
         let round = operator.create(request).await.unwrap().round;
         let participant = parties.participant().await;
         // when and whom: from before the first upload to after the result
@@ -57,7 +58,8 @@ async fn rounds_survive_kills() {
                 let bits = random_bits(plan.bits(), turn * 100 + c as u64);
                 let report = isthmus_federate::report::make(&plan, &bits, identity, &mut rand::rng()).unwrap();
                 // a client that is killed loses its connection and sends the same report again
-                let participant = isthmus_federate::Participant::connect(&url, Some(&ca), LIMIT).await.unwrap_or_else(|_| participant.clone());
+                let participant =
+                    isthmus_federate::Participant::connect(&url, Some(&ca), LIMIT).await.unwrap_or_else(|_| participant.clone());
                 let stored = participant.upload_until_stored(&report, Duration::from_secs(10)).await;
                 if stored.is_ok() && c % 2 == 0 {
                     let _ = participant.upload(&report).await;
@@ -91,7 +93,11 @@ async fn rounds_survive_kills() {
         let participant = parties.participant().await;
         let mut counted: Vec<Bits> = Vec::new();
         for (report, bits) in &sent {
-            if participant.status(round, report).await.is_ok_and(|s| s.stage() == isthmus_proto::aggregator_v1::report_status::Stage::Counted) {
+            if participant
+                .status(round, report)
+                .await
+                .is_ok_and(|s| s.stage() == isthmus_proto::aggregator_v1::report_status::Stage::Counted)
+            {
                 counted.push(bits.clone());
             }
         }

@@ -43,8 +43,26 @@ impl Drop for Client {
 fn client(trial: &aggregator::local::Trial, data: &Path, number: usize) -> Client {
     let file = |kind: &str| trial.clients.join(format!("{number}.{kind}"));
     let mut command = Command::new(isthmus_testkit::binary("edge-client-train"));
-    command.args(["federate", "--url", &trial.url, "--part", &(SIMULATED + number).to_string(), "--of", &PARTS.to_string(), "--rounds", "3"]);
-    command.arg("--ca").arg(&trial.certificate).arg("--key").arg(file("key")).arg("--credential").arg(file("credential")).arg("--data").arg(data);
+    command.args([
+        "federate",
+        "--url",
+        &trial.url,
+        "--part",
+        &(SIMULATED + number).to_string(),
+        "--of",
+        &PARTS.to_string(),
+        "--rounds",
+        "3",
+    ]);
+    command
+        .arg("--ca")
+        .arg(&trial.certificate)
+        .arg("--key")
+        .arg(file("key"))
+        .arg("--credential")
+        .arg(file("credential"))
+        .arg("--data")
+        .arg(data);
     // a core each would be more than there are
     command.env("OMP_NUM_THREADS", "1").stdout(Stdio::null()).stderr(Stdio::null());
     Client(command.spawn().unwrap())
@@ -86,10 +104,19 @@ fn ten_client_processes_and_simulated_ones_train_together() {
     drop(clients);
 
     // the same command has nothing left to do; more rounds go on from the checkpoint
-    let again = Command::new(isthmus_testkit::binary("aggregator")).args(["train", "--rounds", "4", "--json"]).arg(&path).stdin(Stdio::null()).output().unwrap();
+    let again = Command::new(isthmus_testkit::binary("aggregator"))
+        .args(["train", "--rounds", "4", "--json"])
+        .arg(&path)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
     let text = String::from_utf8_lossy(&again.stdout).into_owned();
     let done: Vec<&str> = text.lines().filter(|l| l.contains("\"round\":")).collect();
-    assert!(again.status.success() && done.len() == 1 && done[0].contains("\"round\":4"), "{text}\n{}", String::from_utf8_lossy(&again.stderr));
+    assert!(
+        again.status.success() && done.len() == 1 && done[0].contains("\"round\":4"),
+        "{text}\n{}",
+        String::from_utf8_lossy(&again.stderr)
+    );
 }
 
 #[test]

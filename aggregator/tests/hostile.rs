@@ -36,7 +36,7 @@ fn code(result: Result<impl std::fmt::Debug, FederateError>) -> Code {
 type Trick = (&'static str, Code, fn(&mut Report, &mut ChaCha20Rng));
 
 const TRICKS: [Trick; 16] = [
-    ("a body that is short", Code::InvalidArgument, |r, _| drop(r.body.pop())),
+    ("a body that is short", Code::InvalidArgument, |r, _| r.body.truncate(r.body.len() - 1)),
     ("a body that is long", Code::InvalidArgument, |r, _| r.body.push(0)),
     ("a body that is huge", Code::InvalidArgument, |r, _| r.body.resize(3 << 20, 0)),
     ("no body", Code::InvalidArgument, |r, _| r.body.clear()),
@@ -52,7 +52,7 @@ const TRICKS: [Trick; 16] = [
         r.header.envelopes[which] = changed.into();
     }),
     ("envelopes in another order", Code::InvalidArgument, |r, _| r.header.envelopes.swap(0, 1)),
-    ("an envelope too few", Code::InvalidArgument, |r, _| drop(r.header.envelopes.pop())),
+    ("an envelope too few", Code::InvalidArgument, |r, _| r.header.envelopes.truncate(2)),
     ("a thousand envelopes", Code::InvalidArgument, |r, _| r.header.envelopes = vec![Bytes::from_static(&[0; 100]); 1000]),
     ("a changed signature", Code::Unauthenticated, |r, _| {
         let mut changed = r.header.signature.to_vec();

@@ -58,13 +58,14 @@ async fn clients_that_agree_least_are_left_out() {
     for (reveal_flags, round) in [(true, 2), (false, 3)] {
         let filter = Filter { reference_round: 1, drop: 3, reveal_flags, ..Filter::default() };
         let mut operator = parties.operator().await;
-        operator.create(CreateRoundRequest { filter: Some(filter), ..request(9, 5000) }).await.unwrap();
+        operator.create(CreateRoundRequest { filter: Some(filter), min_clients: 4, ..request(9, 5000) }).await.unwrap();
         let participant = parties.participant().await;
         let plan = parties.open_round(&participant, 0).await;
         let direction = plan.direction(&mean).unwrap();
         // client c flips a share of the direction's signs; clients 2, 5 and 8 flip most
         let bits_of = |c: usize| {
-            let noise = [random_bits(plan.bits(), c as u64), random_bits(plan.bits(), 50 + c as u64), random_bits(plan.bits(), 90 + c as u64)];
+            let noise =
+                [random_bits(plan.bits(), c as u64), random_bits(plan.bits(), 50 + c as u64), random_bits(plan.bits(), 90 + c as u64)];
             Bits::fill(plan.bits(), |k| {
                 let [a, b, d] = [noise[0].words()[k], noise[1].words()[k], noise[2].words()[k]];
                 let flips = if c % 3 == 2 { a | b | d } else { a & b & d };
@@ -84,7 +85,8 @@ async fn clients_that_agree_least_are_left_out() {
         let kept: Vec<Bits> = all.iter().enumerate().filter(|(c, _)| c % 3 != 2).map(|(_, b)| b.clone()).collect();
         assert_eq!(result.counts, sums(&kept, plan.bits()));
         names.sort();
-        let flags: Vec<bool> = names.iter().enumerate().map(|(i, _)| result.kept_flags.get(i / 8).is_some_and(|f| f >> (i % 8) & 1 == 1)).collect();
+        let flags: Vec<bool> =
+            names.iter().enumerate().map(|(i, _)| result.kept_flags.get(i / 8).is_some_and(|f| f >> (i % 8) & 1 == 1)).collect();
         let expected: Vec<bool> = names.iter().map(|(_, c)| reveal_flags && c % 3 != 2).collect();
         assert_eq!(flags, expected);
     }

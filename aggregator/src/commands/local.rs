@@ -51,11 +51,9 @@ impl PartyProcess {
         bail!("a party ended: {}", self.0.wait().await?)
     }
 
-    /// Asks it to end, and waits.
+    /// Ends its input, which ends it, and waits.
     pub async fn stop(mut self) -> Result<()> {
-        if let Some(pid) = self.0.id().and_then(|id| rustix::process::Pid::from_raw(id as i32)) {
-            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
-        }
+        drop(self.0.stdin.take());
         self.0.wait().await?;
         Ok(())
     }

@@ -32,8 +32,14 @@ pub async fn run_loop(args: Args) -> Result<()> {
             for party in &trial.configs {
                 parties.push(spawn(party, "warn").await?);
             }
-            eprintln!("status page: http://{}/\njoin:        edge-client federate --url {} --ca {} --key {}/0.key --credential {}/0.credential ...",
-                trial.status, trial.url, trial.certificate.display(), trial.clients.display(), trial.clients.display());
+            eprintln!(
+                "status page: http://{}/\njoin:        edge-client federate --url {} --ca {} --key {}/0.key --credential {}/0.credential ...",
+                trial.status,
+                trial.url,
+                trial.certificate.display(),
+                trial.clients.display(),
+                trial.clients.display()
+            );
             Some(trial)
         }
         _ => None,
@@ -82,7 +88,13 @@ pub async fn run_loop(args: Args) -> Result<()> {
     }
     let checkpoint = trained?;
     if let Some(last) = checkpoint.history.last() {
-        eprintln!("{} rounds, {:.2} % of {} test examples right; model in {}", checkpoint.done, 100.0 * last.accuracy, last.examples, config.out.display());
+        eprintln!(
+            "{} rounds, {:.2} % of {} test examples right; model in {}",
+            checkpoint.done,
+            100.0 * last.accuracy,
+            last.examples,
+            config.out.display()
+        );
     }
     Ok(())
 }

@@ -186,7 +186,10 @@ impl TrainConfig {
         if sum.kind == Kind::Float32 && fleet.simulated == 0 {
             return Err("aggregation.kind = \"float32\" needs simulated clients".into());
         }
-        if !(sum.norm.is_finite() && sum.norm > 0.0) || !(0.0..1.0).contains(&sum.norm_quantile) || !(sum.server_rate.is_finite() && sum.server_rate > 0.0) {
+        if !(sum.norm.is_finite() && sum.norm > 0.0)
+            || !(0.0..1.0).contains(&sum.norm_quantile)
+            || !(sum.server_rate.is_finite() && sum.server_rate > 0.0)
+        {
             return Err("aggregation: norm and server_rate are above 0, norm_quantile is from 0 to 1".into());
         }
         if sum.drop > 0 && sum.drop >= sum.min_clients {

@@ -79,7 +79,14 @@ impl Fleet {
     ///
     /// # Errors
     /// If training fails.
-    pub fn train(&self, model: &Model, training: &Training, round: u64, clients: &[usize], progress: &(dyn Fn() + Sync)) -> Result<Updates, FederateError> {
+    pub fn train(
+        &self,
+        model: &Model,
+        training: &Training,
+        round: u64,
+        clients: &[usize],
+        progress: &(dyn Fn() + Sync),
+    ) -> Result<Updates, FederateError> {
         let next = AtomicUsize::new(0);
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(clients.len().max(1));
         let work = || -> Result<Updates, FederateError> {
@@ -96,7 +103,9 @@ impl Fleet {
         };
         let done: Result<Vec<Updates>, FederateError> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-            let ended = |t: std::thread::ScopedJoinHandle<'_, _>| t.join().unwrap_or_else(|_| Err(FederateError::Invalid("a training thread panicked".into())));
+            let ended = |t: std::thread::ScopedJoinHandle<'_, _>| {
+                t.join().unwrap_or_else(|_| Err(FederateError::Invalid("a training thread panicked".into())))
+            };
             threads.into_iter().map(ended).collect()
         });
         let mut updates: Updates = done?.into_iter().flatten().collect();
@@ -124,13 +133,22 @@ impl Fleet {
     ///
     /// # Errors
     /// The first failure.
-    pub async fn report(&self, plan: &Arc<RoundPlan>, updates: &Updates, participant: &Participant, limit: std::time::Duration) -> Result<usize, AggregatorError> {
-        let authority = self.authority.as_ref().ok_or_else(|| AggregatorError::Config("no authority's key for simulated clients".into()))?;
+    pub async fn report(
+        &self,
+        plan: &Arc<RoundPlan>,
+        updates: &Updates,
+        participant: &Participant,
+        limit: std::time::Duration,
+    ) -> Result<usize, AggregatorError> {
+        let authority =
+            self.authority.as_ref().ok_or_else(|| AggregatorError::Config("no authority's key for simulated clients".into()))?;
         let quantiser = plan.quantiser()?;
         let against = match self.attack {
             Some(Attack::AdversarialBits) => {
                 let honest: Vec<&Vec<f32>> = updates.iter().filter(|(c, _)| !self.is_attacker(**c)).map(|(_, u)| u).collect();
-                let mean: Vec<f32> = (0..plan.config().dim as usize).map(|j| honest.iter().map(|u| u[j]).sum::<f32>() / honest.len().max(1) as f32).collect();
+                let mean: Vec<f32> = (0..plan.config().dim as usize)
+                    .map(|j| honest.iter().map(|u| u[j]).sum::<f32>() / honest.len().max(1) as f32)
+                    .collect();
                 Some(attack::bits(&quantiser.forward(&mean)?, plan.coded()))
             }
             _ => None,

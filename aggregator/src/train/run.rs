@@ -143,7 +143,13 @@ pub async fn run(
                 let update = mean(&updates, model.dim());
                 let train_s = began.elapsed().as_secs_f64();
                 apply(config, &mut model, &update)?;
-                Progress { clients: clients.len() as u32, kept: clients.len() as u32, report_bytes: 4 * model.dim(), train_s, ..blank(round, &checkpoint, &update) }
+                Progress {
+                    clients: clients.len() as u32,
+                    kept: clients.len() as u32,
+                    report_bytes: 4 * model.dim(),
+                    train_s,
+                    ..blank(round, &checkpoint, &update)
+                }
             }
         };
         let score = scorer.score(&model)?;
@@ -185,7 +191,11 @@ fn apply(config: &TrainConfig, model: &mut Model, update: &[f64]) -> Result<(), 
 
 fn request(config: &TrainConfig, checkpoint: &Checkpoint, model: &Model, clients: usize) -> Result<CreateRoundRequest, AggregatorError> {
     let sum = &config.aggregation;
-    let filter = (sum.drop > 0 && checkpoint.last_round > 0).then(|| Filter { reference_round: checkpoint.last_round, drop: sum.drop, ..Filter::default() });
+    let filter = (sum.drop > 0 && checkpoint.last_round > 0).then(|| Filter {
+        reference_round: checkpoint.last_round,
+        drop: sum.drop,
+        ..Filter::default()
+    });
     let transform = match sum.transform {
         Spread::Hadamard => Transform::Hadamard,
         Spread::Kashin => Transform::Kashin,

@@ -112,7 +112,11 @@ impl Parties {
     }
 
     /// A round, uploads of clients 0 to n - 1, and its result; counts must be those of the plaintext.
-    pub async fn whole_round(&self, request: CreateRoundRequest, seed: u64) -> (RoundPlan, Vec<Bits>, isthmus_federate::operator::RoundResult) {
+    pub async fn whole_round(
+        &self,
+        request: CreateRoundRequest,
+        seed: u64,
+    ) -> (RoundPlan, Vec<Bits>, isthmus_federate::operator::RoundResult) {
         let n = request.target_clients as usize;
         let mut operator = self.operator().await;
         let round = operator.create(request).await.unwrap().round;

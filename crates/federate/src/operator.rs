@@ -5,8 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use isthmus_proto::aggregator_v1::round_service_client::RoundServiceClient;
 use isthmus_proto::aggregator_v1::{
-    AbortRoundRequest, CreateRoundRequest, ListRoundsRequest, Model, ModelChunk, NoteScoreRequest, Round, RoundRequest, State, WatchRoundsRequest,
-    model_chunk, result_chunk,
+    AbortRoundRequest, CreateRoundRequest, ListRoundsRequest, Model, ModelChunk, NoteScoreRequest, Round, RoundRequest, State,
+    WatchRoundsRequest, model_chunk, result_chunk,
 };
 use isthmus_secagg::report::hash;
 use tonic::metadata::{Ascii, MetadataValue};

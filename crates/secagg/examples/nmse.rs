@@ -5,8 +5,8 @@
 //! on standard output; the mean over repetitions for small dimensions.
 use std::error::Error;
 
-use isthmus_secagg::quantise::scale::Range;
 use isthmus_secagg::quantise::norm;
+use isthmus_secagg::quantise::scale::Range;
 use isthmus_secagg::{Quantiser, Scale, Seed, Transform};
 use rand::SeedableRng;
 use rand_chacha::ChaCha20Rng;
@@ -82,7 +82,13 @@ fn main() -> Result<()> {
     let heads: Vec<String> = numbers.iter().map(|n| format!("n = {n}")).collect();
     println!("| d | method | scales | bits a coordinate | {} |\n|---|---|---|---:|{}", heads.join(" | "), "---:|".repeat(numbers.len()));
     for dim in [1024, 32_768, 1 << 20].into_iter().filter(|d| *d <= largest) {
-        let repetitions = if dim == 1024 { 10 } else if dim == 32_768 { 3 } else { 1 };
+        let repetitions = if dim == 1024 {
+            10
+        } else if dim == 32_768 {
+            3
+        } else {
+            1
+        };
         for (name, transform) in [("SQ", Transform::Identity), ("Hadamard", Transform::Hadamard), ("Kashin", Transform::Kashin)] {
             for scales in [Scales::Local, Scales::Global, Scales::Public] {
                 if scales == Scales::Public && transform == Transform::Identity {

@@ -9,8 +9,8 @@ use isthmus_federate::identity::{make_signer, open_identity, open_signer};
 use isthmus_federate::train::client::{Event, Session};
 use isthmus_federate::train::learner;
 use isthmus_federate::train::partition::{Split, deal};
-use rand::rngs::OsRng;
 use rand::TryRngCore;
+use rand::rngs::OsRng;
 
 /// Time limit of a call.
 const CALL: Duration = Duration::from_secs(60);
@@ -93,7 +93,8 @@ pub async fn run(args: Args) -> Result<bool> {
         *waiting = event == Event::Waiting;
     };
     while args.rounds.is_none_or(|most| votes < most) {
-        let turn = session.turn(&mut *learner, &mut OsRng.unwrap_err(), |event| tell(event, &mut waiting, &mut votes));
+        let mut rng = OsRng.unwrap_err();
+        let turn = session.turn(&mut *learner, &mut rng, |event| tell(event, &mut waiting, &mut votes));
         let done = tokio::select! {
             done = turn => done,
             interrupted = tokio::signal::ctrl_c() => {

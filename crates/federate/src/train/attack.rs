@@ -52,7 +52,8 @@ fn moments(honest: &[Vec<f32>]) -> (Vec<f32>, Vec<f32>) {
     let n = honest.len().max(1) as f64;
     let dim = honest.first().map_or(0, Vec::len);
     let mean: Vec<f64> = (0..dim).map(|j| honest.iter().map(|u| f64::from(u[j])).sum::<f64>() / n).collect();
-    let deviation = mean.iter().enumerate().map(|(j, m)| (honest.iter().map(|u| (f64::from(u[j]) - m).powi(2)).sum::<f64>() / n).sqrt() as f32);
+    let deviation =
+        mean.iter().enumerate().map(|(j, m)| (honest.iter().map(|u| (f64::from(u[j]) - m).powi(2)).sum::<f64>() / n).sqrt() as f32);
     let deviation = deviation.collect();
     (mean.into_iter().map(|m| m as f32).collect(), deviation)
 }
@@ -99,7 +100,9 @@ fn normal_quantile(p: f64) -> f64 {
 /// The update that each of `attackers` sends; none for attacks that are no update.
 pub fn update(attack: Attack, honest: &[Vec<f32>], attackers: usize, rng: &mut impl RngCore) -> Option<Vec<f32>> {
     let (mean, deviation) = moments(honest);
-    let shifted = |direction: &[f32], factor: f64| -> Vec<f32> { mean.iter().zip(direction).map(|(m, d)| m + (factor * f64::from(*d)) as f32).collect() };
+    let shifted = |direction: &[f32], factor: f64| -> Vec<f32> {
+        mean.iter().zip(direction).map(|(m, d)| m + (factor * f64::from(*d)) as f32).collect()
+    };
     let against: Vec<f32> = deviation.iter().map(|s| -s).collect();
     let distances = |u: &[f32]| honest.iter().map(|h| squared_distance(u, h)).collect::<Vec<f64>>();
     Some(match attack {
@@ -141,7 +144,16 @@ mod tests {
     #[test]
     fn attacks_are_what_their_names_say() {
         let mut rng = ChaCha20Rng::seed_from_u64(1);
-        let honest: Vec<Vec<f32>> = (0..20).map(|_| (0..50).map(|j| { let v: f32 = StandardNormal.sample(&mut rng); 0.3 * v + if j % 2 == 0 { 1.0 } else { -1.0 } }).collect()).collect();
+        let honest: Vec<Vec<f32>> = (0..20)
+            .map(|_| {
+                (0..50)
+                    .map(|j| {
+                        let v: f32 = StandardNormal.sample(&mut rng);
+                        0.3 * v + if j % 2 == 0 { 1.0 } else { -1.0 }
+                    })
+                    .collect()
+            })
+            .collect();
         let (mean, _) = moments(&honest);
         let farthest = |u: &[f32]| honest.iter().map(|h| squared_distance(u, h)).fold(0.0, f64::max);
         let widest = honest.iter().map(|h| farthest(h)).fold(0.0, f64::max);

@@ -94,12 +94,17 @@ impl Fashion {
         for (name, shape, values) in model.tensors() {
             let shape: Vec<i64> = shape.iter().map(|s| *s as i64).collect();
             let variable = variables.get_mut(name).filter(|v| v.size() == shape);
-            let variable = variable.ok_or_else(|| FederateError::Invalid(format!("tensor {name} {shape:?} is not one of {TASK}'s network")))?;
+            let variable =
+                variable.ok_or_else(|| FederateError::Invalid(format!("tensor {name} {shape:?} is not one of {TASK}'s network")))?;
             let values = Tensor::f_from_slice(values).and_then(|t| t.f_view(shape.as_slice())).map_err(torch)?;
             tch::no_grad(|| variable.f_copy_(&values)).map_err(torch)?;
             taken += 1;
         }
-        if taken == known { Ok(()) } else { Err(FederateError::Invalid(format!("the model has {taken} of the {known} tensors of {TASK}'s network"))) }
+        if taken == known {
+            Ok(())
+        } else {
+            Err(FederateError::Invalid(format!("the model has {taken} of the {known} tensors of {TASK}'s network")))
+        }
     }
 
     fn store(&self) -> Result<Model, FederateError> {
@@ -112,7 +117,12 @@ impl Fashion {
     }
 
     fn input(pictures: &Tensor) -> Result<Tensor, FederateError> {
-        pictures.f_to_kind(Kind::Float).and_then(|t| t.f_div_scalar(255.0)).and_then(|t| t.f_sub_scalar(0.2860)).and_then(|t| t.f_div_scalar(0.3530)).map_err(torch)
+        pictures
+            .f_to_kind(Kind::Float)
+            .and_then(|t| t.f_div_scalar(255.0))
+            .and_then(|t| t.f_sub_scalar(0.2860))
+            .and_then(|t| t.f_div_scalar(0.3530))
+            .map_err(torch)
     }
 }
 
@@ -132,7 +142,8 @@ impl Learner for Fashion {
 
     fn update(&mut self, model: &Model, own: &Examples, training: &Training, seed: u64) -> Result<Vec<f32>, FederateError> {
         self.load(model)?;
-        let mut optimiser = nn::Sgd { momentum: 0.9, ..Default::default() }.build(&self.variables, training.learning_rate).map_err(torch)?;
+        let mut optimiser =
+            nn::Sgd { momentum: 0.9, ..Default::default() }.build(&self.variables, training.learning_rate).map_err(torch)?;
         let mut rng = ChaCha20Rng::seed_from_u64(seed);
         let mut order: Vec<i64> = own.places.iter().map(|p| *p as i64).collect();
         if order.iter().any(|p| *p as usize >= self.labels.len()) {

@@ -66,7 +66,8 @@ impl Model {
         let invalid = |e: safetensors::SafeTensorError| FederateError::Invalid(format!("model: {e}"));
         let bytes: Vec<(&str, &[usize], Vec<u8>)> =
             self.tensors().map(|(name, shape, values)| (name, shape, values.iter().flat_map(|v| v.to_le_bytes()).collect())).collect();
-        let views = bytes.iter().map(|(name, shape, bytes)| Ok((*name, TensorView::new(Dtype::F32, shape.to_vec(), bytes).map_err(invalid)?)));
+        let views =
+            bytes.iter().map(|(name, shape, bytes)| Ok((*name, TensorView::new(Dtype::F32, shape.to_vec(), bytes).map_err(invalid)?)));
         safetensors::serialize(views.collect::<Result<Vec<_>, FederateError>>()?, None).map_err(invalid)
     }
 
