@@ -73,7 +73,7 @@ test: photos-if-possible ## all tests
 
 lint: ## formatting, clippy, dependency policy
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --release --workspace --features edge-client/train --all-targets -- -D warnings
 	$(PYTHON) -m compileall -q setup bench crates/nets/tests/golden
 	@if ! command -v cargo-deny >/dev/null; then \
 	  echo "lint: cargo-deny is not installed (cargo install --locked cargo-deny); dependency policy not checked"; \

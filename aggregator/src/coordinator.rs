@@ -55,10 +55,13 @@ async fn sweep(party: &Arc<Party>) {
         let record = cell.record();
         let idle = cell.attempt.borrow().as_ref().is_none_or(|a| a.inbox.is_closed());
         let caught_up = record.phase == Phase::Computing && idle && attempt::catch_up(party, &cell).await.is_ok();
-        if !caught_up && party.now_ms() > cell.plan.config().compute_until_ms + grace && !record.opened {
-            if let Err(error) = party.abort(&cell, "it was not finished in time").await {
-                tracing::warn!(round = record.round, %error, "ending an overdue round");
-            }
+        let overdue = party.now_ms() > cell.plan.config().compute_until_ms + grace;
+        if !caught_up
+            && overdue
+            && !record.opened
+            && let Err(error) = party.abort(&cell, "it was not finished in time").await
+        {
+            tracing::warn!(round = record.round, %error, "ending an overdue round");
         }
     }
 }

@@ -7,8 +7,8 @@ use std::path::Path;
 pub use isthmus_federate::identity::{from_hex, make_signer, open_identity, open_signer, write_credential};
 use isthmus_federate::identity::{random, read, write_secret};
 use isthmus_secagg::report::{EnvelopeKey, KEY_BYTES, hash};
-use rand::rngs::OsRng;
-use rand::{RngCore, TryRngCore};
+use rand::rngs::{OsRng, StdRng};
+use rand::SeedableRng;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
@@ -140,7 +140,10 @@ pub fn random_seed() -> Result<[u8; 32], AggregatorError> {
     Ok(*random()?)
 }
 
-/// The system's generator, for what must be unpredictable.
-pub fn system_rng() -> impl RngCore + rand::CryptoRng {
-    OsRng.unwrap_err()
+/// A cryptographic generator seeded by the system: asking the system itself for each bit of a vector takes a second.
+///
+/// # Errors
+/// If the system gives no seed.
+pub fn system_rng() -> Result<impl rand::CryptoRng, AggregatorError> {
+    StdRng::try_from_rng(&mut OsRng).map_err(|e| AggregatorError::Config(e.to_string()))
 }

@@ -12,6 +12,8 @@ use crate::config::Config;
 use crate::error::AggregatorError;
 use crate::keys;
 
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+const PORT_TRIES: usize = 100;
 const DAYS: u64 = 30 * 24 * 3600;
 
 /// Where things are.
@@ -36,10 +38,16 @@ fn io(path: &Path) -> impl FnOnce(std::io::Error) -> AggregatorError + '_ {
     move |cause| AggregatorError::Io { path: path.into(), cause }
 }
 
-/// A loopback port that was free a moment ago.
+/// A loopback port that is free now, below those that the system gives to outgoing connections: it stays free over a restart.
 fn free_port() -> Result<u16, AggregatorError> {
-    let bound = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|l| l.local_addr());
-    bound.map(|a| a.port()).map_err(|e| AggregatorError::Transport(e.to_string()))
+    for _ in 0..PORT_TRIES {
+        let seed = keys::random_seed()?;
+        let port = PORTS.start + u16::from_le_bytes([seed[0], seed[1]]) % (PORTS.end - PORTS.start);
+        if std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    Err(AggregatorError::Transport(format!("no free port between {} and {} on loopback", PORTS.start, PORTS.end)))
 }
 
 fn open(folder: &Path) -> Result<Trial, AggregatorError> {

@@ -122,6 +122,7 @@ fn wrong_descriptions_stop_before_anything_starts() {
     assert!(error(|r| r.replace("clients = [1, 3]", "clients = [0]")).contains("throughput.clients"));
     assert!(error(|r| r.replace("period = \"200ms\"", "period = \"0s\"")).contains("timeline.period"));
     assert!(error(|r| r.replace("rounds = 1", "rounds = 1\ndevice_slowdown = 0.5")).contains("device_slowdown"));
+    assert!(error(|r| format!("congestion_control = \"nonsense\"\n{r}")).contains("there are"));
 }
 
 /// Namespaces of the process `pid`, and the processes inside them.
@@ -165,5 +166,34 @@ fn nothing_is_left_after_an_interrupt_or_a_kill() {
             assert!(ended.elapsed() < Duration::from_secs(15), "left after {signal}: {:?}", left());
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+}
+
+/// At stream level too: the server ends with the pipe to its input.
+#[test]
+fn a_server_on_loopback_does_not_outlive_a_killed_run() {
+    let folder = folder(|run| run.replace("rounds = 1", "rounds = 500"));
+    let mut command = Command::new(binary("bench-harness"));
+    command.current_dir(root()).arg("run").arg(folder.path().join("run.toml")).arg("--out").arg(folder.path().join("out"));
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let began = Instant::now();
+    let pid = child.id();
+    let children = || {
+        std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default().split_whitespace().map(str::to_owned).collect()
+    };
+    let servers: Vec<String> = loop {
+        let found: Vec<String> = children();
+        if !found.is_empty() {
+            break found;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "no server appeared");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let ended = Instant::now();
+    while servers.iter().any(|pid| Path::new("/proc").join(pid).exists()) {
+        assert!(ended.elapsed() < Duration::from_secs(25), "{servers:?} are left");
+        std::thread::sleep(Duration::from_millis(50));
     }
 }

@@ -18,7 +18,7 @@ use crate::round::Phase;
 use crate::store::ReportId;
 
 /// Reports that are under way to a party at once.
-const UNDER_WAY: usize = 32;
+const UNDER_WAY: usize = 64;
 const PAUSE: Duration = Duration::from_millis(300);
 
 /// Keeps passing an open round's reports on to `peer` until the set is fixed.

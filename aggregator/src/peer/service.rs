@@ -25,7 +25,7 @@ use crate::round::{Phase, Record};
 use crate::telemetry;
 
 /// Reports that are checked and stored at once.
-const AT_ONCE: usize = 32;
+const AT_ONCE: usize = 64;
 /// A neighbour may begin an attempt before this party knows of it.
 const EARLY: Duration = Duration::from_secs(10);
 
@@ -46,7 +46,7 @@ impl Peers {
         known().ok_or(AggregatorError::Unauthenticated("the caller's certificate is no other party's"))
     }
 
-    fn from_coordinator<T>(&self, request: &Request<T>) -> Result<(), AggregatorError> {
+    fn check_coordinator<T>(&self, request: &Request<T>) -> Result<(), AggregatorError> {
         if self.caller(request)? == 0 { Ok(()) } else { Err(AggregatorError::Unauthenticated("only party 0 may ask for this")) }
     }
 
@@ -104,7 +104,7 @@ impl Peers {
 #[tonic::async_trait]
 impl PeerService for Peers {
     async fn open_round(&self, request: Request<OpenRoundRequest>) -> Result<Response<PeerRound>, Status> {
-        self.from_coordinator(&request)?;
+        self.check_coordinator(&request)?;
         let plan = RoundPlan::decode(&request.into_inner().config).map_err(AggregatorError::from)?;
         // announced again after a lost answer or a restart of party 0
         let cell = match self.0.cell(plan.round()) {
@@ -122,7 +122,7 @@ impl PeerService for Peers {
     type ForwardReportsStream = Answers<ForwardAnswer>;
 
     async fn forward_reports(&self, request: Request<Streaming<ForwardedReport>>) -> Result<Response<Self::ForwardReportsStream>, Status> {
-        self.from_coordinator(&request)?;
+        self.check_coordinator(&request)?;
         let service = self.clone();
         let answers = Self::assembled(self.0.clone(), request.into_inner()).map(move |report| {
             let service = service.clone();
@@ -135,7 +135,7 @@ impl PeerService for Peers {
     }
 
     async fn list_reports(&self, request: Request<PeerRequest>) -> Result<Response<ReportSet>, Status> {
-        self.from_coordinator(&request)?;
+        self.check_coordinator(&request)?;
         let request = request.into_inner();
         let cell = self.cell(request.round, &request.config_hash)?;
         let reports = self.0.store.reports(cell.plan.round()).await?;
@@ -143,7 +143,7 @@ impl PeerService for Peers {
     }
 
     async fn propose_set(&self, request: Request<PeerRequest>) -> Result<Response<ReportSet>, Status> {
-        self.from_coordinator(&request)?;
+        self.check_coordinator(&request)?;
         let request = request.into_inner();
         let cell = self.cell(request.round, &request.config_hash)?;
         self.0.change(&cell, |record| record.seal().map(|()| None)).await?;
@@ -152,7 +152,7 @@ impl PeerService for Peers {
     }
 
     async fn commit_set(&self, request: Request<CommitSetRequest>) -> Result<Response<PeerRound>, Status> {
-        self.from_coordinator(&request)?;
+        self.check_coordinator(&request)?;
         let request = request.into_inner();
         let cell = self.cell(request.round, &request.config_hash)?;
         let set = request.set.ok_or_else(|| AggregatorError::Invalid("the set is missing".into()))?;
@@ -161,7 +161,7 @@ impl PeerService for Peers {
     }
 
     async fn start_compute(&self, request: Request<StartComputeRequest>) -> Result<Response<PeerRound>, Status> {
-        self.from_coordinator(&request)?;
+        self.check_coordinator(&request)?;
         let request = request.into_inner();
         let cell = self.cell(request.round, &request.config_hash)?;
         if cell.record().set_hash.is_none_or(|h| h[..] != request.set_hash[..]) {
@@ -231,7 +231,7 @@ impl PeerService for Peers {
     }
 
     async fn abort_round(&self, request: Request<AbortRoundRequest>) -> Result<Response<PeerRound>, Status> {
-        self.from_coordinator(&request)?;
+        self.check_coordinator(&request)?;
         let request = request.into_inner();
         let cell = self.0.cell(request.round)?;
         self.0.abort(&cell, &request.reason).await?;

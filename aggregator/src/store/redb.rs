@@ -1,6 +1,6 @@
 //! The store in a file (redb): one thread writes, and commits all that is waiting at once.
 
-use std::ops::{Bound, Range};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -168,9 +168,7 @@ fn save(write: &WriteTransaction, change: &Change) -> Result<(), redb::Error> {
         openings.retain_in(..(round.saturating_sub(KEPT_OPENINGS), 0), |_, _| false)?;
     }
     if change.erases() {
-        let reports: (Bound<(u64, &ReportId)>, Bound<(u64, &ReportId)>) =
-            (Bound::Included((round, &[0; 16])), Bound::Excluded((round + 1, &[0; 16])));
-        write.open_table(HEADERS)?.retain_in(reports, |_, _| false)?;
+        write.open_table(HEADERS)?.retain_in((round, &[0; 16])..(round + 1, &[0; 16]), |_, _| false)?;
         write.open_table(CHUNKS)?.retain_in((round, 0, &[0; 16])..(round + 1, 0, &[0; 16]), |_, _| false)?;
     }
     Ok(())

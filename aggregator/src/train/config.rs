@@ -186,10 +186,8 @@ impl TrainConfig {
         if sum.kind == Kind::Float32 && fleet.simulated == 0 {
             return Err("aggregation.kind = \"float32\" needs simulated clients".into());
         }
-        if !(sum.norm.is_finite() && sum.norm > 0.0)
-            || !(0.0..1.0).contains(&sum.norm_quantile)
-            || !(sum.server_rate.is_finite() && sum.server_rate > 0.0)
-        {
+        let positive = |v: f64| v.is_finite() && v > 0.0;
+        if !(positive(f64::from(sum.norm)) && positive(sum.server_rate) && (0.0..1.0).contains(&sum.norm_quantile)) {
             return Err("aggregation: norm and server_rate are above 0, norm_quantile is from 0 to 1".into());
         }
         if sum.drop > 0 && sum.drop >= sum.min_clients {

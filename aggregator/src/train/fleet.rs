@@ -22,7 +22,7 @@ use crate::error::AggregatorError;
 use crate::keys::system_rng;
 
 /// Reports on their way at once.
-const UPLOADS: usize = 16;
+const UPLOADS: usize = 64;
 const YEAR: u64 = 365 * 24 * 3600;
 
 /// The simulated clients.
@@ -156,14 +156,15 @@ impl Fleet {
         let (results, mut ended) = mpsc::unbounded_channel();
         let places = Arc::new(tokio::sync::Semaphore::new(UPLOADS));
         let mut bytes = 0;
+        let mut rng = system_rng()?;
         for (client, update) in updates {
             let key = SignKey::from_bytes(&self.keys[*client].expose());
             let credential = Credential::issue(authority, key.public(), self.expires);
             let bits = match &against {
                 Some(against) if self.is_attacker(*client) => with_extra(plan, against, false),
-                _ => vote(plan, &quantiser, update, &mut system_rng())?,
+                _ => vote(plan, &quantiser, update, &mut rng)?,
             };
-            let report = make(plan, &bits, &Identity { key, credential }, &mut system_rng())?;
+            let report = make(plan, &bits, &Identity { key, credential }, &mut rng)?;
             bytes += report.body.len();
             let place = places.clone().acquire_owned().await.map_err(|e| AggregatorError::Transport(e.to_string()))?;
             let (participant, results) = (participant.clone(), results.clone());

@@ -33,6 +33,10 @@ fn wrong_files_name_file_link_and_key() {
     assert!(Catalogue::open(&path).is_ok());
     let unknown = error(&good.replace("up = { mbit_per_s", "up = { megabits"));
     assert!(unknown.contains("links.toml") && unknown.contains("megabits"), "{unknown}");
+    for misspelt in [format!("{good}upp = {{ mbit_per_s = 1 }}\n"), format!("{good}queue = 5\n")] {
+        let unknown = error(&misspelt);
+        assert!(unknown.contains("unknown field"), "{unknown}");
+    }
     let impossible = error(&good.replace("up = { mbit_per_s = 1 }", "up = { mbit_per_s = 1e9 }"));
     assert!(impossible.contains("link.a.up.mbit_per_s") && impossible.contains("1000000000 Mbit/s"), "{impossible}");
     let trace = error(&good.replace("up = { mbit_per_s = 1 }", "up = { trace = \"missing.trace\" }"));

@@ -75,7 +75,7 @@ fn select(values: &[usize], weights: usize, drop: usize, rng: &mut ChaCha20Rng) 
     let n = values.len();
     let opened =
         run(&round(rng), 5, &share(&digits(values, weights), rng), |circuit, party, v| filter::keep_highest(circuit, party, v, n, drop))?;
-    assert!(opened.last().is_none_or(|last| n % 64 == 0 || last >> (n % 64) == 0), "no flag beyond the last client");
+    assert!(opened.last().is_none_or(|last| n.is_multiple_of(64) || last >> (n % 64) == 0), "no flag beyond the last client");
     Ok((0..n).map(|j| opened[j / 64] >> (j % 64) & 1 == 1).collect())
 }
 

@@ -9,8 +9,8 @@ use isthmus_federate::identity::{make_signer, open_identity, open_signer};
 use isthmus_federate::train::client::{Event, Session};
 use isthmus_federate::train::learner;
 use isthmus_federate::train::partition::{Split, deal};
-use rand::TryRngCore;
-use rand::rngs::OsRng;
+use rand::SeedableRng;
+use rand::rngs::{OsRng, StdRng};
 
 /// Time limit of a call.
 const CALL: Duration = Duration::from_secs(60);
@@ -93,7 +93,7 @@ pub async fn run(args: Args) -> Result<bool> {
         *waiting = event == Event::Waiting;
     };
     while args.rounds.is_none_or(|most| votes < most) {
-        let mut rng = OsRng.unwrap_err();
+        let mut rng = StdRng::try_from_rng(&mut OsRng).context("random numbers of the system")?;
         let turn = session.turn(&mut *learner, &mut rng, |event| tell(event, &mut waiting, &mut votes));
         let done = tokio::select! {
             done = turn => done,

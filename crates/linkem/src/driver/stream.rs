@@ -70,13 +70,13 @@ pub struct ShapedStream {
 /// What a link's description asks for and this level leaves out.
 pub fn ignored(link: &LinkConfig) -> Vec<String> {
     let any = |asks: fn(&DirectionConfig) -> bool| asks(&link.up) || asks(&link.down);
-    let all: [(&str, fn(&DirectionConfig) -> bool); 4] = [
-        ("loss", |d| d.loss.is_some()),
-        ("reordering", |d| d.jitter.as_ref().is_some_and(|j| j.reorder)),
-        ("CoDel", |d| d.queue.as_ref().is_some_and(|q| q.codel)),
-        ("the queue's limit in packets", |d| d.queue.as_ref().is_some_and(|q| q.packets.is_some())),
+    let all = [
+        ("loss", any(|d| d.loss.is_some())),
+        ("reordering", any(|d| d.jitter.as_ref().is_some_and(|j| j.reorder))),
+        ("CoDel", any(|d| d.queue.as_ref().is_some_and(|q| q.codel))),
+        ("the queue's limit in packets", any(|d| d.queue.as_ref().is_some_and(|q| q.packets.is_some()))),
     ];
-    all.into_iter().filter(|(_, asks)| any(*asks)).map(|(name, _)| name.to_owned()).collect()
+    all.into_iter().filter(|(_, asked)| *asked).map(|(name, _)| name.to_owned()).collect()
 }
 
 /// A direction without what a byte stream cannot show.
