@@ -6,13 +6,18 @@ use isthmus_codec::{
     BundleHash, ChannelTable, Container, Contexts, Distribution, LatentShape, LevelTables, Predictor, Tables, Tap, coder, pmf,
 };
 
+use isthmus_federate::train::Model;
+use isthmus_federate::{RoundPlan, report as reports};
+use isthmus_proto::aggregator_v1::{Mode, ReportHeader, RoundConfig, Transform};
+use isthmus_secagg::report::EnvelopeKey;
 use offload_server::features::FeatureMap;
+use prost::Message;
 
 /// A target: any bytes must be survived.
 pub type Target = fn(&[u8]);
 
 /// Name and function of every target.
-pub const TARGETS: [(&str, Target); 9] = [
+pub const TARGETS: [(&str, Target); 12] = [
     ("container", container),
     ("payload", payload),
     ("tables", tables),
@@ -22,6 +27,9 @@ pub const TARGETS: [(&str, Target); 9] = [
     ("features", features),
     ("pth", pth),
     ("rcc", rcc),
+    ("round", round),
+    ("report", report),
+    ("model", model),
 ];
 
 const SHAPE: LatentShape = LatentShape { channels: 4, height: 6, width: 6 };
@@ -43,6 +51,59 @@ fn small_tables() -> &'static Tables {
         let level = |channels| LevelTables::new(channels).expect("a level");
         Tables { levels: vec![level((0..4).map(|_| channel()).collect()), level((0..4).map(dependent).collect())] }
     })
+}
+
+/// A round of the aggregator whose parties' keys are known.
+pub fn small_round() -> &'static RoundPlan {
+    static ROUND: OnceLock<RoundPlan> = OnceLock::new();
+    ROUND.get_or_init(|| {
+        let key = |p: u8| EnvelopeKey::from_bytes(&[p; 32]).expect("a key").public().to_vec().into();
+        let config = RoundConfig {
+            version: 1,
+            task: vec![1; 32].into(),
+            round: 2,
+            mode: Mode::Boolean3.into(),
+            dim: 100,
+            transform: Transform::Hadamard.into(),
+            norm: 1.0,
+            rotation: vec![3; 32].into(),
+            min_clients: 2,
+            max_clients: 10,
+            envelope_keys: (1..4).map(key).collect(),
+            authorities: vec![vec![4; 32].into()],
+            ..RoundConfig::default()
+        };
+        RoundPlan::encode(&config).expect("a round")
+    })
+}
+
+/// Round configurations; one that is read must allow what its sizes say.
+pub fn round(data: &[u8]) {
+    if let Ok(plan) = RoundPlan::decode(data) {
+        assert_eq!(plan.bytes(), data);
+        assert!(plan.bits() >= plan.config().dim as usize && plan.body_bytes() >= plan.bits() / 8);
+    }
+}
+
+/// Reports of a round, and the envelopes in them.
+pub fn report(data: &[u8]) {
+    let Ok(header) = ReportHeader::decode(data) else { return };
+    let plan = small_round();
+    if let Ok(id) = reports::check(plan, &header, 0) {
+        let _ = reports::check_body(plan, &id, data);
+        for (party, envelope) in (0..).zip(&header.envelopes) {
+            let key = EnvelopeKey::from_bytes(&[party + 1; 32]).expect("a key");
+            let _ = key.open(&id, party, envelope, plan.seeds(party));
+        }
+    }
+}
+
+/// Models as clients fetch them.
+pub fn model(data: &[u8]) {
+    if let Ok(model) = Model::decode(data) {
+        let again = Model::decode(&model.encode().expect("a model that was read")).expect("a model that was written");
+        assert_eq!(again, model);
+    }
 }
 
 /// Whole containers, as they come from clients.
