@@ -55,7 +55,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let mut parties = Vec::new();
     for config in &trial.configs {
         let mut command = Command::new(&binary);
-        command.args(["party", "--while-stdin", "--config"]).arg(config).env("RUST_LOG", "warn").stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .args(["party", "--while-stdin", "--config"])
+            .arg(config)
+            .env("RUST_LOG", "warn")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         let mut child = command.spawn().map_err(|e| format!("{}: {e}; build it first", binary.display()))?;
         BufReader::new(child.stdout.take().ok_or("no output")?).lines().next().ok_or("a party did not start")??;
         parties.push(Party(child));
@@ -127,7 +132,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
     if result.counts != sums {
         return Err("the counts are wrong".into());
     }
-    let costs: Vec<Value> = before.iter().zip(&after).map(|(b, a)| json!({ "cpu_until_sealed_s": b.0, "cpu_computing_s": a.0 - b.0, "peak_mb": a.1 })).collect();
+    let costs: Vec<Value> = before
+        .iter()
+        .zip(&after)
+        .map(|(b, a)| json!({ "cpu_until_sealed_s": b.0, "cpu_computing_s": a.0 - b.0, "peak_mb": a.1 }))
+        .collect();
     println!(
         "{}",
         json!({

@@ -24,8 +24,17 @@ pub struct Config {
     pub peer_listen: SocketAddr,
     /// Status page and metrics; none if empty.
     pub admin_listen: Option<SocketAddr>,
-    /// This party's store.
+    /// This party's store, if it is a file.
     pub data: PathBuf,
+    /// This party's store, if it is a PostgreSQL database: URL without a password.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub postgres: Option<String>,
+    /// PEM of the authority of the database's certificate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub postgres_ca: Option<PathBuf>,
+    /// With a database: another replica takes over so long after this one was last heard.
+    #[serde(with = "humantime_serde")]
+    pub lease: Duration,
     /// Folder with this party's keys.
     pub keys: PathBuf,
     /// Public descriptions of all parties, in order.
@@ -85,6 +94,9 @@ impl Default for Config {
             peer_listen: local(50071),
             admin_listen: Some(local(9465)),
             data: "party0.redb".into(),
+            postgres: None,
+            postgres_ca: None,
+            lease: Duration::from_secs(10),
             keys: "keys".into(),
             parties: ["party0.toml", "party1.toml", "party2.toml"].map(PathBuf::from).to_vec(),
             authorities: vec![],
@@ -115,7 +127,7 @@ impl Config {
         let text = std::fs::read_to_string(path).map_err(|cause| AggregatorError::Io { path: path.into(), cause })?;
         let mut config: Self = toml::from_str(&text).map_err(|e| AggregatorError::Config(format!("{}: {e}", path.display())))?;
         let folder = path.parent().unwrap_or_else(|| Path::new("."));
-        for relative in [&mut config.data, &mut config.keys].into_iter().chain(&mut config.parties) {
+        for relative in [&mut config.data, &mut config.keys].into_iter().chain(&mut config.parties).chain(&mut config.postgres_ca) {
             *relative = folder.join(&*relative);
         }
         config.check()?;
@@ -148,6 +160,12 @@ impl Config {
         }
         if [self.upload_idle, self.peer_timeout, self.drain_limit].iter().any(|d| d.is_zero() || *d > MAX_WAIT) {
             return bad("upload_idle, peer_timeout and drain_limit must be positive and at most a week");
+        }
+        if self.lease < Duration::from_secs(1) || self.lease > Duration::from_secs(300) {
+            return bad("lease: from 1s to 5m");
+        }
+        if self.postgres_ca.is_some() && self.postgres.is_none() {
+            return bad("postgres_ca is of use with postgres only");
         }
         Ok(())
     }

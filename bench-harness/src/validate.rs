@@ -120,14 +120,19 @@ fn installed(program: &str) -> bool {
 /// If a link cannot be made or a program fails.
 pub async fn run(mut progress: impl FnMut(&Check)) -> Result<Validation, HarnessError> {
     let mut all = Validation::default();
-    if let Some(why) = missing() {
-        all.left_out.push(format!("everything at packet level: {why}"));
-        return Ok(all);
-    }
+    let impossible = missing();
     let mut add = |checks: Vec<Check>| {
         checks.iter().for_each(&mut progress);
         all.checks.extend(checks);
     };
+    for bytes in UPLOADS {
+        let took = over_streams(bytes).await?;
+        add(vec![Check::within(upload_name(bytes, "stream level (ideal: arithmetic)"), upload_ideal(bytes), took, "ms", 10.0)]);
+    }
+    if let Some(why) = impossible {
+        all.left_out.push(format!("everything at packet level: {why}"));
+        return Ok(all);
+    }
     if installed("ping") {
         add(vec![delay()?])
     } else {
@@ -143,7 +148,8 @@ pub async fn run(mut progress: impl FnMut(&Check)) -> Result<Validation, Harness
     } else {
         all.left_out.push("rates and lateness under load: iperf3 is not installed (Debian: iperf3)".into());
     }
-    add(vec![step()?]);
+    add(vec![step(20.0, 2.0)?]);
+    add(vec![step(2.0, 20.0)?]);
     add(vec![loss()?]);
     add(levels().await?);
     Ok(all)
@@ -262,12 +268,12 @@ fn sockets(link: &PacketLink) -> Result<(UdpSocket, UdpSocket), HarnessError> {
     Ok((edge, server))
 }
 
-/// Milliseconds from a fall of the rate until what arrives has fallen too.
-fn step() -> Result<Check, HarnessError> {
-    let (at, low) = (Duration::from_secs(2), 2.0);
+/// Milliseconds from a change of the rate until what arrives has changed too.
+fn step(from: f64, to: f64) -> Result<Check, HarnessError> {
+    let at = Duration::from_secs(2);
     let mut config = symmetric(20.0, 10);
     config.up.mbit_per_s = None;
-    config.up.steps = [(Duration::ZERO, 20.0), (at, low)].map(|(at, mbit_per_s)| Step { at, mbit_per_s }).to_vec();
+    config.up.steps = [(Duration::ZERO, from), (at, to)].map(|(at, mbit_per_s)| Step { at, mbit_per_s }).to_vec();
     let began = Instant::now();
     let link = start(&config, "cubic")?;
     // the link's clock started between these two moments
@@ -286,13 +292,14 @@ fn step() -> Result<Check, HarnessError> {
         arrivals.push((began.elapsed().as_secs_f64(), n as f64 * 8.0 / 1e6));
     }
     let _ = sender.join();
-    // the first 50 ms in which no more arrives than the new rate allows, with a fifth to spare
+    // the first 50 ms in which what arrives is the new rate, with a fifth to spare
     let window = 0.05;
-    let rate = |from: f64| arrivals.iter().filter(|(t, _)| (from..from + window).contains(t)).map(|(_, m)| m).sum::<f64>() / window;
-    let first = (0..100).map(|i| at.as_secs_f64() + f64::from(i) * 0.01).find(|&t| rate(t) <= low * 1.2);
+    let rate = |since: f64| arrivals.iter().filter(|(t, _)| (since..since + window).contains(t)).map(|(_, m)| m).sum::<f64>() / window;
+    let reached = |rate: f64| if to < from { rate <= to * 1.2 } else { rate >= to * 0.8 };
+    let first = (0..100).map(|i| at.as_secs_f64() + f64::from(i) * 0.01).find(|&t| reached(rate(t)));
     let measured = first.map_or(f64::INFINITY, |t| (t + window - at.as_secs_f64()) * 1e3);
-    let name = "response to a fall from 20 to 2 Mbit/s".into();
-    // what is in flight when the rate falls arrives within the delay
+    let name = format!("response to a step from {from} to {to} Mbit/s");
+    // what is in flight when the rate changes arrives within the delay
     Ok(Check { name, ideal: 10.0 + window * 1e3, measured, unit: "ms", ok: measured <= 200.0, allowed: "200 ms".into() })
 }
 
@@ -324,12 +331,56 @@ fn loss() -> Result<Check, HarnessError> {
     Ok(Check { name, ideal, measured, unit: "%", ok, allowed: format!("{half:.1} points (99.9 % interval)") })
 }
 
-/// Uploads over both levels, each answered by one byte: how much longer or shorter streams take than packets.
+/// Payloads of uploads that are timed, each answered by one byte, and how often.
+const UPLOADS: [usize; 3] = [1500, 8000, 80_000];
+const ROUNDS: usize = 5;
+
+/// The link of these uploads.
+fn upload_link() -> LinkConfig {
+    LinkConfig { up: direction(2.0, 20), down: direction(20.0, 20) }
+}
+
+fn upload_name(bytes: usize, level: &str) -> String {
+    format!("upload of {bytes} bytes at 2/20 Mbit/s, 20 ms: {level}")
+}
+
+/// Milliseconds by arithmetic: bits over the rate with headers on full packets of 1500, and a round trip.
+fn upload_ideal(bytes: usize) -> f64 {
+    bytes as f64 * 8.0 * (1500.0 / 1448.0) / 2e3 + 40.0
+}
+
+/// The median without the first, which has TCP's slow start.
+fn median(times: &[f64]) -> f64 {
+    let mut rest = times[1..].to_vec();
+    rest.sort_by(f64::total_cmp);
+    rest[rest.len() / 2]
+}
+
+/// Median milliseconds of an upload through shaped streams.
+async fn over_streams(bytes: usize) -> Result<f64, HarnessError> {
+    let link = StreamLink::start(&upload_link(), Path::new("."), SEED).map_err(|e| HarnessError::data(e.key, e.why))?;
+    let (far, mut server) = tokio::io::duplex(1 << 20);
+    let mut client = link.wrap(far);
+    let answering = tokio::spawn(async move {
+        let mut buffer = vec![0; bytes];
+        while server.read_exact(&mut buffer).await.is_ok() && server.write_all(&[1]).await.is_ok() {}
+    });
+    let (payload, mut times) = (vec![7; bytes], Vec::new());
+    for _ in 0..=ROUNDS {
+        let began = Instant::now();
+        client.write_all(&payload).await.map_err(io("upload"))?;
+        client.read_exact(&mut [0]).await.map_err(io("upload"))?;
+        times.push(began.elapsed().as_secs_f64() * 1e3);
+    }
+    answering.abort();
+    Ok(median(&times))
+}
+
+/// Uploads over both levels: how much longer or shorter streams take than packets.
 async fn levels() -> Result<Vec<Check>, HarnessError> {
-    const ROUNDS: usize = 5;
-    let config = LinkConfig { up: direction(2.0, 20), down: direction(20.0, 20) };
+    let config = upload_link();
     let mut checks = Vec::new();
-    for bytes in [1500usize, 8000, 80_000] {
+    for bytes in UPLOADS {
         let packets = {
             let link = start(&config, "cubic")?;
             let listener = link.server().within(|| TcpListener::bind((SERVER, 7001))).map_err(io("namespace"))?.map_err(io("socket"))?;
@@ -340,32 +391,8 @@ async fn levels() -> Result<Vec<Check>, HarnessError> {
             let _ = server.join();
             times
         };
-        let streams = {
-            let link = StreamLink::start(&config, Path::new("."), SEED).map_err(|e| HarnessError::data(e.key, e.why))?;
-            let (far, mut server) = tokio::io::duplex(1 << 20);
-            let mut client = link.wrap(far);
-            let answering = tokio::spawn(async move {
-                let mut buffer = vec![0; bytes];
-                while server.read_exact(&mut buffer).await.is_ok() && server.write_all(&[1]).await.is_ok() {}
-            });
-            let (payload, mut times) = (vec![7; bytes], Vec::new());
-            for _ in 0..=ROUNDS {
-                let began = Instant::now();
-                client.write_all(&payload).await.map_err(io("upload"))?;
-                client.read_exact(&mut [0]).await.map_err(io("upload"))?;
-                times.push(began.elapsed().as_secs_f64() * 1e3);
-            }
-            answering.abort();
-            times
-        };
-        // the first round has TCP's slow start
-        let median = |times: Vec<f64>| {
-            let mut rest = times[1..].to_vec();
-            rest.sort_by(f64::total_cmp);
-            rest[rest.len() / 2]
-        };
-        let name = format!("upload of {bytes} bytes at 2/20 Mbit/s, 20 ms: stream level (ideal: packet level)");
-        checks.push(Check::within(name, median(packets), median(streams), "ms", 10.0));
+        let name = upload_name(bytes, "stream level (ideal: packet level)");
+        checks.push(Check::within(name, median(&packets), over_streams(bytes).await?, "ms", 10.0));
     }
     Ok(checks)
 }

@@ -179,7 +179,11 @@ fn a_server_on_loopback_does_not_outlive_a_killed_run() {
     let began = Instant::now();
     let pid = child.id();
     let children = || {
-        std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default().split_whitespace().map(str::to_owned).collect()
+        std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
+            .unwrap_or_default()
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect()
     };
     let servers: Vec<String> = loop {
         let found: Vec<String> = children();

@@ -23,7 +23,7 @@ fn the_emulator_is_what_it_says() {
         // lateness and the rate of TCP are timings of this machine: `bench-harness validate` judges them, this test does not
         let timing = |c: &Value| c["name"].as_str().is_some_and(|n| n.starts_with("lateness") || n.starts_with("TCP"));
         let checks = last["checks"].as_array().unwrap();
-        assert!(checks.len() >= 11, "{last}");
+        assert!(checks.len() >= 15, "{last}");
         if checks.iter().filter(|c| !timing(c)).all(|c| c["ok"] == true) {
             return;
         }

@@ -50,6 +50,10 @@ pub struct AutoAnswer {
     pub bytes: usize,
     /// From the call to the answer.
     pub elapsed: Duration,
+    /// Of that, this device's computing: the encoder's or the whole network's.
+    pub device: Duration,
+    /// Of that, the server's, its queue included; zero if the device answered.
+    pub server: Duration,
 }
 
 /// Classifies photos as its policy says.
@@ -70,6 +74,13 @@ pub struct AutoClient {
 
 fn seconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64()
+}
+
+/// Labels, and who took how many seconds for them.
+struct Answered {
+    labels: Vec<Label>,
+    device: f64,
+    server: f64,
 }
 
 /// What sending came to: the outcome for the policy, and the labels or the error.
@@ -158,7 +169,10 @@ impl AutoClient {
         }
         let decision = self.policy.decide(self.began.elapsed(), photo.file.as_ref().map(Bytes::len));
         tracing::debug!(choice = %decision.choice, dead = self.policy.link_is_dead(), "decided");
-        let answer = |labels, choice, bytes| Ok(AutoAnswer { labels, choice, bytes, elapsed: start.elapsed() });
+        let answer = |answered: Answered, choice, bytes| {
+            let (device, server) = (Duration::from_secs_f64(answered.device), Duration::from_secs_f64(answered.server));
+            Ok(AutoAnswer { labels: answered.labels, choice, bytes, elapsed: start.elapsed(), device, server })
+        };
         if let (Choice::Local, Some(local)) = (decision.choice, &self.local) {
             let computed = compute(local.clone(), photo, top_k, slowdown).await?;
             return answer(self.computed(computed), Choice::Local, 0);
@@ -172,7 +186,7 @@ impl AutoClient {
         let patience = decision.local_after.unwrap_or(self.goal.deadline).saturating_sub(start.elapsed());
         match tokio::time::timeout(patience, &mut sending).await {
             Ok(sent) => match self.sent(sent) {
-                Ok(labels) => answer(labels, decision.choice, bytes),
+                Ok(answered) => answer(answered, decision.choice, bytes),
                 Err(_) => {
                     let computed = compute(local, photo, top_k, slowdown).await?;
                     answer(self.computed(computed), Choice::Local, bytes)
@@ -188,7 +202,7 @@ impl AutoClient {
                         answer(self.computed(computed?), Choice::Local, bytes)
                     }
                     sent = &mut sending => match self.sent(sent) {
-                        Ok(labels) => answer(labels, decision.choice, bytes),
+                        Ok(answered) => answer(answered, decision.choice, bytes),
                         Err(_) => answer(self.computed(local.await?), Choice::Local, bytes),
                     },
                 }
@@ -197,16 +211,20 @@ impl AutoClient {
     }
 
     /// Takes note of an answer that the device computed.
-    fn computed(&mut self, (labels, took): (Vec<Label>, f64)) -> Vec<Label> {
+    fn computed(&mut self, (labels, took): (Vec<Label>, f64)) -> Answered {
         self.observe(Outcome::Local(took));
-        labels
+        Answered { labels, device: took, server: 0.0 }
     }
 
     /// Takes note of what came of sending.
-    fn sent(&mut self, sent: Result<Sent, tokio::task::JoinError>) -> Result<Vec<Label>, ClientError> {
+    fn sent(&mut self, sent: Result<Sent, tokio::task::JoinError>) -> Result<Answered, ClientError> {
         let (outcome, labels) = sent.map_err(|e| ClientError::Engine(format!("request: {e}")))?;
+        let (device, server) = match &outcome {
+            Outcome::Answered { encode, server, queue, .. } => (*encode, server + queue),
+            _ => (0.0, 0.0),
+        };
         self.observe(outcome);
-        labels
+        Ok(Answered { labels: labels?, device, server })
     }
 
     /// The payload of `choice`, and the seconds that it took.

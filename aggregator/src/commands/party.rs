@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use aggregator::store::Store;
+use aggregator::store::postgres::{Access, PostgresStore};
 use aggregator::store::redb::RedbStore;
 use aggregator::{Config, start, telemetry};
 use anyhow::{Context, Result};
@@ -30,8 +32,14 @@ pub async fn run(args: Args) -> Result<()> {
     telemetry::install_logs(config.log_format);
     let metrics = telemetry::install_metrics()?;
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let store = Arc::new(RedbStore::open(&config.data)?);
-    let mut running = start(config, store, metrics).await?;
+    // replicas stand by here until the lease is theirs
+    let store = tokio::select! {
+        store = open_store(&config) => store?,
+        _ = term.recv() => return Ok(()),
+        _ = int.recv() => return Ok(()),
+        () = input_ended(), if args.while_stdin => return Ok(()),
+    };
+    let mut running = start(config, store.clone(), metrics).await?;
     // for scripts that let the system choose the ports
     println!(
         "serving clients on {}, parties on {}, status on {}",
@@ -41,6 +49,7 @@ pub async fn run(args: Args) -> Result<()> {
     );
     tokio::select! {
         ended = running.ended() => return Ok(ended?),
+        lost = store.lost() => return Err(lost.into()),
         _ = term.recv() => tracing::info!("SIGTERM: finishing what is in flight"),
         _ = int.recv() => tracing::info!("interrupted: finishing what is in flight"),
         () = input_ended(), if args.while_stdin => tracing::info!("standard input ended: finishing what is in flight"),
@@ -50,7 +59,24 @@ pub async fn run(args: Args) -> Result<()> {
         _ = int.recv() => anyhow::bail!("interrupted again: stopped at once"),
         _ = term.recv() => anyhow::bail!("SIGTERM again: stopped at once"),
     }
+    store.release().await;
     Ok(())
+}
+
+/// The file, or the database once this replica holds its lease.
+async fn open_store(config: &Config) -> Result<Arc<dyn Store>> {
+    let Some(url) = &config.postgres else { return Ok(Arc::new(RedbStore::open(&config.data)?)) };
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let access = Access {
+        url,
+        password: std::env::var("PGPASSWORD").ok(),
+        authority: config.postgres_ca.as_deref(),
+        insecure: config.insecure,
+        owner: &format!("party {} of {}", config.party, config.task),
+        replica: &format!("{} {}", host.trim(), std::process::id()),
+        lease: config.lease,
+    };
+    Ok(Arc::new(PostgresStore::open(access).await?))
 }
 
 /// Waits for the end of standard input, on a thread that nobody joins: reading cannot be cancelled.

@@ -185,7 +185,8 @@ pub fn is_transient(error: &AggregatorError) -> bool {
     let transient = [Code::Unavailable, Code::DeadlineExceeded, Code::ResourceExhausted, Code::Cancelled, Code::Unknown, Code::Internal];
     match error {
         AggregatorError::Peer { status, .. } => transient.contains(&status.code()),
-        AggregatorError::Deadline(_) => true,
+        // a database may come back
+        AggregatorError::Deadline(_) | AggregatorError::Store(_) => true,
         _ => false,
     }
 }

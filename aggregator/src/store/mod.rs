@@ -1,8 +1,10 @@
-//! What a party remembers. [`redb`] keeps it in a file.
+//! What a party remembers. [`redb`] keeps it in a file, [`postgres`] in a database that several replicas of the party share.
 //!
 //! A report's body is stored in chunks by coordinate, so that a block of all clients is one range, and computing never holds more
 //! than the blocks under way.
 
+pub mod lease;
+pub mod postgres;
 pub mod redb;
 
 use std::ops::Range;
@@ -119,4 +121,10 @@ pub trait Store: Send + Sync + 'static {
     async fn put_model(&self, model: Model, data: Bytes) -> Result<(), AggregatorError>;
     /// A model.
     async fn model(&self, name: &str, version: u64) -> Result<Option<Bytes>, AggregatorError>;
+    /// Returns when this process must not work on: another replica of this party may have taken over.
+    async fn lost(&self) -> AggregatorError {
+        std::future::pending().await
+    }
+    /// Lets another replica take over at once; called last.
+    async fn release(&self) {}
 }

@@ -57,13 +57,23 @@ impl Parties {
         self.folder().join(format!("party{party}.log"))
     }
 
-    pub fn restart(&mut self, party: usize) {
+    fn command(&self, party: usize) -> Command {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log_path(party)).unwrap();
         let mut command = Command::new(isthmus_testkit::binary("aggregator"));
         command.args(["party", "--config"]).arg(&self.trial.configs[party]).stderr(Stdio::from(log)).env("RUST_LOG", "info");
-        let (process, line) = Process::spawn(&mut command);
+        command
+    }
+
+    pub fn restart(&mut self, party: usize) {
+        let (process, line) = Process::spawn(&mut self.command(party));
         assert!(line.starts_with("serving"), "{line}: {}", self.log(party));
         self.processes[party] = Some(process);
+    }
+
+    /// A replica that serves as soon as it holds the lease.
+    pub fn standby(&self, party: usize) -> std::thread::JoinHandle<Process> {
+        let mut command = self.command(party);
+        std::thread::spawn(move || Process::spawn(&mut command).0)
     }
 
     /// kill -9.

@@ -90,7 +90,14 @@ pub async fn measure(
     let rows = strategies.iter().zip(&samples).zip(&failed).map(|((s, samples), &f)| row(*s, samples, f, &model)).collect();
     let emulator = site.emulation.report(&named.link, &config.congestion_control);
     eprintln!("{name}: {} requests, {:.0} s", strategies.len() * sent * config.rounds, began.elapsed().as_secs_f64());
-    Ok(LinkResults { name: name.clone(), about: named.about.clone(), uplink_mbit_per_s: named.link.up.mbit_per_s, emulator, rows })
+    Ok(LinkResults {
+        name: name.clone(),
+        about: named.about.clone(),
+        uplink_mbit_per_s: named.link.up.mbit_per_s,
+        link: Some(named.link.clone()),
+        emulator,
+        rows,
+    })
 }
 
 /// How long a full queue takes to drain, as far as a queue and a rate are given.

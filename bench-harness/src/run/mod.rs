@@ -68,6 +68,7 @@ pub async fn run(prepared: &Prepared, server: &Path) -> Result<Results, HarnessE
         rounds: config.rounds,
         seed: config.seed,
         device_slowdown: config.device_slowdown,
+        scenario: Some(config.clone()),
         agreement,
         links,
         timelines,

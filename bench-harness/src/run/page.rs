@@ -171,7 +171,7 @@ fn section(link: &LinkResults) -> Result<String, HarnessError> {
     let lines: Vec<Line> = answered.map(line).collect();
     out += &drawn("Distribution of latency", &Axis::log("latency, ms"), &Axis::linear("share of requests"), &lines)?;
     out += "<p><small>Bars: <span style=\"color:#005ab5\">encode</span>, <span style=\"color:#b07000\">wire</span>, \
-            <span style=\"color:#00825a\">server</span> (medians; a client that chooses shows all as wire)</small></p>";
+            <span style=\"color:#00825a\">server</span> (medians)</small></p>";
     let longest = link.rows.iter().map(|r| r.latency_ms.p50).fold(1.0, f64::max);
     let rows = link.rows.iter().map(|r| {
         let part = |class: &str, ms: f64| format!("<span class=\"{class}\" style=\"width:{:.2}%\"></span>", ms / longest * 100.0);

@@ -1,8 +1,9 @@
 //! What a run found: everything that a report needs.
 
-use linkem::LatenessSummary;
+use linkem::{LatenessSummary, LinkConfig};
 use serde::{Deserialize, Serialize};
 
+use crate::run::config::RunConfig;
 use crate::stats::Interval;
 
 /// Everything a report needs.
@@ -22,6 +23,9 @@ pub struct Results {
     pub seed: u64,
     /// The device computed so many times as long as this machine.
     pub device_slowdown: f64,
+    /// The scenario file as it was run; absent in results of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scenario: Option<RunConfig>,
     /// Agreement and bytes of each strategy, without a link.
     pub agreement: Vec<AgreementRow>,
     /// Latency over each link.
@@ -80,7 +84,7 @@ impl Emulator {
     }
 
     /// Of a link that has carried its traffic.
-    pub fn new(level: &str, congestion_control: Option<String>, s: LatenessSummary, link: &linkem::LinkConfig) -> Self {
+    pub fn new(level: &str, congestion_control: Option<String>, s: LatenessSummary, link: &LinkConfig) -> Self {
         Self {
             level: level.into(),
             congestion_control,
@@ -102,6 +106,9 @@ pub struct LinkResults {
     pub about: String,
     /// Uplink rate in Mbit/s, where it is constant.
     pub uplink_mbit_per_s: Option<f64>,
+    /// The whole description; absent in results of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<LinkConfig>,
     /// The emulator.
     pub emulator: Emulator,
     /// One row per strategy and setting.
@@ -179,6 +186,9 @@ pub struct TimelineResults {
     pub name: String,
     /// What it stands for.
     pub about: String,
+    /// The whole description; absent in results of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<LinkConfig>,
     /// From photo to answer.
     pub deadline_ms: f64,
     /// From photo to photo.
@@ -226,6 +236,9 @@ pub struct ThroughputResults {
     pub name: String,
     /// What it stands for.
     pub about: String,
+    /// The whole description; absent in results of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<LinkConfig>,
     /// The emulator.
     pub emulator: Emulator,
     /// One per strategy and number of clients.

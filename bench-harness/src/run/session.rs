@@ -158,7 +158,8 @@ pub async fn choose(client: &mut AutoClient, photo: &Photo, wanted: u32) -> Resu
     let agrees = answer.labels.first().is_some_and(|l| l.index == wanted);
     let believed = client.policy().agreement(answer.choice).unwrap_or_default();
     let choice = Some((answer.choice.to_string(), believed));
-    Ok(Sample { latency: ms(answer.elapsed), encode: 0.0, server: 0.0, bytes: answer.bytes, agrees, choice })
+    let (latency, encode, server) = (ms(answer.elapsed), ms(answer.device), ms(answer.server));
+    Ok(Sample { latency, encode, server, bytes: answer.bytes, agrees, choice })
 }
 
 #[cfg(test)]

@@ -55,7 +55,7 @@ pub async fn measure(
     }
     bar.finish_and_clear();
     let emulator = site.emulation.report(&named.link, &config.congestion_control);
-    Ok(ThroughputResults { name: name.clone(), about: named.about.clone(), emulator, rows })
+    Ok(ThroughputResults { name: name.clone(), about: named.about.clone(), link: Some(named.link.clone()), emulator, rows })
 }
 
 /// Payloads, and how long the device takes for each.

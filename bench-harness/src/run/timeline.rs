@@ -32,7 +32,14 @@ pub async fn measure(
     }
     bar.finish_and_clear();
     let ms = |d: Duration| d.as_secs_f64() * 1e3;
-    Ok(TimelineResults { name: name.clone(), about: named.about.clone(), deadline_ms: ms(t.deadline), period_ms: ms(t.period), rows })
+    Ok(TimelineResults {
+        name: name.clone(),
+        about: named.about.clone(),
+        link: Some(named.link.clone()),
+        deadline_ms: ms(t.deadline),
+        period_ms: ms(t.period),
+        rows,
+    })
 }
 
 async fn play(bench: &mut Bench<'_>, named: &NamedLink, t: &TimelineConfig, strategy: Strategy) -> Result<TimelineRow, HarnessError> {

@@ -1,7 +1,8 @@
 //! Properties of the core, in virtual time.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use linkem::config::{Distribution, JitterConfig, LossConfig, Outage, QueueConfig, Step};
@@ -40,21 +41,39 @@ fn packets() -> impl Strategy<Value = Vec<(u64, u32)>> {
     proptest::collection::vec((0u64..5000, 40u32..=1500), 1..200)
 }
 
+/// A trace file in Mahimahi's format, with a gap of half a second, in a folder that lives as long as the tests.
+static TRACE: LazyLock<(tempfile::TempDir, PathBuf)> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("gap.trace");
+    let times = (1..=100).chain((101..=300).map(|t| t + 500)).map(|t| format!("{t}\n"));
+    std::fs::write(&path, times.collect::<String>()).unwrap();
+    (folder, path)
+});
+
+fn loss() -> impl Strategy<Value = LossConfig> {
+    let independent = (0.0f64..0.3).prop_map(LossConfig::Independent);
+    let bursts = (0.0f64..0.2, 0.05f64..1.0, 0.0f64..0.01, 0.1f64..=1.0)
+        .prop_map(|(to_bad, to_good, good_loss, bad_loss)| LossConfig::GilbertElliott { to_bad, to_good, good_loss, bad_loss });
+    prop_oneof![independent, bursts]
+}
+
 prop_compose! {
     fn config()(
         mbit in 0.1f64..100.0,
         stepped in any::<bool>(),
-        driving in any::<bool>(),
+        traced in proptest::option::of(any::<bool>()),
         delay in 0u64..200,
         jitter in proptest::option::of((0usize..3, 0u64..30, any::<bool>())),
-        loss in proptest::option::of(0.0f64..0.3),
+        loss in proptest::option::of(loss()),
         queue in proptest::option::of((2000u64..100_000, 1usize..100, any::<bool>())),
         outage in proptest::option::of((0u64..300, 1u64..300)),
         overhead in 0u32..60,
     ) -> DirectionConfig {
         let kinds = [Distribution::Uniform, Distribution::Normal, Distribution::Pareto];
         let mut c = DirectionConfig { delay: ms(delay), overhead, ..DirectionConfig::default() };
-        if driving {
+        if traced == Some(true) {
+            c.trace = Some(TRACE.1.clone());
+        } else if traced == Some(false) {
             c.driving = Some(Driving { peak_mbit_per_s: mbit, length: Duration::from_secs(2), dwell: ms(100), seed: delay });
         } else if stepped {
             c.steps = vec![Step { at: ms(0), mbit_per_s: mbit }, Step { at: ms(50), mbit_per_s: mbit / 10.0 }];
@@ -62,7 +81,7 @@ prop_compose! {
             c.mbit_per_s = Some(mbit);
         }
         c.jitter = jitter.map(|(k, spread, reorder)| JitterConfig { distribution: kinds[k], spread: ms(spread), reorder });
-        c.loss = loss.map(LossConfig::Independent);
+        c.loss = loss;
         c.queue = queue.map(|(bytes, packets, codel)| QueueConfig { bytes: Some(bytes), packets: Some(packets), codel });
         c.outages = outage.map(|(at, lasts)| Outage { at: ms(at), lasts: ms(lasts) }).into_iter().collect();
         c
@@ -177,4 +196,32 @@ fn wrong_descriptions_name_the_key() {
     assert!(error(|c| c.queue = Some(QueueConfig { bytes: Some(10), packets: None, codel: false })).contains("queue.bytes"));
     let trace = error(|c| (c.mbit_per_s, c.trace) = (None, Some("/nonexistent.trace".into())));
     assert!(trace.contains("/nonexistent.trace"), "{trace}");
+}
+
+/// Losses come in bursts: their share and their mean length are those of the two-state chain.
+#[test]
+fn gilbert_elliott_loses_in_bursts_of_the_chains_length() {
+    let (to_bad, to_good) = (0.02, 0.25);
+    let mut c = DirectionConfig::constant(1000.0, ms(0), 1 << 30);
+    c.loss = Some(LossConfig::GilbertElliott { to_bad, to_good, good_loss: 0.0, bad_loss: 1.0 });
+    let n = 100_000;
+    let (arrived, d) = run(&c, 5, &vec![(20, 1000); n]);
+    let share = d.stats().lost as f64 / n as f64;
+    let bursts = arrived.windows(2).filter(|w| w[1].0 > w[0].0 + 1).count();
+    let length = d.stats().lost as f64 / bursts as f64;
+    // stationary share to_bad / (to_bad + to_good); a stay in the bad state lasts 1 / to_good packets
+    assert!((share - to_bad / (to_bad + to_good)).abs() < 0.007, "{share}");
+    assert!((length - 1.0 / to_good).abs() < 0.4, "{length}");
+}
+
+/// A trace gives one full packet per line, repeats when it ends, and gives nothing in its gaps.
+#[test]
+fn a_trace_delivers_at_its_opportunities_and_repeats() {
+    let c = DirectionConfig { trace: Some(TRACE.1.clone()), ..DirectionConfig::default() };
+    let (arrived, _) = run(&c, 1, &vec![(0, 1500); 700]);
+    assert_eq!(arrived.len(), 700);
+    // 300 opportunities in 800 ms
+    let period = arrived[300].1 - arrived[0].1;
+    assert_eq!(period, ms(800));
+    assert!(arrived.iter().all(|(_, t)| !(101..600).contains(&(t.as_millis() % 800))), "{arrived:?}");
 }

@@ -2,6 +2,10 @@
 //!
 //! A helper that lacks what it needs panics with what to do: a test must not pass because it could not run.
 
+mod postgres;
+
+pub use postgres::Postgres;
+
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
