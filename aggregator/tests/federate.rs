@@ -86,6 +86,10 @@ fn ten_client_processes_and_simulated_ones_train_together() {
         }
         if let Ok(json) = serde_json::from_str::<serde_json::Value>(&line) {
             rounds.push(json["progress"].clone());
+            // kill -9 in the middle of whatever they do; their memory tells the next processes what was sent
+            for number in 0..2 {
+                clients[number] = client(&trial, &data, number);
+            }
         }
     }
     assert!(training.0.wait().unwrap().success());
@@ -101,6 +105,9 @@ fn ten_client_processes_and_simulated_ones_train_together() {
     // each of them voted once a round and says so in its memory
     let remembered = std::fs::read_to_string(trial.clients.join("0.sent")).unwrap();
     assert!(remembered.contains("\"voted\""), "{remembered}");
+    for config in ["configs/shakespeare.toml", "configs/adapt.toml"] {
+        aggregator::train::TrainConfig::open(&isthmus_testkit::root().join(config)).unwrap();
+    }
     drop(clients);
 
     // the same command has nothing left to do; more rounds go on from the checkpoint

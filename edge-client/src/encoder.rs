@@ -1,9 +1,9 @@
 //! Photo to container: preprocess, encoder network, rounding, entropy coding.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use isthmus_codec::{Bundle, CodecError};
+use isthmus_codec::{Bundle, Trust, folder};
 use isthmus_pixels::Rgb;
 
 use crate::ClientError;
@@ -14,18 +14,30 @@ use crate::engine::{Engine, RtenEngine};
 /// # Errors
 /// [`ClientError::Codec`] names the file that is missing or wrong.
 pub fn open_bundle(folder: &Path) -> Result<Bundle, ClientError> {
-    let read = |name: &str| std::fs::read(folder.join(name));
+    let newest = bundle_versions(folder)?.swap_remove(0);
+    open_version(&newest, &Trust::all())
+}
+
+/// The bundle folders at `folder`, newest version first: itself, or its subfolders.
+///
+/// # Errors
+/// If there is none.
+pub fn bundle_versions(folder: &Path) -> Result<Vec<PathBuf>, ClientError> {
     if !folder.is_dir() {
         return Err(ClientError::Usage(format!(
             "{} is no bundle folder; name one with --bundle or ISTHMUS_BUNDLE (the repository has bundles/lite0-patch-stem)",
             folder.display()
         )));
     }
-    let named = |e: CodecError| match e {
-        CodecError::BadBundle(why) => CodecError::BadBundle(format!("{}: {why}", folder.display())),
-        other => other,
-    };
-    Ok(Bundle::load(read, |name| name.ends_with(".onnx")).map_err(named)?)
+    Ok(folder::versions(folder)?)
+}
+
+/// Reads the parts of one version of a bundle that a client needs, if it is trusted.
+///
+/// # Errors
+/// [`ClientError::Codec`] names the file that is missing or wrong.
+pub fn open_version(folder: &Path, trust: &Trust) -> Result<Bundle, ClientError> {
+    Ok(folder::open(folder, |name| name.ends_with(".onnx"), trust)?)
 }
 
 /// Where the encode time went.

@@ -31,5 +31,5 @@ pub mod stream;
 
 pub use auto::{AutoAnswer, AutoClient};
 pub use client::{Client, Endpoint, InferOptions, Payload};
-pub use encoder::{EncodeTiming, Encoded, Encoder, open_bundle};
+pub use encoder::{EncodeTiming, Encoded, Encoder, bundle_versions, open_bundle, open_version};
 pub use error::ClientError;

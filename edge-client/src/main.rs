@@ -122,9 +122,12 @@ struct ServerArgs {
 
 #[derive(Args)]
 struct EncodingArgs {
-    /// Bundle folder.
+    /// Bundle folder, or a folder of such folders: the newest version that the server has.
     #[arg(long, env = "ISTHMUS_BUNDLE", default_value = DEFAULT_BUNDLE)]
     bundle: PathBuf,
+    /// Use only bundles signed with this key (64 hexadecimal digits; may be given several times).
+    #[arg(long, value_name = "KEY", env = "ISTHMUS_TRUST", value_delimiter = ',')]
+    trust: Vec<String>,
     /// Quality level, from 1 (fewest bytes); default: the middle one.
     #[arg(long)]
     quality: Option<u8>,

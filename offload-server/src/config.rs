@@ -20,8 +20,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Address of the admin listener (metrics, health); none if empty.
     pub admin_listen: Option<SocketAddr>,
-    /// Bundle folders.
+    /// Bundle folders, or folders of such folders, one for each version.
     pub bundles: Vec<PathBuf>,
+    /// Public keys (hexadecimal) of those who sign bundles; others' are refused. Empty: all bundles are used.
+    pub trusted_bundle_keys: Vec<String>,
     /// Folder with backbones (NAME.safetensors) and labels.json.
     pub backbones: PathBuf,
     /// Backbones to load; the first is the default model.
@@ -81,6 +83,7 @@ impl Default for Config {
             listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 50051),
             admin_listen: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9464)),
             bundles: vec!["bundles/lite0-patch-stem".into()],
+            trusted_bundle_keys: vec![],
             backbones: "data/backbones".into(),
             models: vec!["efficientnet-lite0".into()],
             device: "auto".into(),

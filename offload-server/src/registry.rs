@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use isthmus_codec::{Bundle, BundleHash, CodecError};
+use isthmus_codec::{Bundle, BundleHash, CodecError, Trust, folder};
 use isthmus_nets::BackboneKind;
 use isthmus_nets::backbone::CLASSES;
 use isthmus_nets::device::parse_device;
@@ -47,13 +47,15 @@ pub struct Registry {
     pub labels: Vec<String>,
 }
 
-fn open_bundle(folder: &Path) -> Result<Bundle, ServerError> {
+/// All versions at a folder.
+fn open_bundles(folder: &Path, trust: &Trust) -> Result<Vec<Bundle>, ServerError> {
     if !folder.is_dir() {
         let why = "is no bundle folder; name one with --bundle or in `bundles` (the repository has bundles/lite0-patch-stem)";
         return Err(ServerError::Config(format!("{} {why}", folder.display())));
     }
-    let bundle = Bundle::load(|name| std::fs::read(folder.join(name)), |name| name.starts_with("decoder"));
-    bundle.map_err(|e| ServerError::Config(format!("{}: {e}", folder.display())))
+    let wrong = |e: CodecError| ServerError::Config(e.to_string());
+    let versions = folder::versions(folder).map_err(wrong)?;
+    versions.iter().map(|version| folder::open(version, |name| name.starts_with("decoder"), trust).map_err(wrong)).collect()
 }
 
 impl Registry {
@@ -64,7 +66,12 @@ impl Registry {
     pub fn load(config: &Config) -> Result<Self, ServerError> {
         let device = parse_device(&config.device).map_err(ServerError::Config)?;
         tch::set_num_threads(config.network_threads() as i32);
-        let bundles = config.bundles.iter().map(|p| open_bundle(p)).collect::<Result<Vec<_>, _>>()?;
+        let keys = config.trusted_bundle_keys.iter().map(String::as_str);
+        let trust = Trust::keys(keys).map_err(|e| ServerError::Config(format!("trusted_bundle_keys: {e}")))?;
+        let mut bundles = Vec::new();
+        for folder in &config.bundles {
+            bundles.extend(open_bundles(folder, &trust)?);
+        }
         if bundles.is_empty() {
             tracing::warn!("bundles is empty: only whole images will be answered");
         }

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use isthmus_federate::train::Training;
 use isthmus_federate::train::attack::Attack;
 use isthmus_federate::train::partition::Split;
+use isthmus_federate::train::{Sources, Training};
 use serde::{Deserialize, Serialize};
 
 use crate::error::AggregatorError;
@@ -16,6 +16,12 @@ use crate::error::AggregatorError;
 pub struct TrainConfig {
     /// Folder with the task's data.
     pub data: PathBuf,
+    /// The deployed bundle (task `bundle`).
+    #[serde(default)]
+    pub bundle: Option<PathBuf>,
+    /// Folder with imported backbones (task `bundle`).
+    #[serde(default)]
+    pub backbones: Option<PathBuf>,
     /// Folder for checkpoints and history.
     pub out: PathBuf,
     /// Rounds in all.
@@ -164,6 +170,7 @@ impl TrainConfig {
         let join = |p: &mut PathBuf| *p = folder.join(&*p);
         join(&mut config.data);
         join(&mut config.out);
+        [&mut config.bundle, &mut config.backbones].into_iter().flatten().for_each(join);
         match &mut config.parties {
             Parties::Local(trial) => join(trial),
             Parties::Remote(remote) => {
@@ -207,6 +214,11 @@ impl TrainConfig {
             return Err("parties.remote.authority: needed to enrol simulated clients".into());
         }
         Ok(())
+    }
+
+    /// Where the task's data are.
+    pub fn sources(&self) -> Sources {
+        Sources { data: self.data.clone(), bundle: self.bundle.clone(), backbones: self.backbones.clone() }
     }
 
     /// Simulated clients of a round.

@@ -1,15 +1,13 @@
 //! Simulated clients: trained here on all cores, reporting over gRPC like any other client.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use isthmus_federate::report::{Identity, make};
 use isthmus_federate::train::attack::{self, Attack};
 use isthmus_federate::train::client::{vote, with_extra};
-use isthmus_federate::train::partition::deal;
-use isthmus_federate::train::{Examples, Model, Training, learner};
+use isthmus_federate::train::{Examples, Learner, Model, Sources, Training, learner};
 use isthmus_federate::{FederateError, Participant, RoundPlan};
 use isthmus_secagg::report::{Credential, SignKey};
 use rand::SeedableRng;
@@ -28,7 +26,7 @@ const YEAR: u64 = 365 * 24 * 3600;
 /// The simulated clients.
 pub struct Fleet {
     task: String,
-    data: PathBuf,
+    sources: Sources,
     seed: u64,
     parts: Vec<Examples>,
     keys: Vec<SignKey>,
@@ -46,9 +44,9 @@ impl Fleet {
     ///
     /// # Errors
     /// If there are fewer examples than clients.
-    pub fn new(config: &TrainConfig, labels: &[u8], authority: Option<SignKey>, now: u64) -> Result<Self, FederateError> {
+    pub fn new(config: &TrainConfig, learner: &dyn Learner, authority: Option<SignKey>, now: u64) -> Result<Self, FederateError> {
         let parts = config.fleet.parts.max(config.fleet.simulated).max(1);
-        let parts = deal(labels, parts, config.fleet.split, config.seed)?;
+        let parts = learner.deal(parts, config.fleet.split, config.seed)?;
         let mut rng = ChaCha20Rng::seed_from_u64(config.seed ^ 0x6B65_7973);
         let attack = config.attack.filter(|a| a.share > 0.0);
         let attackers = attack.map_or(0, |a| (a.share * config.fleet.simulated as f64).round() as usize);
@@ -58,7 +56,7 @@ impl Fleet {
         }
         Ok(Self {
             task: config.training.task.clone(),
-            data: config.data.clone(),
+            sources: config.sources(),
             seed: config.seed,
             keys: parts.iter().map(|_| SignKey::random(&mut rng)).collect(),
             parts,
@@ -92,7 +90,7 @@ impl Fleet {
         let work = || -> Result<Updates, FederateError> {
             // one core each: more would wait for each other
             tch::set_num_threads(1);
-            let mut learner = learner(&self.task, &self.data)?;
+            let mut learner = learner(&self.task, &self.sources)?;
             let mut updates = Updates::new();
             while let Some(&client) = clients.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let seed = self.seed ^ round << 20 ^ client as u64;

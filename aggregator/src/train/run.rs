@@ -46,6 +46,9 @@ pub struct Progress {
     pub accuracy: f64,
     /// Test examples.
     pub examples: usize,
+    /// Mean bytes of a test photo, where the task has photos.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<f64>,
     /// Clients whose reports counted.
     pub clients: u32,
     /// After filtering.
@@ -116,7 +119,7 @@ pub async fn run(
     step: impl Fn(u64, usize, usize) + Sync,
 ) -> Result<Checkpoint, AggregatorError> {
     std::fs::create_dir_all(&config.out).map_err(io(&config.out))?;
-    let mut scorer = learner(&config.training.task, &config.data)?;
+    let mut scorer = learner(&config.training.task, &config.sources())?;
     let (mut checkpoint, mut model) = match resume(&config.out)? {
         Some(found) => found,
         None => (Checkpoint { done: 0, norm: config.aggregation.norm, last_round: 0, history: Vec::new() }, scorer.initial(config.seed)?),
@@ -129,7 +132,7 @@ pub async fn run(
         Kind::Float32 => (None, None),
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let fleet = Fleet::new(config, scorer.labels(), authority, now)?;
+    let fleet = Fleet::new(config, &*scorer, authority, now)?;
     while checkpoint.done < config.rounds {
         let round = checkpoint.done + 1;
         let clients = fleet.drawn(round, config.per_round());
@@ -153,7 +156,7 @@ pub async fn run(
             }
         };
         let score = scorer.score(&model)?;
-        (line.accuracy, line.examples) = (score.accuracy(), score.of);
+        (line.accuracy, line.examples, line.bytes) = (score.accuracy(), score.of, score.bytes);
         checkpoint.done = round;
         checkpoint.history.push(line.clone());
         // the model first: a state without its model would be worse than a round done twice
@@ -174,6 +177,7 @@ fn blank(round: u64, checkpoint: &Checkpoint, update: &[f64]) -> Progress {
         round,
         accuracy: 0.0,
         examples: 0,
+        bytes: None,
         clients: 0,
         kept: 0,
         report_bytes: 0,

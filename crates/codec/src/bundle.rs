@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 use crate::container::{self, Container, HASH_PREFIX};
 use crate::manifest::{FORMAT, Manifest};
+use crate::signature::{SIGNATURE, Trust};
 use crate::tables::Tables;
 use crate::{CodecError, golden};
 
@@ -62,9 +63,22 @@ impl Bundle {
     ///
     /// # Errors
     /// [`CodecError::BadBundle`] names the file and what is wrong.
-    pub fn load(mut read: impl FnMut(&str) -> std::io::Result<Vec<u8>>, wanted: impl Fn(&str) -> bool) -> Result<Self, CodecError> {
+    pub fn load(read: impl FnMut(&str) -> std::io::Result<Vec<u8>>, wanted: impl Fn(&str) -> bool) -> Result<Self, CodecError> {
+        Self::load_trusted(read, wanted, &Trust::all())
+    }
+
+    /// As [`Bundle::load`], of those that are trusted.
+    ///
+    /// # Errors
+    /// [`CodecError::BadBundle`] names the file and what is wrong, the signature included.
+    pub fn load_trusted(
+        mut read: impl FnMut(&str) -> std::io::Result<Vec<u8>>,
+        wanted: impl Fn(&str) -> bool,
+        trust: &Trust,
+    ) -> Result<Self, CodecError> {
+        let text = read(MANIFEST).map_err(|e| CodecError::bundle(format!("{MANIFEST}: {e}")))?;
+        trust.check(&text, || read(SIGNATURE))?;
         let mut get = |name: &str| read(name).map_err(|e| CodecError::bundle(format!("{name}: {e}")));
-        let text = get(MANIFEST)?;
         let hash = BundleHash(Sha256::digest(&text).into());
         let text = String::from_utf8(text).map_err(|_| CodecError::bundle(format!("{MANIFEST} is not UTF-8")))?;
         let manifest: Manifest = toml::from_str(&text).map_err(|e| CodecError::bundle(format!("{MANIFEST}: {e}")))?;

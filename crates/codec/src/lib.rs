@@ -1,7 +1,7 @@
 //! What goes over the wire and what a trained bottleneck consists of: the container of one coded
 //! latent, integer entropy tables, the entropy coder, and the bundle's manifest.
 //!
-//! No I/O, no async, no network code. Nothing here panics on any input; nothing is allocated beyond what
+//! No I/O (but for [`folder`]), no async, no network code. Nothing here panics on any input; nothing is allocated beyond what
 //! the registered tables allow. All tables are integers: what one machine encodes, every machine
 //! decodes to the same symbols.
 
@@ -13,9 +13,11 @@ pub mod container;
 pub mod contexts;
 pub mod distribution;
 pub mod error;
+pub mod folder;
 pub mod golden;
 pub mod manifest;
 pub mod pmf;
+pub mod signature;
 mod table_file;
 pub mod tables;
 
@@ -25,4 +27,5 @@ pub use contexts::{Contexts, Predictor, Tap};
 pub use distribution::Distribution;
 pub use error::CodecError;
 pub use manifest::Manifest;
+pub use signature::Trust;
 pub use tables::{ChannelTable, LatentShape, LevelTables, Tables};

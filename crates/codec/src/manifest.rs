@@ -136,6 +136,9 @@ pub struct Training {
     pub held_out_crops: usize,
     /// The command that made it.
     pub command: String,
+    /// SHA-256 of the manifest of the bundle that a fleet fitted to its photos; absent if this one was trained alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapted_from: Option<String>,
 }
 
 /// Golden test of a bundle; see [`crate::golden`].

@@ -158,6 +158,20 @@ impl LevelTables {
         Ok(())
     }
 
+    /// Number of the distribution that codes each symbol (channel-major), in the order of its channel's distributions.
+    ///
+    /// # Errors
+    /// [`CodecError::BadLatent`] if the length does not fit.
+    pub fn bins(&self, symbols: &[i32], shape: LatentShape) -> Result<Vec<usize>, CodecError> {
+        self.check(symbols.len(), shape)?;
+        let field = self.field(symbols, shape);
+        let of = |c: &ChannelTable| match &field {
+            Some(field) if !c.contexts.is_static() => field.bins(&c.contexts),
+            _ => vec![0; shape.positions()],
+        };
+        Ok(self.channels.iter().flat_map(of).collect())
+    }
+
     fn check(&self, len: usize, shape: LatentShape) -> Result<(), CodecError> {
         if self.channels.len() != usize::from(shape.channels) || len != shape.symbols() || len == 0 {
             let why = format!("{len} values and {} channel tables for a latent of {shape}", self.channels.len());

@@ -14,6 +14,10 @@ pub enum FederateError {
     /// A vector, a signature, an envelope.
     #[error(transparent)]
     SecAgg(#[from] SecAggError),
+    /// A bundle or its tables.
+    #[cfg(feature = "train")]
+    #[error(transparent)]
+    Codec(#[from] isthmus_codec::CodecError),
     /// The connection could not be set up.
     #[error("cannot connect to {url}: {why}")]
     Connect {

@@ -159,9 +159,19 @@ impl Server {
     pub fn start(extra: &[&str]) -> Self {
         let admin = free_port();
         let mut command = Command::new(binary("offload-server"));
-        command.args(["--listen", "127.0.0.1:0", "--admin-listen", &admin.to_string()]);
-        command.arg("--bundle").arg(bundle()).arg("--backbones").arg(backbones()).args(extra);
-        let (process, line) = Process::spawn(&mut command);
+        command.arg("--bundle").arg(bundle()).args(extra);
+        Self::spawn(&mut command, admin)
+    }
+
+    /// As [`Server::start`], with the bundles and whatever else a configuration file names.
+    pub fn configured(config: &Path) -> Self {
+        let mut command = Command::new(binary("offload-server"));
+        Self::spawn(command.arg("--config").arg(config), free_port())
+    }
+
+    fn spawn(command: &mut Command, admin: SocketAddr) -> Self {
+        command.args(["--listen", "127.0.0.1:0", "--admin-listen", &admin.to_string()]).arg("--backbones").arg(backbones());
+        let (process, line) = Process::spawn(command);
         let address = line.strip_prefix("listening on ").and_then(|a| a.parse().ok()).expect("an address");
         Self { process, address, admin }
     }

@@ -30,6 +30,9 @@ pub enum TrainError {
     /// Codec.
     #[error(transparent)]
     Codec(#[from] isthmus_codec::CodecError),
+    /// Federated models and keys.
+    #[error(transparent)]
+    Federate(#[from] isthmus_federate::FederateError),
     /// Pixels.
     #[error(transparent)]
     Pixels(#[from] isthmus_pixels::PixelError),

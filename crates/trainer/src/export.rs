@@ -22,7 +22,7 @@ use crate::{onnx, quick};
 /// Symbols to either side of a channel's median that get an own width; the rest are escapes.
 pub(crate) const MAX_HALF_WIDTH: i32 = 400;
 /// Logits of the golden container kept in the manifest.
-const GOLDEN_LOGITS: usize = 8;
+pub(crate) const GOLDEN_LOGITS: usize = 8;
 
 const TABLES: &str = "tables.istb";
 const GRAPH: &str = "encoder.onnx";
@@ -82,12 +82,12 @@ fn part(run: &Run, prefix: &str) -> BTreeMap<String, Tensor> {
     run.net.vs.variables().into_iter().filter_map(of).collect()
 }
 
-fn safetensors(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>, TrainError> {
+pub(crate) fn safetensors(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>, TrainError> {
     Ok(to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)))?)
 }
 
 /// The edge engine's graph of an encoder for square inputs of `side` pixels.
-fn graph(kind: EncoderKind, weights: &BTreeMap<String, Tensor>, side: u32) -> Result<Vec<u8>, TrainError> {
+pub(crate) fn graph(kind: EncoderKind, weights: &BTreeMap<String, Tensor>, side: u32) -> Result<Vec<u8>, TrainError> {
     let mut raw = BTreeMap::new();
     for (name, t) in weights {
         raw.insert(name.clone(), RawTensor { data: values(t)?, shape: t.size().iter().map(|&d| d as usize).collect() });
@@ -199,6 +199,7 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
             crops: point.crops,
             held_out_crops: point.photos,
             command: origin.command.into(),
+            adapted_from: None,
         },
         golden: Golden {
             input_sha256: sha256(&pixels),

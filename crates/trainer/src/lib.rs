@@ -1,11 +1,13 @@
 //! Training of bottlenecks: photos, head distillation, evaluation and export of bundles.
 
 pub mod adam;
+pub mod adapt;
 pub mod augment;
 pub mod contexts;
 pub mod crops;
 pub mod curves;
 pub mod distill;
+pub mod domain;
 pub mod error;
 pub mod export;
 pub mod history;

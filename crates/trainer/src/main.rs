@@ -15,7 +15,7 @@ use isthmus_trainer::history::History;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
-use isthmus_trainer::{contexts, crops, curves, export, import, local, quick};
+use isthmus_trainer::{adapt, contexts, crops, curves, domain, export, import, local, quick};
 use tch::Device;
 
 /// Side of the evaluation crops: that of the Lite0 teacher.
@@ -84,6 +84,48 @@ enum Command {
         /// Where to write results (JSON) and plots (SVG).
         #[arg(long, default_value = "data/evaluation")]
         out: PathBuf,
+    },
+    /// Make a bundle of what a fleet has learned (`aggregator train` with the task bundle).
+    Adapt {
+        /// The bundle that the fleet had.
+        #[arg(long, default_value = "bundles/lite0-patch-stem")]
+        bundle: PathBuf,
+        /// Folder with imported backbones.
+        #[arg(long, default_value = "data/backbones")]
+        backbones: PathBuf,
+        /// The federated model.
+        #[arg(long)]
+        model: PathBuf,
+        /// Photos of the clients' domain; those in its folder held-out score the new bundle.
+        #[arg(long)]
+        photos: PathBuf,
+        /// Version of the new bundle.
+        #[arg(long)]
+        version: String,
+        /// Folder of the new bundle.
+        #[arg(long)]
+        out: PathBuf,
+        /// Sign it with this key.
+        #[arg(long)]
+        key: Option<PathBuf>,
+    },
+    /// Sign a bundle: clients and servers that trust the key take it, and no other.
+    Sign {
+        /// Bundle folder.
+        #[arg(long)]
+        bundle: PathBuf,
+        /// The key (`aggregator keys authority` makes one).
+        #[arg(long)]
+        key: PathBuf,
+    },
+    /// Cut the training and held-out photos to what monochrome cameras would see: a domain that the bundle was not trained on.
+    Monochrome {
+        /// Where to write; held-out photos go to its folder held-out.
+        #[arg(long, default_value = "data/monochrome")]
+        out: PathBuf,
+        /// Crops of each training photo.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        each: u32,
     },
     /// Write an untrained encoder graph (for timing engines) as ONNX.
     Graph {
@@ -195,6 +237,24 @@ fn run(cli: Cli) -> Result<()> {
                 tch::set_num_threads(threads);
             }
             println!("{}", serde_json::to_string(&local::Local::open(bundle, backbones)?.time(batch.into(), rounds as usize))?);
+            Ok(())
+        }
+        Command::Adapt { ref bundle, ref backbones, ref model, ref photos, ref version, ref out, ref key } => {
+            let manifest = adapt::release(&adapt::Release { bundle, backbones, model, photos, version, out })?;
+            for (q, level) in (1..).zip(&manifest.quality) {
+                println!("q{q}  {:>6.0} B  agreement {:.3}  KL {:.3}", level.bytes, level.agreement, level.kl);
+            }
+            if let Some(key) = key {
+                adapt::sign(out, key)?;
+            }
+            println!("{} {} written to {}", manifest.name, manifest.version, out.display());
+            Ok(())
+        }
+        Command::Sign { ref bundle, ref key } => Ok(adapt::sign(bundle, key)?),
+        Command::Monochrome { ref out, each } => {
+            let (train, held_out) =
+                domain::monochrome(&Pack::open(&cli.data.join("train.pack"))?, &cli.data.join("eval/held-out"), out, each)?;
+            println!("{train} crops in {}, {held_out} in its folder held-out", out.display());
             Ok(())
         }
         Command::Evaluate { ref bundle, ref backbones, ref photos, ref out } => evaluate(bundle, backbones, photos, out),

@@ -98,7 +98,16 @@ impl Pack {
     /// # Errors
     /// If resizing fails.
     pub fn random_crop(&self, rng: &mut impl Rng, side: u32) -> Result<Rgb, TrainError> {
-        let levels = &self.photos[rng.random_range(0..self.photos.len())];
+        let photo = rng.random_range(0..self.photos.len());
+        self.crop_of(photo, rng, side)
+    }
+
+    /// As [`Pack::random_crop`], of one photo.
+    ///
+    /// # Errors
+    /// If resizing fails.
+    pub fn crop_of(&self, photo: usize, rng: &mut impl Rng, side: u32) -> Result<Rgb, TrainError> {
+        let levels = &self.photos[photo];
         let full = &levels[0];
         let (w, h) = (f64::from(full.width()), f64::from(full.height()));
         let area = w * h * rng.random_range(CROP_AREA.0..CROP_AREA.1);

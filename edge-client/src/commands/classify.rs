@@ -13,8 +13,8 @@ pub async fn run(files: &[PathBuf], server: &ServerArgs, encoding: &EncodingArgs
     let endpoint = super::endpoint(server)?;
     let mut encoder = if whole_image { None } else { Some(super::encoder(encoding)?) };
     let mut client = Client::connect(&endpoint).await?;
-    if let Some((encoder, _)) = &encoder {
-        client.describe(Some(&encoder.bundle().hash), ask.deadline).await?;
+    if let Some(newest) = encoder.take() {
+        encoder = Some(super::served(newest, &mut client, encoding, ask.deadline).await?);
     }
     let options = InferOptions { model: ask.model.clone(), top_k: ask.top_k, logits: false, deadline: ask.deadline };
     let mut printer = Printer::new(ask.json, files.len() as u64);

@@ -7,8 +7,8 @@ use anyhow::{Context, Result, bail};
 use isthmus_federate::Participant;
 use isthmus_federate::identity::{make_signer, open_identity, open_signer};
 use isthmus_federate::train::client::{Event, Session};
-use isthmus_federate::train::learner;
-use isthmus_federate::train::partition::{Split, deal};
+use isthmus_federate::train::partition::Split;
+use isthmus_federate::train::{Sources, learner};
 use rand::SeedableRng;
 use rand::rngs::{OsRng, StdRng};
 
@@ -36,19 +36,25 @@ pub struct Args {
     /// The authority's word for the key.
     #[arg(long, value_name = "FILE", required_unless_present = "make_key")]
     credential: Option<PathBuf>,
-    /// The task, for example fashion-mnist.
+    /// The task: fashion-mnist, shakespeare, or bundle (fit the deployed bundle to this device's own photos).
     #[arg(long, default_value = "fashion-mnist")]
     task: String,
-    /// Folder with the task's data.
+    /// Folder with the task's data; for the task bundle, this device's photos.
     #[arg(long, value_name = "FOLDER", required_unless_present = "make_key")]
     data: Option<PathBuf>,
+    /// The deployed bundle (task bundle).
+    #[arg(long, env = "ISTHMUS_BUNDLE")]
+    bundle: Option<PathBuf>,
+    /// Folder with imported backbones (task bundle).
+    #[arg(long, env = "ISTHMUS_BACKBONES")]
+    backbones: Option<PathBuf>,
     /// Which part of the data this client has, from 0 on.
     #[arg(long, default_value_t = 0)]
     part: usize,
     /// Into how many parts the data are divided.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     of: u32,
-    /// How the parts differ: iid, or dirichlet:CONCENTRATION.
+    /// How the parts differ: iid, natural (as the data came), or dirichlet:CONCENTRATION.
     #[arg(long, default_value = "iid")]
     split: Split,
     /// Seed of the division.
@@ -70,8 +76,9 @@ pub async fn run(args: Args) -> Result<bool> {
     }
     let (Some(credential), Some(data)) = (&args.credential, &args.data) else { bail!("--credential and --data are needed") };
     let identity = open_identity(&args.key, credential)?;
-    let mut learner = learner(&args.task, data)?;
-    let parts = deal(learner.labels(), args.of as usize, args.split, args.seed)?;
+    let sources = Sources { data: data.clone(), bundle: args.bundle.clone(), backbones: args.backbones.clone() };
+    let mut learner = learner(&args.task, &sources)?;
+    let parts = learner.deal(args.of as usize, args.split, args.seed)?;
     let own = parts.into_iter().nth(args.part).with_context(|| format!("--part {} of --of {}: parts count from 0", args.part, args.of))?;
     let ca = args.ca.as_ref().map(|p| std::fs::read_to_string(p).with_context(|| p.display().to_string())).transpose()?;
     let participant = Participant::connect(&args.url, ca.as_deref(), CALL).await?;

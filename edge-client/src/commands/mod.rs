@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use edge_client::{ClientError, Encoder, Endpoint, open_bundle};
+use std::time::Duration;
+
+use edge_client::{Client, ClientError, Encoder, Endpoint, bundle_versions, open_version};
+use isthmus_codec::Trust;
 
 use crate::{EncodingArgs, ServerArgs};
 
@@ -23,9 +26,36 @@ pub fn endpoint(args: &ServerArgs) -> Result<Endpoint, ClientError> {
     Ok(endpoint)
 }
 
-/// The encoder and the quality level to use.
+/// The encoder and the quality level to use, of the newest version.
 pub fn encoder(args: &EncodingArgs) -> Result<(Encoder, u8), ClientError> {
-    let encoder = Encoder::new(open_bundle(&args.bundle)?, args.threads.into())?;
+    version(&bundle_versions(&args.bundle)?[0], args)
+}
+
+/// As [`encoder`], of the newest version that the server has.
+pub async fn served(
+    encoder: (Encoder, u8),
+    client: &mut Client,
+    args: &EncodingArgs,
+    limit: Duration,
+) -> Result<(Encoder, u8), ClientError> {
+    let versions = bundle_versions(&args.bundle)?;
+    if versions.len() > 1 {
+        let described = client.describe(None, limit).await?;
+        let has = |hash: &[u8]| described.models.iter().flat_map(|m| &m.bundles).any(|b| b.hash == hash);
+        for folder in &versions {
+            let older = version(folder, args)?;
+            if has(&older.0.bundle().hash.0) {
+                return Ok(older);
+            }
+        }
+    }
+    client.describe(Some(&encoder.0.bundle().hash), limit).await?;
+    Ok(encoder)
+}
+
+fn version(folder: &Path, args: &EncodingArgs) -> Result<(Encoder, u8), ClientError> {
+    let trust = Trust::keys(args.trust.iter().map(String::as_str))?;
+    let encoder = Encoder::new(open_version(folder, &trust)?, args.threads.into())?;
     let quality = args.quality.unwrap_or_else(|| encoder.default_quality());
     encoder.bundle().tables.level(quality)?;
     Ok((encoder, quality))

@@ -47,9 +47,9 @@ pub fn ticks(fps: f64) -> Result<tokio::time::Interval> {
 pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &EncodingArgs, ask: &AskArgs) -> Result<bool> {
     let mut tick = ticks(pace.fps)?;
     let files = photos(folder)?;
-    let (mut encoder, quality) = super::encoder(encoding)?;
+    let newest = super::encoder(encoding)?;
     let mut client = Client::connect(&super::endpoint(server)?).await?;
-    client.describe(Some(&encoder.bundle().hash), ask.deadline).await?;
+    let (mut encoder, quality) = super::served(newest, &mut client, encoding, ask.deadline).await?;
     let options = InferOptions { model: ask.model.clone(), top_k: ask.top_k, logits: false, deadline: ask.deadline };
     let (sender, mut receiver) = open(&mut client, pace.window, options).await?;
     let mut sender = Some(sender);

@@ -34,6 +34,8 @@ const TRIAL_REQUESTS_MOST: u32 = 64;
 const TRIAL_LONGEST: Duration = Duration::from_secs(64);
 /// While the device computes the answers by choice, nothing else tells that the link has become faster.
 const TRIAL_LONGEST_LOCAL: Duration = Duration::from_secs(8);
+/// Each such trial makes the device encode before it computes: not for more than one photo in so many.
+const TRIAL_REQUESTS_LOCAL: u32 = 8;
 /// How far the link may be better than it seems, in standard deviations.
 const HOPE: f64 = 1.5;
 /// A payload beyond so many times the present option's was a trial.
@@ -403,7 +405,7 @@ impl Policy {
 
     /// While the device is the soonest: the soonest way over the link, to see what has become of it.
     fn trial_from_local(&mut self, now: Duration) -> Option<usize> {
-        if self.goal.aim != Aim::Latency || now < self.trial_at {
+        if self.goal.aim != Aim::Latency || now < self.trial_at || self.since_trial < TRIAL_REQUESTS_LOCAL {
             return None;
         }
         self.trial_pause = (self.trial_pause * 2).min(TRIAL_LONGEST_LOCAL);

@@ -10,7 +10,8 @@ use rand_chacha::ChaCha20Rng;
 use tch::nn::{self, Module, OptimizerConfig};
 use tch::{Device, Kind, Tensor};
 
-use super::{Examples, Learner, Model, Score, Training, torch};
+use super::partition::{Split, deal};
+use super::{Examples, Learner, Model, Score, Training, network, torch};
 use crate::error::FederateError;
 
 /// Name of the task.
@@ -87,35 +88,6 @@ impl Fashion {
         Ok(Self { pictures, labels, test_pictures, test_labels, variables, network })
     }
 
-    fn load(&mut self, model: &Model) -> Result<(), FederateError> {
-        let mut variables = self.variables.variables();
-        let known = variables.len();
-        let mut taken = 0;
-        for (name, shape, values) in model.tensors() {
-            let shape: Vec<i64> = shape.iter().map(|s| *s as i64).collect();
-            let variable = variables.get_mut(name).filter(|v| v.size() == shape);
-            let variable =
-                variable.ok_or_else(|| FederateError::Invalid(format!("tensor {name} {shape:?} is not one of {TASK}'s network")))?;
-            let values = Tensor::f_from_slice(values).and_then(|t| t.f_view(shape.as_slice())).map_err(torch)?;
-            tch::no_grad(|| variable.f_copy_(&values)).map_err(torch)?;
-            taken += 1;
-        }
-        if taken == known {
-            Ok(())
-        } else {
-            Err(FederateError::Invalid(format!("the model has {taken} of the {known} tensors of {TASK}'s network")))
-        }
-    }
-
-    fn store(&self) -> Result<Model, FederateError> {
-        let tensors = self.variables.variables().into_iter().map(|(name, tensor)| {
-            let shape = tensor.size().iter().map(|s| *s as usize).collect();
-            let values = Vec::<f32>::try_from(tensor.f_detach().and_then(|t| t.f_view(-1)).map_err(torch)?).map_err(torch)?;
-            Ok((name, shape, values))
-        });
-        Model::new(tensors.collect::<Result<Vec<_>, FederateError>>()?)
-    }
-
     fn input(pictures: &Tensor) -> Result<Tensor, FederateError> {
         pictures
             .f_to_kind(Kind::Float)
@@ -128,20 +100,15 @@ impl Fashion {
 
 impl Learner for Fashion {
     fn initial(&mut self, seed: u64) -> Result<Model, FederateError> {
-        // values of our own generator: libtorch's is shared by the whole process
-        let mut rng = ChaCha20Rng::seed_from_u64(seed);
-        let model = self.store()?;
-        let tensors = model.tensors().map(|(name, shape, values)| {
-            let inputs: usize = shape.iter().skip(1).product();
-            let bound = if shape.len() > 1 { (3.0 / inputs as f64).sqrt() } else { 0.0 };
-            let values = values.iter().map(|_| (rand::Rng::random_range(&mut rng, -1.0..1.0) * bound) as f32).collect();
-            (name.to_owned(), shape.to_vec(), values)
-        });
-        Model::new(tensors.collect())
+        network::fresh(&network::store(&self.variables)?, seed)
+    }
+
+    fn deal(&self, clients: usize, split: Split, seed: u64) -> Result<Vec<Examples>, FederateError> {
+        deal(&self.labels, clients, split, seed)
     }
 
     fn update(&mut self, model: &Model, own: &Examples, training: &Training, seed: u64) -> Result<Vec<f32>, FederateError> {
-        self.load(model)?;
+        network::load(&self.variables, model, TASK)?;
         let mut optimiser =
             nn::Sgd { momentum: 0.9, ..Default::default() }.build(&self.variables, training.learning_rate).map_err(torch)?;
         let mut rng = ChaCha20Rng::seed_from_u64(seed);
@@ -161,12 +128,11 @@ impl Learner for Fashion {
                 optimiser.backward_step(&loss);
             }
         }
-        let trained = self.store()?;
-        Ok(trained.values.iter().zip(&model.values).map(|(new, old)| new - old).collect())
+        Ok(network::difference(&network::store(&self.variables)?, model))
     }
 
     fn score(&mut self, model: &Model) -> Result<Score, FederateError> {
-        self.load(model)?;
+        network::load(&self.variables, model, TASK)?;
         let of = self.test_labels.size()[0];
         let mut right = 0;
         for from in (0..of).step_by(SCORED_AT_ONCE as usize) {
@@ -176,10 +142,6 @@ impl Learner for Fashion {
             let equal = logits.f_eq_tensor(&self.test_labels.f_narrow(0, from, some).map_err(torch)?).map_err(torch)?;
             right += i64::try_from(equal.f_sum(Kind::Int64).map_err(torch)?).map_err(torch)?;
         }
-        Ok(Score { right: right as usize, of: of as usize })
-    }
-
-    fn labels(&self) -> &[u8] {
-        &self.labels
+        Ok(Score { right: right as usize, of: of as usize, bytes: None })
     }
 }

@@ -4,12 +4,15 @@
 //! on its own data, and votes with the difference ([`client`]).
 
 pub mod attack;
+pub mod bundle;
 pub mod client;
 pub mod fashion;
 pub mod model;
+pub mod network;
 pub mod partition;
+pub mod shakespeare;
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -30,8 +33,11 @@ pub struct Training {
     pub epochs: u32,
     /// Examples of a step.
     pub batch_size: usize,
-    /// Step size of stochastic gradient descent.
+    /// Step size of the optimiser.
     pub learning_rate: f64,
+    /// Of the task `bundle`: which bundle is fitted, and how.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bundle: Option<bundle::Fit>,
 }
 
 impl Training {
@@ -51,7 +57,14 @@ impl Training {
     /// Says what makes no sense.
     pub fn check(&self) -> Result<(), FederateError> {
         let fits = (1..=1000).contains(&self.epochs) && (1..=65_536).contains(&self.batch_size);
-        if fits && self.learning_rate.is_finite() && self.learning_rate > 0.0 {
+        if self.bundle.is_some() != (self.task == bundle::TASK) {
+            return Err(FederateError::Invalid(format!("training.bundle: needed by the task {:?}, and by no other", bundle::TASK)));
+        }
+        let positive = |v: f64| v.is_finite() && v > 0.0;
+        if self.bundle.as_ref().is_some_and(|f| !positive(f.rate) || !(f.kl == 0.0 || positive(f.kl))) {
+            return Err(FederateError::Invalid("training.bundle: rate above 0, kl at least 0".into()));
+        }
+        if fits && positive(self.learning_rate) {
             return Ok(());
         }
         Err(FederateError::Invalid("training: epochs 1 to 1000, batch_size 1 to 65536, learning_rate above 0".into()))
@@ -73,6 +86,9 @@ pub struct Score {
     pub right: usize,
     /// Of so many.
     pub of: usize,
+    /// Mean bytes of a photo, where the task has photos.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<f64>,
 }
 
 impl Score {
@@ -102,8 +118,11 @@ pub trait Learner {
     /// If the model is another task's, or libtorch fails.
     fn score(&mut self, model: &Model) -> Result<Score, FederateError>;
 
-    /// Labels of all training examples: what [`partition`] deals out.
-    fn labels(&self) -> &[u8];
+    /// Parts of the training examples for `clients` clients.
+    ///
+    /// # Errors
+    /// If there are too few examples, or the task has no such split.
+    fn deal(&self, clients: usize, split: partition::Split, seed: u64) -> Result<Vec<Examples>, FederateError>;
 }
 
 /// A client's part of the training data.
@@ -115,14 +134,35 @@ pub struct Examples {
     pub flipped: bool,
 }
 
+/// Where a task's data are.
+#[derive(Debug, Clone)]
+pub struct Sources {
+    /// Folder with the examples.
+    pub data: PathBuf,
+    /// The deployed bundle (task `bundle`).
+    pub bundle: Option<PathBuf>,
+    /// Folder with imported backbones (task `bundle`).
+    pub backbones: Option<PathBuf>,
+}
+
 /// A learner for a task.
 ///
 /// # Errors
 /// If the task is unknown or its data are missing.
-pub fn learner(task: &str, data: &Path) -> Result<Box<dyn Learner>, FederateError> {
+pub fn learner(task: &str, sources: &Sources) -> Result<Box<dyn Learner>, FederateError> {
     match task {
-        fashion::TASK => Ok(Box::new(fashion::Fashion::open(data)?)),
-        _ => Err(FederateError::Invalid(format!("training.task: {task:?} is unknown; there is {}", fashion::TASK))),
+        fashion::TASK => Ok(Box::new(fashion::Fashion::open(&sources.data)?)),
+        shakespeare::TASK => Ok(Box::new(shakespeare::Shakespeare::open(&sources.data)?)),
+        bundle::TASK => {
+            let (Some(bundle), Some(backbones)) = (&sources.bundle, &sources.backbones) else {
+                return Err(FederateError::Invalid("the task \"bundle\" needs a bundle and backbones".into()));
+            };
+            Ok(Box::new(bundle::Adaptation::open(&sources.data, bundle, backbones)?))
+        }
+        _ => {
+            let known = [fashion::TASK, shakespeare::TASK, bundle::TASK].join(", ");
+            Err(FederateError::Invalid(format!("training.task: {task:?} is unknown; there are {known}")))
+        }
     }
 }
 

@@ -19,15 +19,18 @@ pub enum Split {
     /// Each client's shares of the classes are drawn from a Dirichlet distribution with this concentration: 0.1 gives a client
     /// little more than one or two classes (Hsu et al. 2019).
     Dirichlet(f64),
+    /// As the data came: by speaker, or in runs of consecutive photos.
+    Natural,
 }
 
 impl std::str::FromStr for Split {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?}: write iid or dirichlet:CONCENTRATION, for example dirichlet:0.5");
+        let wrong = || format!("{text:?}: write iid, natural, or dirichlet:CONCENTRATION, for example dirichlet:0.5");
         match text.split_once(':') {
             None if text == "iid" => Ok(Self::Iid),
+            None if text == "natural" => Ok(Self::Natural),
             Some(("dirichlet", alpha)) => {
                 let alpha: f64 = alpha.parse().map_err(|_| wrong())?;
                 if alpha.is_finite() && alpha > 0.0 { Ok(Self::Dirichlet(alpha)) } else { Err(wrong()) }
@@ -49,8 +52,10 @@ pub fn deal(labels: &[u8], clients: usize, split: Split, seed: u64) -> Result<Ve
     let mut rng = ChaCha20Rng::seed_from_u64(seed);
     let mut order: Vec<usize> = (0..labels.len()).collect();
     order.shuffle(&mut rng);
-    let Split::Dirichlet(alpha) = split else {
-        return Ok(order.chunks_exact(each).take(clients).map(|c| Examples { places: c.to_vec(), flipped: false }).collect());
+    let alpha = match split {
+        Split::Iid => return Ok(order.chunks_exact(each).take(clients).map(|c| Examples { places: c.to_vec(), flipped: false }).collect()),
+        Split::Natural => return Err(FederateError::Invalid("split: these data belong to nobody; use iid or dirichlet".into())),
+        Split::Dirichlet(alpha) => alpha,
     };
     let gamma = Gamma::new(alpha, 1.0).map_err(|e| FederateError::Invalid(format!("split: {e}")))?;
     let classes = labels.iter().max().map_or(0, |m| usize::from(*m) + 1);
@@ -76,6 +81,18 @@ pub fn deal(labels: &[u8], clients: usize, split: Split, seed: u64) -> Result<Ve
     Ok(parts)
 }
 
+/// `examples` in runs of neighbours, one for each client, as long as each other.
+///
+/// # Errors
+/// If there are fewer examples than clients.
+pub fn in_runs(examples: usize, clients: usize) -> Result<Vec<Examples>, FederateError> {
+    let each = examples / clients.max(1);
+    if each == 0 {
+        return Err(FederateError::Invalid(format!("{examples} examples for {clients} clients")));
+    }
+    Ok((0..clients).map(|c| Examples { places: (c * each..(c + 1) * each).collect(), flipped: false }).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,13 +113,15 @@ mod tests {
         let (even, some, strong) = (largest_class(Split::Iid), largest_class(Split::Dirichlet(0.5)), largest_class(Split::Dirichlet(0.1)));
         assert!(even < 0.2 && some > 0.3 && strong > 0.55 && strong > some, "{even} {some} {strong}");
         assert_eq!(deal(&labels, 50, Split::Dirichlet(0.5), 3).unwrap(), deal(&labels, 50, Split::Dirichlet(0.5), 3).unwrap());
-        assert!(deal(&labels[..3], 4, Split::Iid, 1).is_err());
+        assert!(deal(&labels[..3], 4, Split::Iid, 1).is_err() && in_runs(3, 4).is_err() && deal(&labels, 4, Split::Natural, 1).is_err());
+        assert_eq!(in_runs(7, 3).unwrap()[2].places, [4, 5]);
     }
 
     #[test]
     fn splits_are_read_as_people_write_them() {
         assert_eq!("iid".parse(), Ok(Split::Iid));
         assert_eq!("dirichlet:0.1".parse(), Ok(Split::Dirichlet(0.1)));
+        assert_eq!("natural".parse(), Ok(Split::Natural));
         for wrong in ["", "uneven", "dirichlet", "dirichlet:", "dirichlet:-1", "dirichlet:nan", "iid:3"] {
             assert!(wrong.parse::<Split>().is_err(), "{wrong}");
         }
