@@ -1,4 +1,5 @@
-//! What a round costs the three parties: `cargo run --release -p aggregator --example round_cost -- [CLIENTS] [COORDINATES]`.
+//! What a round costs the three parties: `cargo run --release -p aggregator --example round_cost -- [CLIENTS] [COORDINATES] [MBIT DELAY_MS]`.
+//! With the last two, each party's access to the others is an emulated link (stream level) of that rate and one-way delay.
 //!
 //! Starts three parties on loopback as processes, uploads reports of random bits over gRPC, seals, and checks the counts. JSON on standard output: times
 //! by the wall, CPU seconds and peak memory of each party, bytes between them.
@@ -15,6 +16,7 @@ use isthmus_federate::{Operator, Participant};
 use isthmus_proto::aggregator_v1::{CreateRoundRequest, Mode, Transform};
 use isthmus_secagg::Bits;
 use isthmus_secagg::report::{Credential, SignKey};
+use linkem::driver::stream::StreamLink;
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha20Rng;
 use serde_json::{Value, json};
@@ -45,12 +47,40 @@ impl Party {
     }
 }
 
+/// Moves a party's listener for the others behind an emulated link, at the address that they know.
+async fn behind_link(config: &std::path::Path, mbit: f64, delay: Duration) -> Result<(), Box<dyn Error>> {
+    let text = std::fs::read_to_string(config)?;
+    let mut table: toml::Table = toml::from_str(&text)?;
+    let known = table["peer_listen"].as_str().ok_or("no peer_listen")?.to_owned();
+    let listener = tokio::net::TcpListener::bind(&known).await?;
+    let moved = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    table.insert("peer_listen".into(), moved.to_string().into());
+    std::fs::write(config, toml::to_string(&table)?)?;
+    let direction = || linkem::DirectionConfig::constant(mbit, delay, 8 << 20);
+    let link = linkem::LinkConfig { up: direction(), down: direction() };
+    let link = StreamLink::start(&link, std::path::Path::new("."), 1).map_err(|e| e.why)?;
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            let far = tokio::net::TcpStream::connect(moved);
+            let Ok(mut shaped) = link.connect(far).await else { continue };
+            tokio::spawn(async move { tokio::io::copy_bidirectional(&mut near, &mut shaped).await });
+        }
+    });
+    Ok(())
+}
+
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let number = |place: usize, default: u32| std::env::args().nth(place).map_or(Ok(default), |text| text.parse());
     let (clients, dim) = (number(1, 1000)?, number(2, 1_000_000)?);
     let folder = std::env::temp_dir().join(format!("round-cost-{}", std::process::id()));
     let trial = set_up(&folder, 0, 0, 2)?;
+    let link = (number(3, 0)?, number(4, 0)?);
+    if link.0 > 0 {
+        for config in &trial.configs {
+            behind_link(config, link.0.into(), Duration::from_millis(link.1.into())).await?;
+        }
+    }
     let binary = std::env::current_exe()?.ancestors().nth(2).map(|p| p.join("aggregator")).ok_or("no folder of binaries")?;
     let mut parties = Vec::new();
     for config in &trial.configs {
@@ -140,7 +170,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     println!(
         "{}",
         json!({
-            "clients": clients, "coordinates": dim, "report_bytes": single, "making_a_report_ms": 1e3 * making.as_secs_f64() / f64::from(clients),
+            "clients": clients, "coordinates": dim, "link_mbit": link.0, "one_way_ms": link.1, "report_bytes": single, "making_a_report_ms": 1e3 * making.as_secs_f64() / f64::from(clients),
             "upload_s": uploaded, "upload_median_ms": 1e3 * times[times.len() / 2], "seal_to_result_s": computed, "parties": costs,
         })
     );
