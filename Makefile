@@ -43,6 +43,7 @@ adapt: training-photos ## a fleet of monochrome cameras fits the default bundle 
 	@$(RELEASE)/trainer monochrome
 	@$(RELEASE)/aggregator train configs/adapt.toml
 	@$(RELEASE)/trainer adapt --model runs/adapt/model.safetensors --photos data/monochrome --version 4.1 --out runs/adapt/bundle
+	@$(RELEASE)/trainer gain --after runs/adapt/bundle --photos data/monochrome
 
 TRIAL := runs/federated/parties
 join: ## take part in the training that `make federate` runs, as one more client

@@ -78,7 +78,7 @@ fn ten_client_processes_and_simulated_ones_train_together() {
     command.args(["train", "--json"]).arg(&path).stdout(Stdio::piped()).stdin(Stdio::null());
     let mut training = Client(command.spawn().unwrap());
     let lines = BufReader::new(training.0.stdout.take().unwrap()).lines();
-    let mut clients = Vec::new();
+    let mut clients: Vec<Client> = Vec::new();
     let mut rounds = Vec::new();
     for line in lines.map_while(Result::ok) {
         if line.starts_with("serving clients on 127.0.0.1") {
@@ -87,8 +87,10 @@ fn ten_client_processes_and_simulated_ones_train_together() {
         if let Ok(json) = serde_json::from_str::<serde_json::Value>(&line) {
             rounds.push(json["progress"].clone());
             // kill -9 in the middle of whatever they do; their memory tells the next processes what was sent
-            for number in 0..2 {
-                clients[number] = client(&trial, &data, number);
+            for (number, killed) in clients.iter_mut().enumerate().take(2) {
+                let _ = killed.0.kill();
+                let _ = killed.0.wait();
+                *killed = client(&trial, &data, number);
             }
         }
     }

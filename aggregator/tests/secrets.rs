@@ -116,11 +116,11 @@ async fn no_party_keeps_what_another_one_or_nobody_may_know() {
     }
     let needles = Needles::new(&wanted);
     let pids: Vec<u32> = parties.processes.iter().map(|p| p.as_ref().unwrap().id()).collect();
-    for party in 0..3 {
+    for (party, pid) in pids.iter().enumerate() {
         // party 1 holds no body
         let expected: &[Kind] = if party == 1 { &[] } else { &[Kind::Masked] };
         assert_eq!(on_disk(&parties, party, &needles), expected, "party {party}, on disk, uploads stored");
-        let found = in_memory(pids[party], &needles);
+        let found = in_memory(*pid, &needles);
         let never = [Kind::Plain, [Kind::K2, Kind::Plain, Kind::K1][party]];
         assert!(!found.iter().any(|k| never.contains(k)), "party {party} holds {found:?}");
     }
@@ -128,8 +128,8 @@ async fn no_party_keeps_what_another_one_or_nobody_may_know() {
     operator.wait(round, LIMIT, |_| ()).await.unwrap();
     let result = operator.result(round).await.unwrap();
     assert_eq!(result.counts[..], sums(&all, plan.bits())[..]);
-    for party in 0..3 {
-        let found = in_memory(pids[party], &needles);
+    for (party, pid) in pids.iter().enumerate() {
+        let found = in_memory(*pid, &needles);
         assert!(!found.iter().any(|k| [Kind::K1, Kind::K2, Kind::Plain].contains(k)), "party {party} still holds {found:?}");
         assert!(!on_disk(&parties, party, &needles).iter().any(|k| *k != Kind::Masked), "party {party}, on disk, done");
     }

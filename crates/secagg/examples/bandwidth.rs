@@ -27,7 +27,9 @@ fn median(mut f: impl FnMut()) -> f64 {
 
 fn main() {
     let words: Vec<u64> = (0..READ_WORDS as u64).collect();
-    let read = median(|| drop(black_box(words.iter().fold(0u64, |s, w| s ^ w))));
+    let read = median(|| {
+        black_box(words.iter().fold(0u64, |s, w| s ^ w));
+    });
     drop(words);
     let mut x: Vec<f32> = (0..1u32 << LOG).map(|j| (j % 1009) as f32 - 504.0).collect();
     let moved = 2.0 * 4.0 * f64::from(1u32 << LOG) / 1e9;

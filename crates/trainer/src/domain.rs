@@ -39,9 +39,11 @@ pub fn monochrome(pack: &Pack, held_out: &Path, out: &Path, each: u32) -> Result
             save(&pack.crop_of(photo, &mut rng, SIDE)?, &out.join(format!("{photo:04}-{crop}.png")))?;
         }
     }
-    let evaluation = photos::open(held_out, SIDE)?;
-    for (i, photo) in evaluation.iter().enumerate() {
-        save(photo, &folder.join(format!("{i:04}.png")))?;
+    let evaluation = photos::list(held_out)?;
+    for path in &evaluation {
+        // the same name: it says which crops are of one photo
+        let name = path.file_stem().unwrap_or_default();
+        save(&photos::one(path, SIDE)?, &folder.join(name).with_extension("png"))?;
     }
     Ok((pack.len() * each as usize, evaluation.len()))
 }

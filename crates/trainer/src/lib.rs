@@ -10,6 +10,7 @@ pub mod distill;
 pub mod domain;
 pub mod error;
 pub mod export;
+pub mod gain;
 pub mod history;
 pub mod import;
 pub mod loader;

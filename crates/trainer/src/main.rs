@@ -15,7 +15,7 @@ use isthmus_trainer::history::History;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
-use isthmus_trainer::{adapt, contexts, crops, curves, domain, export, import, local, quick};
+use isthmus_trainer::{adapt, contexts, crops, curves, domain, export, gain, import, local, quick};
 use tch::Device;
 
 /// Side of the evaluation crops: that of the Lite0 teacher.
@@ -108,6 +108,24 @@ enum Command {
         /// Sign it with this key.
         #[arg(long)]
         key: Option<PathBuf>,
+    },
+    /// What a fitted bundle saves: its bytes against the old one's at the same KL to the backbone.
+    Gain {
+        /// The old bundle.
+        #[arg(long, default_value = "bundles/lite0-patch-stem")]
+        before: PathBuf,
+        /// The new one.
+        #[arg(long)]
+        after: PathBuf,
+        /// Folder with imported backbones.
+        #[arg(long, default_value = "data/backbones")]
+        backbones: PathBuf,
+        /// Photos of the clients' domain; those in its folder held-out are compared.
+        #[arg(long)]
+        photos: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Sign a bundle: clients and servers that trust the key take it, and no other.
     Sign {
@@ -248,6 +266,24 @@ fn run(cli: Cli) -> Result<()> {
                 adapt::sign(out, key)?;
             }
             println!("{} {} written to {}", manifest.name, manifest.version, out.display());
+            Ok(())
+        }
+        Command::Gain { ref before, ref after, ref backbones, ref photos, json } => {
+            let (crops, of, gains) = gain::compare(before, after, backbones, photos)?;
+            if json {
+                println!("{}", serde_json::json!({ "crops": crops, "photos": of, "levels": gains }));
+                return Ok(());
+            }
+            println!("{crops} crops of {of} photos; saved at equal KL, 95 % interval over photos");
+            for g in &gains {
+                let [b, a] =
+                    [g.before, g.after].map(|[bytes, agreement, kl]| format!("{bytes:>5.0} B {:>5.1} % KL {kl:.3}", 100.0 * agreement));
+                let saved = g.saved.map_or_else(
+                    || "beyond the old levels".into(),
+                    |[mean, low, high]| format!("saved {:.1} % [{:.1}, {:.1}]", 100.0 * mean, 100.0 * low, 100.0 * high),
+                );
+                println!("q{}  before {b}  after {a}  {saved}", g.level);
+            }
             Ok(())
         }
         Command::Sign { ref bundle, ref key } => Ok(adapt::sign(bundle, key)?),

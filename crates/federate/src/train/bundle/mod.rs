@@ -210,15 +210,23 @@ impl Adaptation {
     }
 }
 
-/// How a level does on the held-out photos.
+/// How a level does on held-out photos: on one (agreement is 0 or 1), or the mean.
 #[derive(Debug, Clone, Copy)]
 pub struct LevelScore {
-    /// Mean bytes of a photo's container.
+    /// Bytes of the container.
     pub bytes: f64,
     /// Share of photos whose first answer is the backbone's on the unharmed photo.
     pub agreement: f64,
-    /// Mean KL (nats) to the backbone's answer.
+    /// KL (nats) to the backbone's answer.
     pub kl: f64,
+}
+
+impl LevelScore {
+    /// Of several photos.
+    pub fn mean(scores: &[Self]) -> Self {
+        let mean = |f: fn(&Self) -> f64| scores.iter().map(f).sum::<f64>() / scores.len().max(1) as f64;
+        Self { bytes: mean(|s| s.bytes), agreement: mean(|s| s.agreement), kl: mean(|s| s.kl) }
+    }
 }
 
 impl Adaptation {
@@ -259,28 +267,38 @@ impl Adaptation {
         Ok(tch::no_grad(|| self.teacher.tail(&self.decoder.forward(&latent), self.split)))
     }
 
-    /// How the encoder does with the tables of a level on the held-out photos, as client and server would compute it.
+    /// How the encoder does with the tables of a level on the held-out photos, as client and server would compute it: the mean.
+    ///
+    /// # Errors
+    /// As [`Self::each`].
+    pub fn level(&self, level: &LevelTables) -> Result<LevelScore, FederateError> {
+        Ok(LevelScore::mean(&self.each(level)?))
+    }
+
+    /// As [`Self::level`], of each photo.
     ///
     /// # Errors
     /// If libtorch fails or a photo cannot be coded.
-    pub fn level(&self, level: &LevelTables) -> Result<LevelScore, FederateError> {
+    pub fn each(&self, level: &LevelTables) -> Result<Vec<LevelScore>, FederateError> {
         let shape = self.bundle.manifest.latent;
         let _frozen = tch::no_grad_guard();
-        let (mut right, mut bytes, mut kl) = (0, 0, 0.0);
+        let mut scores = Vec::with_capacity(self.held_out.len());
         for some in self.held_out.chunks(SCORED_AT_ONCE) {
-            let mut decoded = Vec::new();
+            let (mut decoded, mut bytes) = (Vec::new(), Vec::new());
             for latent in self.latents(some)?.chunks_exact(shape.symbols()) {
                 let symbols = level.quantise(latent, shape)?;
-                bytes += coder::encode(&symbols, level, shape)?.len() + container::OVERHEAD;
+                bytes.push(coder::encode(&symbols, level, shape)?.len() + container::OVERHEAD);
                 level.dequantise_into(&symbols, shape, &mut decoded)?;
             }
             let wanted = self.teacher.forward(&stack(&some.iter().collect::<Vec<_>>())?).log_softmax(-1, Kind::Float);
             let answer = self.answers(&decoded)?.log_softmax(-1, Kind::Float);
-            right += answer.argmax(1, false).eq_tensor(&wanted.argmax(1, false)).sum(Kind::Int64).int64_value(&[]);
-            kl += (wanted.exp() * (&wanted - &answer)).sum(Kind::Float).double_value(&[]);
+            let right = values(&answer.argmax(1, false).eq_tensor(&wanted.argmax(1, false)).to_kind(Kind::Float))?;
+            let kl = values(&(wanted.exp() * (&wanted - &answer)).sum_dim_intlist([1i64].as_slice(), false, Kind::Float))?;
+            let score =
+                |((bytes, right), kl): ((usize, f32), f32)| LevelScore { bytes: bytes as f64, agreement: right.into(), kl: kl.into() };
+            scores.extend(bytes.into_iter().zip(right).zip(kl).map(score));
         }
-        let of = self.held_out.len().max(1) as f64;
-        Ok(LevelScore { bytes: bytes as f64 / of, agreement: right as f64 / of, kl: kl / of })
+        Ok(scores)
     }
 }
 
