@@ -75,7 +75,7 @@ demo: photos-if-possible ## 20 ImageNet photos through the real client and serve
 	@$(PYTHON) setup/demo.py
 
 test: photos-if-possible ## all tests
-	ISTHMUS_BINARIES=built $(CARGO) test --release --workspace
+	ISTHMUS_BINARIES=built $(CARGO) test --release --workspace --no-fail-fast
 
 lint: ## formatting, clippy, dependency policy
 	$(CARGO) fmt --all --check

@@ -118,6 +118,26 @@ async fn the_database_behaves_and_its_replicas_take_turns() {
     tokio::time::timeout(LIMIT, PostgresStore::open(access(&url, "third"))).await.unwrap().unwrap();
 }
 
+#[tokio::test]
+async fn a_database_is_reached_over_tls_with_its_authority_only() {
+    let own = |name: &str| rcgen::generate_simple_self_signed(vec![name.to_owned()]).unwrap();
+    let (certified, stranger) = (own("localhost"), own("localhost"));
+    let Some(server) = Postgres::with_tls(&certified.cert.pem(), &certified.signing_key.serialize_pem()) else {
+        return isthmus_testkit::skipped(NONE);
+    };
+    let url = server.database("tls").replace("127.0.0.1", "localhost");
+    let folder = tempfile::tempdir().unwrap();
+    let (good, bad) = (folder.path().join("good.pem"), folder.path().join("bad.pem"));
+    std::fs::write(&good, certified.cert.pem()).unwrap();
+    std::fs::write(&bad, stranger.cert.pem()).unwrap();
+    let open = |authority| PostgresStore::open(Access { authority, ..access(&url, "r") });
+    let store = open(Some(good.as_path())).await.unwrap();
+    store.save(record(1, Phase::Open).into()).await.unwrap();
+    for wrong in [Some(bad.as_path()), None] {
+        assert!(open(wrong).await.is_err(), "{wrong:?}");
+    }
+}
+
 /// Party 1 as two replicas over one database: the one at work is killed in the middle of a round, the other one ends it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_replica_ends_the_round_of_one_that_was_killed() {

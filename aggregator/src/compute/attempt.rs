@@ -14,7 +14,7 @@ use isthmus_proto::aggregator_v1::{Level, LevelHello, LevelMessage, Mode, PeerRo
 use isthmus_secagg::boolean3::share::seeded;
 use isthmus_secagg::boolean3::{Exchange, Party as Role, Shares, ZeroKeys};
 use isthmus_secagg::report::ReportId as Transcript;
-use isthmus_secagg::{ReportContext, SecAggError, Seed, additive2};
+use isthmus_secagg::{ReportContext, SecAggError, Seed, additive2, le_bytes};
 use prost::Message;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -172,8 +172,7 @@ async fn compute(party: &Arc<Party>, cell: &Cell, attempt: &Arc<Attempt>) -> Res
     let shares = counted.await.map_err(|e| AggregatorError::Transport(e.to_string()))??;
     // the neighbour must have it all before this side counts as done
     sending.await.map_err(|e| AggregatorError::Transport(e.to_string()))?;
-    let bytes = |words: &[u64]| Bytes::from(words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>());
-    Ok(Opening { epoch: attempt.epoch, own: bytes(&shares.own), next: bytes(&shares.next) })
+    Ok(Opening { epoch: attempt.epoch, own: le_bytes(&shares.own).into(), next: le_bytes(&shares.next).into() })
 }
 
 /// Mode A: the sum of this party's residues, two in a word.
@@ -241,7 +240,7 @@ struct Link<'a> {
 
 impl Exchange for Link<'_> {
     fn exchange(&mut self, level: u32, message: Vec<u64>) -> Result<Vec<u64>, SecAggError> {
-        let words: Bytes = message.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>().into();
+        let words: Bytes = le_bytes(&message).into();
         telemetry::peer_bytes("sent", words.len());
         let message = LevelMessage { part: Some(level_message::Part::Level(Level { block: self.block, level, words })) };
         let sent = self.send.blocking_send(message);
@@ -270,8 +269,14 @@ impl StoredRows<'_> {
         if bytes.len() != self.set.len() * (end - start) {
             return Err(AggregatorError::Store(format!("chunk {chunk} of round {} has another size than its reports", self.plan.round())));
         }
-        let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |w, b| w << 8 | u64::from(*b));
-        Ok(bytes.chunks_exact(end - start).flat_map(|row| row.chunks(8).map(word)).collect())
+        let mut rows = Vec::with_capacity(self.set.len() * width);
+        for row in bytes.chunks_exact(end - start) {
+            let (words, rest) = row.as_chunks();
+            rows.extend(words.iter().map(|w| u64::from_le_bytes(*w)));
+            // the last word of a body may be short
+            rows.extend((!rest.is_empty()).then(|| rest.iter().rev().fold(0, |w, b| w << 8 | u64::from(*b))));
+        }
+        Ok(rows)
     }
 
     /// Rows of the share with number `share`, from its seeds, of which it is number `place` in the envelope.

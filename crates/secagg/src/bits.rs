@@ -50,7 +50,7 @@ impl Bits {
 
     /// As on the wire.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes: Vec<u8> = self.words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        let mut bytes = le_bytes(&self.words);
         bytes.truncate(self.len.div_ceil(8));
         bytes
     }
@@ -92,6 +92,13 @@ impl Bits {
             n => (1 << n) - 1,
         }
     }
+}
+
+/// Words as bytes, the lowest first. An iterator over bytes would be several times as slow.
+pub fn le_bytes(words: &[u64]) -> Vec<u8> {
+    let mut bytes = vec![0; 8 * words.len()];
+    bytes.as_chunks_mut().0.iter_mut().zip(words).for_each(|(b, w)| *b = w.to_le_bytes());
+    bytes
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ pub mod quantise;
 pub mod report;
 pub mod simulate;
 
-pub use bits::Bits;
+pub use bits::{Bits, le_bytes};
 pub use error::SecAggError;
 pub use prg::{LevelContext, ReportContext, Seed};
 pub use quantise::{Quantiser, Scale, Transform};

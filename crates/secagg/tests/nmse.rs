@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use isthmus_secagg::quantise::scale::Range;
+use isthmus_secagg::quantise::separate::{LocalScale, RANGE_BITS};
 use isthmus_secagg::{Quantiser, Scale, Seed, Transform};
 use rand::SeedableRng;
 use rand_chacha::ChaCha20Rng;
@@ -136,4 +137,38 @@ fn bad_vectors_are_refused() {
     assert!(Quantiser::new(0, Transform::Identity, &Seed::from_bytes([0; 32])).is_err());
     let zero = quantiser.quantise(&[0.0; 4], &Scale::public(1.0, Transform::Kashin).unwrap(), &mut ChaCha20Rng::seed_from_u64(1));
     assert_eq!(zero.unwrap().len(), 8);
+}
+
+/// Squared error of separate aggregation over that of exact local scales, both relative to the mean vector's length.
+fn separate_over_exact(n: usize, transform: Transform, trials: u64) -> f64 {
+    let vectors = lognormal(n, 1024);
+    let exact = nmse(&vectors, transform, None, trials);
+    let d = vectors[0].len();
+    let mean: Vec<f64> = (0..d).map(|j| vectors.iter().map(|x| f64::from(x[j])).sum::<f64>() / n as f64).collect();
+    let power = vectors.iter().flatten().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n as f64;
+    let local = LocalScale::new(400.0).unwrap();
+    let mut rng = ChaCha20Rng::seed_from_u64(13);
+    let mut sum = 0.0;
+    for trial in 0..trials {
+        let quantiser = Quantiser::new(d, transform, &Seed::from_bytes([trial as u8; 32])).unwrap();
+        let (mut counts, mut ranges) = (vec![0u32; quantiser.coded()], vec![0u32; RANGE_BITS]);
+        for x in &vectors {
+            let y = quantiser.forward(x).unwrap();
+            let (range, code) = local.fixed(Range::of(&y));
+            let bits = quantiser.round(&y, &Scale::Range(range), &mut rng).unwrap();
+            counts.iter_mut().enumerate().for_each(|(j, c)| *c += u32::from(bits.get(j)));
+            ranges.iter_mut().enumerate().for_each(|(k, c)| *c += code >> k & 1);
+        }
+        let estimate = quantiser.mean_separate(&counts, n as u32, local.sums(&ranges, n as u32).unwrap()).unwrap();
+        sum += estimate.iter().zip(&mean).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / power;
+    }
+    sum / trials as f64 / exact
+}
+
+/// Known ratios of an independent implementation: 0.99 to 1.00 after a rotation, 1.22 with 100 clients without one.
+#[test]
+fn separate_aggregation_costs_nothing_after_a_rotation_and_a_bias_without() {
+    near(separate_over_exact(100, Transform::Hadamard, 10), 1.0, 0.03);
+    near(separate_over_exact(100, Transform::Kashin, 10), 1.0, 0.03);
+    near(separate_over_exact(100, Transform::Identity, 10), 1.22, 0.1);
 }

@@ -37,6 +37,18 @@ impl Postgres {
     /// # Panics
     /// If it is installed and does not start.
     pub fn start() -> Option<Self> {
+        Self::with(None)
+    }
+
+    /// As [`Postgres::start`], with TLS demanded: PEM of certificate and key.
+    ///
+    /// # Panics
+    /// If it is installed and does not start.
+    pub fn with_tls(certificate: &str, key: &str) -> Option<Self> {
+        Self::with(Some([("server.crt", certificate), ("server.key", key)]))
+    }
+
+    fn with(tls: Option<[(&str, &str); 2]>) -> Option<Self> {
         let (programs, (user, group)) = (programs()?, account()?);
         let folder = tempfile::tempdir().expect("temporary folder");
         let data = folder.path().join("data");
@@ -61,7 +73,20 @@ impl Postgres {
         let init = init.stdout(Stdio::null()).status();
         assert!(init.is_ok_and(|s| s.success()), "initdb failed; its message is above");
         let port = free_port().port();
+        for (name, text) in tls.iter().flatten() {
+            let path = data.join(name);
+            std::fs::write(&path, text).expect("a file of the server");
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("permissions");
+            if root {
+                chown(&path, Some(user), Some(group)).expect("chown");
+            }
+        }
+        if tls.is_some() {
+            // nothing but TLS over TCP
+            std::fs::write(data.join("pg_hba.conf"), "hostssl all all all trust\n").expect("pg_hba.conf");
+        }
         let mut server = program("postgres");
+        server.args(if tls.is_some() { &["-c", "ssl=on"][..] } else { &[] });
         server.arg("-D").arg(&data).args(["-h", "127.0.0.1", "-p", &port.to_string(), "-c", "fsync=off"]);
         server.arg("-k").arg(folder.path()).stdout(Stdio::null()).stderr(Stdio::null());
         let server = server.spawn().expect("postgres starts");

@@ -391,7 +391,7 @@ impl Policy {
             let c = &self.candidates[i];
             match self.goal.aim {
                 Aim::Agreement => c.agreement > self.candidates[self.current].agreement && hoped(c) <= HEADROOM * deadline,
-                Aim::Latency => hoped(c) < present * (1.0 - WORTH),
+                Aim::Latency => hoped(c) < present * (1.0 - WORTH) && self.could_save(c, present),
             }
         });
         self.trial_at = now + self.trial_pause;
@@ -401,6 +401,12 @@ impl Policy {
             self.since_trial = 0;
         }
         better
+    }
+
+    /// A payload that is no smaller travels no faster, whatever the link is like: only less computing could make it sooner.
+    fn could_save(&self, c: &Candidate, present: f64) -> bool {
+        let current = &self.candidates[self.current];
+        c.bytes < current.bytes || current.encode + current.server - c.encode - c.server > WORTH * present
     }
 
     /// While the device is the soonest: the soonest way over the link, to see what has become of it.

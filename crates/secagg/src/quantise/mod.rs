@@ -7,6 +7,7 @@ pub mod blocks;
 pub mod hadamard;
 pub mod kashin;
 pub mod scale;
+pub mod separate;
 
 use rand::RngCore;
 
