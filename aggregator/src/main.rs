@@ -30,7 +30,15 @@ enum Command {
 }
 
 fn main() -> std::process::ExitCode {
-    match run() {
+    let cli = Cli::parse();
+    #[cfg(feature = "train")]
+    if matches!(cli.command, Command::Train(_)) {
+        // threads that spin without bound stall each other where cores are shared with other processes
+        if let Err(e) = isthmus_nets::process::with_environment(&[isthmus_nets::process::BOUNDED_SPINNING]) {
+            eprintln!("aggregator: {e}");
+        }
+    }
+    match run(cli) {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("aggregator: {e:#}");
@@ -40,8 +48,8 @@ fn main() -> std::process::ExitCode {
 }
 
 #[tokio::main]
-async fn run() -> Result<()> {
-    match Cli::parse().command {
+async fn run(cli: Cli) -> Result<()> {
+    match cli.command {
         Command::Party(args) => commands::party::run(args).await,
         Command::Keys(args) => commands::keys::run(args),
         Command::Round(args) => commands::round::run(args).await,

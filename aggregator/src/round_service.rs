@@ -41,7 +41,11 @@ impl Operators {
         if known.map(Some).any(|h| h == presented) {
             return Ok(());
         }
-        Err(AggregatorError::Unauthenticated("operators need a token: authorization: Bearer TOKEN"))
+        Err(AggregatorError::Unauthenticated(if presented.is_some() {
+            "the token is not one of this party's `operators`"
+        } else {
+            "operators need a token: authorization: Bearer TOKEN"
+        }))
     }
 
     async fn create(&self, request: CreateRoundRequest) -> Result<Round, AggregatorError> {

@@ -75,25 +75,27 @@ fn ten_client_processes_and_simulated_ones_train_together() {
     let trial = set_up(&folder.path().join("parties"), 0, REAL, 3).unwrap();
     let path = config(folder.path(), &data, "");
     let mut command = Command::new(isthmus_testkit::binary("aggregator"));
-    command.args(["train", "--json"]).arg(&path).stdout(Stdio::piped()).stdin(Stdio::null());
+    command.args(["train", "--json"]).arg(&path).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null());
     let mut training = Client(command.spawn().unwrap());
     let lines = BufReader::new(training.0.stdout.take().unwrap()).lines();
-    let mut clients: Vec<Client> = Vec::new();
+    // the parties' addresses come first, among what is for people
+    let mut said = BufReader::new(training.0.stderr.take().unwrap()).lines();
+    assert!(said.any(|l| l.unwrap().starts_with("serving clients on 127.0.0.1")));
+    let more = std::thread::spawn(move || said.map_while(Result::ok).for_each(drop));
+    let mut clients: Vec<Client> = (0..REAL).map(|c| client(&trial, &data, c)).collect();
     let mut rounds = Vec::new();
     for line in lines.map_while(Result::ok) {
-        if line.starts_with("serving clients on 127.0.0.1") {
-            clients = (0..REAL).map(|c| client(&trial, &data, c)).collect();
-        }
-        if let Ok(json) = serde_json::from_str::<serde_json::Value>(&line) {
-            rounds.push(json["progress"].clone());
-            // kill -9 in the middle of whatever they do; their memory tells the next processes what was sent
-            for (number, killed) in clients.iter_mut().enumerate().take(2) {
-                let _ = killed.0.kill();
-                let _ = killed.0.wait();
-                *killed = client(&trial, &data, number);
-            }
+        // nothing but JSON on standard output
+        let json: serde_json::Value = serde_json::from_str(&line).unwrap();
+        rounds.push(json["progress"].clone());
+        // kill -9 in the middle of whatever they do; their memory tells the next processes what was sent
+        for (number, killed) in clients.iter_mut().enumerate().take(2) {
+            let _ = killed.0.kill();
+            let _ = killed.0.wait();
+            *killed = client(&trial, &data, number);
         }
     }
+    more.join().unwrap();
     assert!(training.0.wait().unwrap().success());
     assert_eq!(rounds.len(), 3, "{rounds:?}");
     for round in &rounds {

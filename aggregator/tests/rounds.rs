@@ -115,3 +115,16 @@ async fn too_few_clients_end_a_round_without_a_result() {
     assert_eq!(result.counts, sums(&bits, plan.bits()));
     assert_eq!(result.round.state(), State::Done);
 }
+
+/// `aggregator local` runs until it is told to stop, and takes its parties with it.
+#[test]
+fn three_parties_on_one_machine_run_until_they_are_stopped() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = std::process::Command::new(isthmus_testkit::binary("aggregator"));
+    command.args(["local", "--port", "0"]).arg(folder.path().join("trial")).stdin(std::process::Stdio::null());
+    let (mut process, line) = isthmus_testkit::Process::spawn(&mut command);
+    assert!(line.starts_with("operators:"), "{line}");
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    process.signal("INT");
+    assert_eq!(process.wait(LIMIT), Some(0), "it was still there, and ended in good order");
+}

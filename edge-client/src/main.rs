@@ -218,6 +218,11 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     install_logs();
     let run = || -> anyhow::Result<bool> {
+        #[cfg(feature = "train")]
+        if matches!(cli.command, Command::Federate(_)) {
+            // threads that spin without bound stall each other where cores are shared with other processes
+            isthmus_nets::process::with_environment(&[isthmus_nets::process::BOUNDED_SPINNING])?;
+        }
         // one thread: a device has better uses for the others, and the encoder has its own pool
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {

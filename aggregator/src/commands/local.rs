@@ -6,7 +6,7 @@ use std::process::Stdio;
 use aggregator::local::{Trial, set_up};
 use anyhow::{Context, Result, bail};
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(clap::Args)]
@@ -25,7 +25,11 @@ pub struct Args {
 }
 
 /// A party as a child process; killed when dropped.
-pub struct PartyProcess(Child);
+pub struct PartyProcess {
+    child: Child,
+    /// Its input, which ends it; not the child's own, because waiting for a child closes that.
+    input: Option<ChildStdin>,
+}
 
 /// Starts a party and waits until it serves.
 ///
@@ -40,23 +44,30 @@ pub async fn spawn(config: &Path, log: &str) -> Result<PartyProcess> {
     let mut child = command.spawn().context("starting a party")?;
     let mut lines = BufReader::new(child.stdout.take().context("a party's output")?).lines();
     let Some(line) = lines.next_line().await? else { bail!("the party of {} did not start (its error is above)", config.display()) };
-    println!("{line}");
+    eprintln!("{line}");
     tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-    Ok(PartyProcess(child))
+    let input = child.stdin.take();
+    Ok(PartyProcess { child, input })
 }
 
 impl PartyProcess {
     /// Waits for the end.
     pub async fn ended(&mut self) -> Result<()> {
-        bail!("a party ended: {}", self.0.wait().await?)
+        bail!("a party ended by itself: {} (its last words are above)", self.child.wait().await?)
     }
 
     /// Ends its input, which ends it, and waits.
     pub async fn stop(mut self) -> Result<()> {
-        drop(self.0.stdin.take());
-        self.0.wait().await?;
+        drop(self.input.take());
+        self.child.wait().await?;
         Ok(())
     }
+}
+
+/// Waits until one of the parties has ended; for ever, if there are none.
+pub async fn one_ended(parties: &mut [PartyProcess]) -> Result<()> {
+    let waiting = parties.iter_mut().map(|p| Box::pin(p.ended())).collect::<Vec<_>>();
+    if waiting.is_empty() { std::future::pending().await } else { futures_util::future::select_all(waiting).await.0 }
 }
 
 pub async fn run(args: Args) -> Result<()> {
@@ -75,11 +86,8 @@ pub async fn run(args: Args) -> Result<()> {
         trial.clients.display(),
         trial.status
     );
-    let [a, b, c] = parties.as_mut_slice() else { bail!("three parties") };
     let failed = tokio::select! {
-        ended = a.ended() => ended,
-        ended = b.ended() => ended,
-        ended = c.ended() => ended,
+        ended = one_ended(&mut parties) => ended,
         _ = term.recv() => Ok(()),
         _ = int.recv() => Ok(()),
     };

@@ -8,7 +8,7 @@ use aggregator::train::{TrainConfig, run};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::local::spawn;
+use super::local::{one_ended, spawn};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -33,12 +33,14 @@ pub async fn run_loop(args: Args) -> Result<()> {
                 parties.push(spawn(party, "warn").await?);
             }
             eprintln!(
-                "status page: http://{}/\njoin:        edge-client federate --url {} --ca {} --key {}/0.key --credential {}/0.credential ...",
+                "status page: http://{}/\njoin:        edge-client-train federate --task {} --url {} --ca {} --key {}/0.key --credential {}/0.credential --data {}",
                 trial.status,
+                config.training.task,
                 trial.url,
                 trial.certificate.display(),
                 trial.clients.display(),
-                trial.clients.display()
+                trial.clients.display(),
+                config.data.display()
             );
             Some(trial)
         }
@@ -55,9 +57,11 @@ pub async fn run_loop(args: Args) -> Result<()> {
         }
         bar.suspend(|| {
             println!(
-                "round {:>3}  accuracy {:>5.1} %  clients {:>4} (kept {})  report {:>7} B  norm {:.2} (clipped {:.0} %)  trained in {:.1} s, summed in {:.2} s",
+                "round {:>3}  {} {:>5.1} %{}  clients {:>4} (kept {})  report {:>7} B  norm {:.2} (clipped {:.0} %)  trained in {:.1} s, summed in {:.2} s",
                 p.round,
+                if p.bytes.is_some() { "agreement" } else { "accuracy" },
                 100.0 * p.accuracy,
+                p.bytes.map_or_else(String::new, |b| format!(" at {b:.0} B")),
                 p.clients,
                 p.kept,
                 p.report_bytes,
@@ -75,6 +79,7 @@ pub async fn run_loop(args: Args) -> Result<()> {
     };
     let trained = tokio::select! {
         trained = run(&config, trial.as_ref(), line, step) => trained,
+        ended = one_ended(&mut parties) => return ended,
         interrupted = tokio::signal::ctrl_c() => {
             interrupted?;
             bar.finish_and_clear();

@@ -132,7 +132,7 @@ impl PostgresStore {
         };
         let timeouts = Timeouts { wait: Some(LIMIT), create: Some(LIMIT), recycle: Some(LIMIT) };
         let pool = Pool::builder(manager).max_size(CONNECTIONS).timeouts(timeouts).runtime(Runtime::Tokio1).build().map_err(failed)?;
-        let mut client = pool.get().await.map_err(failed)?;
+        let mut client = pool.get().await.map_err(|e| AggregatorError::Store(format!("postgres = {:?}: {}", access.url, failed(e))))?;
         let transaction = client.transaction().await.map_err(failed)?;
         transaction.execute("select pg_advisory_xact_lock($1)", &[&SCHEMA_LOCK]).await.map_err(failed)?;
         transaction.batch_execute(SCHEMA).await.map_err(failed)?;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use isthmus_federate::train::{CLIPPED_BIT, Model, learner};
+use isthmus_federate::train::{CLIPPED_BIT, Model, Training, learner};
 use isthmus_federate::{Operator, Participant, RoundPlan};
 use isthmus_proto::aggregator_v1::{CreateRoundRequest, Filter, Mode, Transform};
 use isthmus_secagg::quantise::norm;
@@ -29,6 +29,9 @@ const STATE: &str = "state.json";
 pub struct Checkpoint {
     /// Rounds that are done.
     pub done: u64,
+    /// What is trained: a run goes on with the same only.
+    #[serde(default)]
+    pub training: Option<Training>,
     /// Longest update in the next round.
     pub norm: f32,
     /// The parties' number of the last round.
@@ -84,8 +87,10 @@ fn resume(out: &Path) -> Result<Option<(Checkpoint, Model)>, AggregatorError> {
         return Ok(None);
     }
     let text = std::fs::read(&state).map_err(io(&state))?;
-    let checkpoint = serde_json::from_slice(&text).map_err(|e| AggregatorError::Config(format!("{}: {e}", state.display())))?;
-    Ok(Some((checkpoint, Model::decode(&std::fs::read(&model).map_err(io(&model))?)?)))
+    let checkpoint: Checkpoint = serde_json::from_slice(&text).map_err(|e| AggregatorError::Config(format!("{}: {e}", state.display())))?;
+    let bytes = std::fs::read(&model).map_err(io(&model))?;
+    let decoded = Model::decode(&bytes).map_err(|e| AggregatorError::Config(format!("{}: {e}", model.display())))?;
+    Ok(Some((checkpoint, decoded)))
 }
 
 /// Connections to party 0.
@@ -121,8 +126,18 @@ pub async fn run(
     std::fs::create_dir_all(&config.out).map_err(io(&config.out))?;
     let mut scorer = learner(&config.training.task, &config.sources())?;
     let (mut checkpoint, mut model) = match resume(&config.out)? {
-        Some(found) => found,
-        None => (Checkpoint { done: 0, norm: config.aggregation.norm, last_round: 0, history: Vec::new() }, scorer.initial(config.seed)?),
+        Some((checkpoint, model)) => {
+            if checkpoint.training.as_ref().is_some_and(|t| *t != config.training) {
+                let why = "holds a run with another [training]; use that one, or another `out`";
+                return Err(AggregatorError::Config(format!("{} {why}", config.out.display())));
+            }
+            (checkpoint, model)
+        }
+        None => {
+            let training = Some(config.training.clone());
+            let start = Checkpoint { done: 0, training, norm: config.aggregation.norm, last_round: 0, history: Vec::new() };
+            (start, scorer.initial(config.seed)?)
+        }
     };
     let (mut connected, authority) = match config.aggregation.kind {
         Kind::Secure => {

@@ -102,15 +102,8 @@ pub async fn run(args: Args) -> Result<bool> {
     while args.rounds.is_none_or(|most| votes < most) {
         let mut rng = StdRng::try_from_rng(&mut OsRng).context("random numbers of the system")?;
         let turn = session.turn(&mut *learner, &mut rng, |event| tell(event, &mut waiting, &mut votes));
-        let done = tokio::select! {
-            done = turn => done,
-            interrupted = tokio::signal::ctrl_c() => {
-                interrupted?;
-                eprintln!("interrupted; what was sent is remembered");
-                return Ok(true);
-            }
-        };
-        match done {
+        // Ctrl-C ends the process at once: what was sent is remembered before it is sent
+        match turn.await {
             Ok(()) => failures = 0,
             Err(error) if error.is_transient() && failures < MOST_FAILURES => {
                 if failures == 0 {

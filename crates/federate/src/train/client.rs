@@ -139,9 +139,21 @@ impl Session {
                 return Ok(());
             }
         };
+        let task = match (Training::parse(&plan.config().training), &plan.config().model) {
+            (Ok(training), Some(named)) => Ok((training, named)),
+            (Err(error), _) => Err(error.to_string()),
+            (_, None) => Err("the round has no model".into()),
+        };
+        let (training, named) = match task {
+            Ok(task) => task,
+            Err(why) => {
+                // somebody else's round: the next one may be for this client
+                self.memory.voted = plan.round();
+                tell(Event::Missed { round: plan.round(), why });
+                return Ok(());
+            }
+        };
         tell(Event::Training { round: plan.round() });
-        let training = Training::parse(&plan.config().training)?;
-        let named = plan.config().model.as_ref().ok_or_else(|| FederateError::Invalid("the round has no model".into()))?;
         let model = Model::decode(&self.participant.model(named).await?)?;
         if model.dim() != plan.config().dim as usize {
             return Err(FederateError::Invalid(format!("a model of {} values in a round of {}", model.dim(), plan.config().dim)));
