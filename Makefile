@@ -42,7 +42,9 @@ federate: build federated-data ## train 20 federated rounds: 100 simulated clien
 adapt: training-photos ## a fleet of monochrome cameras fits the default bundle to what it sees (about 15 minutes), into runs/adapt/bundle
 	@$(RELEASE)/trainer monochrome
 	@$(RELEASE)/aggregator train configs/adapt.toml
-	@$(RELEASE)/trainer adapt --model runs/adapt/model.safetensors --photos data/monochrome --version 4.1 --out runs/adapt/bundle
+	@[ -f runs/adapt/signer.key ] || $(RELEASE)/aggregator keys authority --out runs/adapt/signer.key > runs/adapt/signer.pub
+	@$(RELEASE)/trainer adapt --model runs/adapt/model.safetensors --photos data/monochrome --version 4.1 --out runs/adapt/bundle --key runs/adapt/signer.key
+	@echo "signed: give clients --trust, and servers trusted_bundle_keys, $$(cat runs/adapt/signer.pub)"
 	@$(RELEASE)/trainer gain --after runs/adapt/bundle --photos data/monochrome
 
 TRIAL := runs/federated/parties

@@ -30,6 +30,8 @@ const RETRY_MS: u64 = 1000;
 /// Waiting for the other parties to store a report before the answer says that they have not yet.
 const COMPLETE_LIMIT: Duration = Duration::from_secs(5);
 const KIB: usize = 1024;
+/// Models that are sent at once: each keeps its bytes until it is through.
+const MOST_DOWNLOADS: usize = 64;
 
 /// The service.
 #[derive(Clone)]
@@ -37,6 +39,8 @@ pub struct Clients {
     party: Arc<Party>,
     /// KiB of bodies that may be received at once.
     room: Arc<Semaphore>,
+    /// Models that are being sent.
+    downloads: Arc<Semaphore>,
     rates: Arc<DefaultKeyedRateLimiter<[u8; 32]>>,
 }
 
@@ -45,7 +49,12 @@ impl Clients {
     pub fn new(party: Arc<Party>) -> Self {
         let room = Arc::new(Semaphore::new(party.config.max_upload_bytes / KIB));
         let per_minute = NonZeroU32::new(party.config.uploads_per_minute).unwrap_or(NonZeroU32::MIN);
-        Self { party, room, rates: Arc::new(RateLimiter::keyed(Quota::per_minute(per_minute))) }
+        Self {
+            party,
+            room,
+            downloads: Arc::new(Semaphore::new(MOST_DOWNLOADS)),
+            rates: Arc::new(RateLimiter::keyed(Quota::per_minute(per_minute))),
+        }
     }
 
     async fn next(&self, parts: &mut Streaming<UploadChunk>) -> Result<Option<upload_chunk::Part>, AggregatorError> {
@@ -140,10 +149,12 @@ impl ClientService for Clients {
 
     async fn get_model(&self, request: Request<GetModelRequest>) -> Result<Response<Self::GetModelStream>, Status> {
         let request = request.into_inner();
+        let place = self.downloads.clone().try_acquire_owned().map_err(|_| AggregatorError::Busy("too many models are being fetched"))?;
         let data = self.party.store.model(&request.name, request.version).await?;
         let data = data
             .ok_or_else(|| AggregatorError::NotFound(format!("model {:?} version {} is not known here", request.name, request.version)))?;
         let parts = (0..data.len()).step_by(CHUNK_BYTES).map(move |at| {
+            let _held = &place;
             let part = data.slice(at..data.len().min(at + CHUNK_BYTES));
             Ok(ModelChunk { part: Some(model_chunk::Part::Data(part)) })
         });

@@ -64,6 +64,11 @@ pub fn tls_name(party: u8) -> String {
 /// # Errors
 /// If there are keys already, or the folder cannot be written.
 pub fn make_party(folder: &Path, party: u8, url: &str, hosts: &[String]) -> Result<PublicParty, AggregatorError> {
+    let host =
+        url.parse::<tonic::transport::Uri>().ok().filter(|u| u.scheme_str() == Some("https")).and_then(|u| u.host().map(str::to_owned));
+    if host.is_none_or(|h| h.is_empty()) {
+        return Err(config(format!("url {url:?}: an address such as https://agg1.example.org:50071 is wanted")));
+    }
     std::fs::create_dir_all(folder).map_err(io(folder))?;
     let names: Vec<String> = hosts.iter().cloned().chain([tls_name(party)]).collect();
     let made = rcgen::generate_simple_self_signed(names).map_err(config)?;
@@ -85,6 +90,9 @@ impl SecretParty {
     /// # Errors
     /// If a file is missing or holds something else.
     pub fn open(folder: &Path) -> Result<Self, AggregatorError> {
+        if !folder.join(CERTIFICATE).exists() {
+            return Err(config(format!("{} holds no keys of a party: `aggregator keys party --out {0}` makes them", folder.display())));
+        }
         let certificate = read(&folder.join(CERTIFICATE))?.to_string();
         let secret = Zeroizing::new(from_hex(ENVELOPE_KEY, &read(&folder.join(ENVELOPE_KEY))?)?);
         Ok(Self { certificate, tls_key: read(&folder.join(TLS_KEY))?, envelope: EnvelopeKey::from_bytes(&secret)? })

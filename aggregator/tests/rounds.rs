@@ -47,7 +47,12 @@ fn check_metrics(parties: &Parties) {
     let status = isthmus_testkit::http_get(parties.trial.status, "/status.json");
     let status: serde_json::Value = serde_json::from_str(&status).unwrap();
     assert!(status["rounds"].as_array().is_some_and(|r| r.iter().all(|r| r["state"] == "done")), "{status}");
-    assert!(isthmus_testkit::http_get(parties.trial.status, "/").contains("Isthmus aggregator"));
+    // the page as a browser shows it
+    let Some(page) = isthmus_testkit::browser::shown(&format!("http://{}/", parties.trial.status)) else { return };
+    for shown in ["party 0, task", "<b>5</b>", "<svg", "answered"] {
+        assert!(page.contains(shown), "{shown} is missing: {page}");
+    }
+    assert!(page.matches("<tr>").count() >= 9, "five rounds, three parties, heads: {page}");
 }
 
 #[tokio::test]

@@ -87,6 +87,9 @@ fn strategies_are_measured_over_shaped_streams() {
     let tables = std::fs::read_to_string(folder.path().join("out/results.md")).unwrap();
     let page = std::fs::read_to_string(folder.path().join("out/report.html")).unwrap();
     assert!(page.contains("<svg") && page.contains("Isthmus q4") && !page.contains("http-equiv"), "{page}");
+    if let Some(shown) = isthmus_testkit::browser::shown(&format!("file://{}", folder.path().join("out/report.html").display())) {
+        assert!(shown.matches("<svg").count() >= 3 && shown.contains("</table>"), "plots and tables in a browser");
+    }
     std::fs::remove_file(folder.path().join("out/report.html")).unwrap();
     let again = Command::new(binary("bench-harness")).arg("report").arg(folder.path().join("out")).output().unwrap();
     assert!(again.status.success() && folder.path().join("out/report.html").exists());

@@ -12,6 +12,12 @@ pub mod aggregator_v1 {
     tonic::include_proto!("isthmus.aggregator.v1");
 }
 
+/// `inference`: the Open Inference Protocol, version 2.
+pub mod inference {
+    #![allow(missing_docs, clippy::all, clippy::pedantic)]
+    tonic::include_proto!("inference");
+}
+
 /// The `k` best of `logits` as labels with their softmax probabilities, best first.
 pub fn best(logits: &[f32], k: usize, names: &[String]) -> Vec<offload_v1::Label> {
     let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -7,6 +7,7 @@ use aggregator::train::config::{Kind, Parties};
 use aggregator::train::{TrainConfig, run};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::local::{one_ended, spawn};
 
@@ -25,6 +26,8 @@ pub struct Args {
 pub async fn run_loop(args: Args) -> Result<()> {
     let mut config = TrainConfig::open(&args.config)?;
     config.rounds = args.rounds.unwrap_or(config.rounds);
+    // before anything starts: a folder without data is the commonest mistake
+    let scorer = isthmus_federate::train::learner(&config.training.task, &config.sources())?;
     let mut parties = Vec::new();
     let trial = match (&config.parties, config.aggregation.kind) {
         (Parties::Local(folder), Kind::Secure) => {
@@ -73,15 +76,20 @@ pub async fn run_loop(args: Args) -> Result<()> {
         });
     };
     let step = |round: u64, done: usize, of: usize| {
+        if of == 0 {
+            bar.set_style(ProgressStyle::default_spinner());
+            bar.set_message(format!("round {round} is open: {done} reports of clients"));
+            return;
+        }
         bar.set_message(format!("round {round}"));
         bar.set_length(of as u64);
         bar.set_position(done as u64);
     };
+    let mut term = signal(SignalKind::terminate())?;
     let trained = tokio::select! {
-        trained = run(&config, trial.as_ref(), line, step) => trained,
+        trained = run(&config, scorer, trial.as_ref(), line, step) => trained,
         ended = one_ended(&mut parties) => return ended,
-        interrupted = tokio::signal::ctrl_c() => {
-            interrupted?;
+        () = interrupted(&mut term) => {
             bar.finish_and_clear();
             eprintln!("interrupted; the same command goes on after round {}", done(&config));
             std::process::exit(130);
@@ -102,6 +110,13 @@ pub async fn run_loop(args: Args) -> Result<()> {
         );
     }
     Ok(())
+}
+
+async fn interrupted(term: &mut Signal) {
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = term.recv() => {}
+    }
 }
 
 /// Rounds in the checkpoint.

@@ -58,7 +58,7 @@ impl Counting<'_> {
             (Some(_), None) => return Err(AggregatorError::State("the filter's direction is missing".into())),
             (None, _) => None,
         };
-        let counts = in_parallel(all.len(), |block| {
+        let counts = in_parallel(all.len(), WINDOW, |block| {
             let (from, width) = all[block as usize];
             let shares = rows.block(from, width)?;
             let mut link = link(block);
@@ -90,7 +90,7 @@ impl Counting<'_> {
     ) -> Result<(Shares, Shares), AggregatorError> {
         let coded = self.plan.coded();
         let all: Vec<(usize, usize)> = blocks(coded.div_ceil(64), block_width(self.clients)).collect();
-        let parts = in_parallel(all.len(), |block| {
+        let parts = in_parallel(all.len(), WINDOW, |block| {
             let (from, width) = all[block as usize];
             let shares = rows.block(from, width)?;
             let (number, coordinates) = (FILTER_BLOCKS + block, (coded - from * 64).min(width * 64));
@@ -109,13 +109,17 @@ impl Counting<'_> {
     }
 }
 
-/// Runs blocks 0 to `count` - 1 in order, [`WINDOW`] at a time, each in a thread: they wait for the network most of the time.
-fn in_parallel<T: Send>(count: usize, run: impl Fn(u32) -> Result<T, AggregatorError> + Sync) -> Result<Vec<T>, AggregatorError> {
+/// Runs blocks 0 to `count` - 1 in order, `threads` at a time, each in a thread: they wait for the network most of the time.
+fn in_parallel<T: Send>(
+    count: usize,
+    threads: usize,
+    run: impl Fn(u32) -> Result<T, AggregatorError> + Sync,
+) -> Result<Vec<T>, AggregatorError> {
     let next = AtomicU32::new(0);
     let failed = AtomicBool::new(false);
     let results = Mutex::new(Vec::with_capacity(count));
     std::thread::scope(|scope| {
-        for _ in 0..WINDOW.min(count) {
+        for _ in 0..threads.min(count) {
             scope.spawn(|| {
                 while !failed.load(Ordering::Relaxed) {
                     let block = next.fetch_add(1, Ordering::Relaxed);
@@ -194,4 +198,29 @@ pub fn open_additive(plan: &RoundPlan, own: &[u64], other: &[u64]) -> Result<Vec
         ((a0 + b0) & low) | ((a1 + b1) & low) << 32
     };
     Ok(own.iter().zip(other).map(add).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn blocks_come_out_in_order_whatever_the_number_of_threads() {
+        for threads in 1..=9 {
+            // later blocks are ready first
+            let run = |block: u32| {
+                std::thread::sleep(std::time::Duration::from_millis(u64::from(7 - block % 8)));
+                Ok(block)
+            };
+            assert_eq!(in_parallel(20, threads, run).unwrap(), (0..20).collect::<Vec<u32>>(), "{threads}");
+        }
+    }
+
+    #[test]
+    fn a_failed_block_fails_all() {
+        let run = |block: u32| if block == 3 { Err(AggregatorError::Deadline("a block")) } else { Ok(block) };
+        assert!(matches!(in_parallel(20, 4, run), Err(AggregatorError::Deadline(_))));
+    }
 }

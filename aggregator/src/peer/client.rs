@@ -1,6 +1,7 @@
 //! Calls to another party.
 
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use isthmus_federate::RoundPlan;
@@ -28,6 +29,16 @@ pub struct PeerLink {
     party: u8,
     client: PeerServiceClient<Channel>,
     limit: Duration,
+    last: Mutex<LastCall>,
+}
+
+/// How the last calls to a party ended.
+#[derive(Debug, Clone, Default)]
+pub struct LastCall {
+    /// When it last answered.
+    pub answered: Option<SystemTime>,
+    /// Why it has not answered since.
+    pub failure: Option<String>,
 }
 
 impl PeerLink {
@@ -56,12 +67,24 @@ impl PeerLink {
             .map_err(bad)?;
         let client =
             PeerServiceClient::new(endpoint.connect_lazy()).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
-        Ok(Self { party: public.party, client, limit })
+        Ok(Self { party: public.party, client, limit, last: Mutex::default() })
     }
 
-    fn failed(&self) -> impl FnOnce(Status) -> AggregatorError + use<> {
-        let party = self.party;
-        move |status| AggregatorError::Peer { party, status: Box::new(status) }
+    /// Notes how a call ended.
+    fn heard<T>(&self, ended: Result<T, Status>) -> Result<T, AggregatorError> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        // a refusal is an answer as well
+        let silent = |s: &&Status| matches!(s.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown);
+        match ended.as_ref().err().filter(silent) {
+            Some(status) => last.failure = Some(status.message().to_owned()),
+            None => *last = LastCall { answered: Some(SystemTime::now()), failure: None },
+        }
+        ended.map_err(|status| AggregatorError::Peer { party: self.party, status: Box::new(status) })
+    }
+
+    /// How the last calls ended.
+    pub fn last_call(&self) -> LastCall {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn within<T>(&self, message: T) -> Request<T> {
@@ -80,7 +103,7 @@ impl PeerLink {
     /// If the party cannot be reached or refuses.
     pub async fn open_round(&self, plan: &RoundPlan) -> Result<PeerRound, AggregatorError> {
         let request = self.within(OpenRoundRequest { config: plan.bytes().to_vec().into() });
-        Ok(self.client.clone().open_round(request).await.map_err(self.failed())?.into_inner())
+        Ok(self.heard(self.client.clone().open_round(request).await)?.into_inner())
     }
 
     /// Begins passing reports on.
@@ -91,7 +114,7 @@ impl PeerLink {
         let mut client = self.client.clone();
         let call = client.forward_reports(Request::new(reports));
         let answers = tokio::time::timeout(self.limit, call).await.map_err(|_| AggregatorError::Deadline("another party's answer"))?;
-        Ok(answers.map_err(self.failed())?.into_inner())
+        Ok(self.heard(answers)?.into_inner())
     }
 
     /// Which reports the party has.
@@ -99,7 +122,7 @@ impl PeerLink {
     /// # Errors
     /// If the party cannot be reached or answers with something senseless.
     pub async fn list_reports(&self, plan: &RoundPlan) -> Result<Vec<ReportId>, AggregatorError> {
-        ids(self.client.clone().list_reports(self.about(plan)).await.map_err(self.failed())?.get_ref())
+        ids(self.heard(self.client.clone().list_reports(self.about(plan)).await)?.get_ref())
     }
 
     /// Ends uploads at the party; which reports it has.
@@ -107,7 +130,7 @@ impl PeerLink {
     /// # Errors
     /// If the party cannot be reached or refuses.
     pub async fn propose_set(&self, plan: &RoundPlan) -> Result<Vec<ReportId>, AggregatorError> {
-        ids(self.client.clone().propose_set(self.about(plan)).await.map_err(self.failed())?.get_ref())
+        ids(self.heard(self.client.clone().propose_set(self.about(plan)).await)?.get_ref())
     }
 
     /// Fixes the set at the party.
@@ -117,7 +140,7 @@ impl PeerLink {
     pub async fn commit_set(&self, plan: &RoundPlan, set: &[ReportId]) -> Result<PeerRound, AggregatorError> {
         let set = Some(ReportSet { reports: set.concat().into() });
         let request = CommitSetRequest { round: plan.round(), config_hash: plan.hash().to_vec().into(), set };
-        Ok(self.client.clone().commit_set(self.within(request)).await.map_err(self.failed())?.into_inner())
+        Ok(self.heard(self.client.clone().commit_set(self.within(request)).await)?.into_inner())
     }
 
     /// Starts an attempt at the party.
@@ -127,7 +150,7 @@ impl PeerLink {
     pub async fn start_compute(&self, plan: &RoundPlan, set_hash: &[u8; 32], epoch: u64) -> Result<PeerRound, AggregatorError> {
         let (config_hash, set_hash) = (plan.hash().to_vec().into(), set_hash.to_vec().into());
         let request = StartComputeRequest { round: plan.round(), config_hash, set_hash, epoch };
-        Ok(self.client.clone().start_compute(self.within(request)).await.map_err(self.failed())?.into_inner())
+        Ok(self.heard(self.client.clone().start_compute(self.within(request)).await)?.into_inner())
     }
 
     /// Sends messages of a computation until there are no more. Ends when the stream does.
@@ -135,7 +158,7 @@ impl PeerLink {
     /// # Errors
     /// If the party cannot be reached or refuses.
     pub async fn exchange_levels(&self, messages: ReceiverStream<LevelMessage>) -> Result<(), AggregatorError> {
-        self.client.clone().exchange_levels(Request::new(messages)).await.map_err(self.failed()).map(drop)
+        self.heard(self.client.clone().exchange_levels(Request::new(messages)).await).map(drop)
     }
 
     /// A share of the result.
@@ -144,9 +167,9 @@ impl PeerLink {
     /// If the party cannot be reached, has none, or sends one of another size.
     pub async fn opening(&self, round: u64, epoch: u64, set_hash: &[u8; 32], share: u8, bytes: usize) -> Result<Bytes, AggregatorError> {
         let request = GetOpeningRequest { round, epoch, set_hash: set_hash.to_vec().into(), share: share.into() };
-        let mut chunks = self.client.clone().get_opening(self.within(request)).await.map_err(self.failed())?.into_inner();
+        let mut chunks = self.heard(self.client.clone().get_opening(self.within(request)).await)?.into_inner();
         let mut words = BytesMut::with_capacity(bytes);
-        while let Some(chunk) = chunks.message().await.map_err(self.failed())? {
+        while let Some(chunk) = self.heard(chunks.message().await)? {
             if words.len() + chunk.words.len() > bytes {
                 return Err(AggregatorError::Invalid(format!("party {} sent more than the {bytes} bytes of its share", self.party)));
             }
@@ -168,7 +191,7 @@ impl PeerLink {
     /// If the party cannot be reached or refuses.
     pub async fn abort(&self, round: u64, reason: &str) -> Result<PeerRound, AggregatorError> {
         let request = self.within(AbortRoundRequest { round, reason: reason.into() });
-        Ok(self.client.clone().abort_round(request).await.map_err(self.failed())?.into_inner())
+        Ok(self.heard(self.client.clone().abort_round(request).await)?.into_inner())
     }
 
     /// The round's state at the party.
@@ -176,7 +199,7 @@ impl PeerLink {
     /// # Errors
     /// If the party cannot be reached or does not know it.
     pub async fn round(&self, plan: &RoundPlan) -> Result<PeerRound, AggregatorError> {
-        Ok(self.client.clone().get_round(self.about(plan)).await.map_err(self.failed())?.into_inner())
+        Ok(self.heard(self.client.clone().get_round(self.about(plan)).await)?.into_inner())
     }
 }
 

@@ -1,6 +1,7 @@
 //! The admin listener: status page, its data, metrics, liveness.
 
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
@@ -11,7 +12,9 @@ use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::keys::PublicParty;
 use crate::party::Party;
+use crate::peer::client::PeerLink;
 
 const PAGE: &str = include_str!("page.html");
 /// Rounds on the page.
@@ -34,6 +37,10 @@ struct Neighbour {
     party: u8,
     url: String,
     own: bool,
+    /// When it last answered a call of this party.
+    answered_ms: Option<u64>,
+    /// Why it has not since.
+    failure: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -55,6 +62,18 @@ struct Shown {
     done_ms: u64,
     upload_until_ms: u64,
     score: Option<f64>,
+}
+
+fn neighbour(party: &Party, public: &PublicParty) -> Neighbour {
+    let last = party.peer(public.party).map(PeerLink::last_call).unwrap_or_default();
+    let millis = |at: SystemTime| at.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+    Neighbour {
+        party: public.party,
+        url: public.url.clone(),
+        own: public.party == party.me(),
+        answered_ms: last.answered.map(millis),
+        failure: last.failure,
+    }
 }
 
 fn status(party: &Party, metrics: &str) -> Status {
@@ -87,7 +106,7 @@ fn status(party: &Party, metrics: &str) -> Status {
         party: party.me(),
         version: env!("CARGO_PKG_VERSION"),
         now_ms: party.now_ms(),
-        parties: party.parties.iter().map(|p| Neighbour { party: p.party, url: p.url.clone(), own: p.party == party.me() }).collect(),
+        parties: party.parties.iter().map(|p| neighbour(party, p)).collect(),
         rounds: shown.collect(),
         counters: counters.filter_map(|l| l.rsplit_once(' ')).filter_map(|(name, v)| Some((name.to_owned(), v.parse().ok()?))).collect(),
     }

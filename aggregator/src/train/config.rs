@@ -193,6 +193,10 @@ impl TrainConfig {
         if sum.kind == Kind::Float32 && fleet.simulated == 0 {
             return Err("aggregation.kind = \"float32\" needs simulated clients".into());
         }
+        if sum.kind == Kind::Secure && fleet.simulated > 0 && fleet.linger.is_zero() && (self.per_round() as u32) < sum.min_clients {
+            let why = "clients take part and fleet.linger leaves no time for others: no round could reach aggregation.min_clients";
+            return Err(format!("{} simulated {why} = {}", self.per_round(), sum.min_clients));
+        }
         let positive = |v: f64| v.is_finite() && v > 0.0;
         if !(positive(f64::from(sum.norm)) && positive(sum.server_rate) && (0.0..1.0).contains(&sum.norm_quantile)) {
             return Err("aggregation: norm and server_rate are above 0, norm_quantile is from 0 to 1".into());

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use isthmus_federate::train::{CLIPPED_BIT, Model, Training, learner};
+use isthmus_federate::train::{CLIPPED_BIT, Learner, Model, Training};
 use isthmus_federate::{Operator, Participant, RoundPlan};
 use isthmus_proto::aggregator_v1::{CreateRoundRequest, Filter, Mode, Transform};
 use isthmus_secagg::quantise::norm;
@@ -112,19 +112,19 @@ async fn connect(parties: &Parties, trial: Option<&Trial>) -> Result<(Connected,
     Ok((Connected { operator, participant }, authority))
 }
 
-/// Runs the rounds that are missing; `trial` are the local parties, if the configuration names them. `tell` sees each round's line,
-/// `step` each trained client.
+/// Runs the rounds that are missing; `scorer` has the task's data; `trial` are the local parties, if the configuration names them.
+/// `tell` sees each round's line, `step` each trained client, or report where no client is simulated.
 ///
 /// # Errors
 /// What stopped it; what is done is in the checkpoint.
 pub async fn run(
     config: &TrainConfig,
+    mut scorer: Box<dyn Learner>,
     trial: Option<&Trial>,
     mut tell: impl FnMut(&Progress, &str),
     step: impl Fn(u64, usize, usize) + Sync,
 ) -> Result<Checkpoint, AggregatorError> {
     std::fs::create_dir_all(&config.out).map_err(io(&config.out))?;
-    let mut scorer = learner(&config.training.task, &config.sources())?;
     let (mut checkpoint, mut model) = match resume(&config.out)? {
         Some((checkpoint, model)) => {
             if checkpoint.training.as_ref().is_some_and(|t| *t != config.training) {
@@ -265,7 +265,14 @@ async fn secure_round(
         connected.operator.seal(created.round).await?;
     }
     let limit = config.aggregation.upload + config.aggregation.compute;
-    connected.operator.wait(created.round, limit, |_| ()).await?;
+    connected
+        .operator
+        .wait(created.round, limit, |seen| {
+            if clients.is_empty() {
+                step(round, seen.reports as usize, 0)
+            }
+        })
+        .await?;
     let result = connected.operator.result(created.round).await?;
     let update = result.mean()?;
     let kept = result.round.kept;

@@ -27,7 +27,7 @@ pub enum FederateError {
         why: String,
     },
     /// The coordinator refused.
-    #[error("{what}: {} ({:?})", status.message(), status.code())]
+    #[error("{what}: {} ({:?}){}", status.message(), status.code(), hint(status))]
     Refused {
         /// What was asked for.
         what: &'static str,
@@ -42,6 +42,13 @@ pub enum FederateError {
         /// The limit.
         limit: std::time::Duration,
     },
+}
+
+/// A server that speaks TLS hangs up on those who do not.
+fn hint(status: &tonic::Status) -> &'static str {
+    let hung_up = matches!(status.code(), tonic::Code::Cancelled | tonic::Code::Unknown | tonic::Code::Unavailable)
+        && ["operation was canceled", "broken pipe", "transport error"].iter().any(|m| status.message().contains(m));
+    if hung_up { "; the other side hung up: does the address begin with https:// if it speaks TLS?" } else { "" }
 }
 
 impl FederateError {

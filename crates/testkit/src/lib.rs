@@ -2,6 +2,7 @@
 //!
 //! A helper that lacks what it needs panics with what to do: a test must not pass because it could not run.
 
+pub mod browser;
 mod postgres;
 
 pub use postgres::Postgres;
