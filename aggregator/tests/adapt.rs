@@ -80,7 +80,7 @@ fn a_fleet_fits_the_bundle_and_everybody_takes_the_signed_result() {
     std::fs::write(at("server.toml"), &trusting).unwrap();
     let server = |bundles: &Path| {
         std::fs::write(at("server.toml"), trusting.replace(&format!("{:?}", at("bundles")), &format!("{bundles:?}"))).unwrap();
-        Server::configured(&at("server.toml"))
+        Server::configured(&at("server.toml"), &backbones())
     };
     let both = server(&at("bundles"));
     let classify = |url: &str, bundles: &Path| {

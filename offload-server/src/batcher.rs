@@ -6,14 +6,15 @@
 //! once.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
 use crate::ServerError;
 use crate::model::{Model, Stage};
+use crate::statistics::Statistics;
 use crate::telemetry;
 
 /// Runs batches; the seam between queueing and networks.
@@ -52,10 +53,9 @@ struct Item {
     answer: oneshot::Sender<Result<Computed, ServerError>>,
 }
 
-/// Handle to the network's thread.
+/// Handle to the network's thread, which finishes what is queued and ends once the handle is gone.
 pub struct Batcher {
     queue: SyncSender<Item>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Batcher {
@@ -63,11 +63,23 @@ impl Batcher {
     ///
     /// # Errors
     /// If the thread cannot be started.
-    pub fn start(runner: impl Runner, name: &str, max_batch: usize, max_queue: usize) -> Result<Self, ServerError> {
+    pub fn start(
+        runner: impl Runner,
+        name: &str,
+        max_batch: usize,
+        max_queue: usize,
+        statistics: Arc<Statistics>,
+    ) -> Result<Self, ServerError> {
         let (queue, waiting) = sync_channel(max_queue);
         let thread = std::thread::Builder::new().name(format!("network-{name}"));
-        let thread = thread.spawn(move || work(&runner, &waiting, max_batch)).map_err(|e| ServerError::Config(e.to_string()))?;
-        Ok(Self { queue, thread: Some(thread) })
+        let thread = thread.spawn(move || {
+            work(&runner, &waiting, max_batch, &statistics);
+            // a model that is unloaded leaves its memory to others
+            drop(runner);
+            isthmus_nets::process::return_memory();
+        });
+        thread.map_err(|e| ServerError::Config(e.to_string()))?;
+        Ok(Self { queue })
     }
 
     /// Queues one input; the answer comes through the returned channel.
@@ -90,18 +102,7 @@ impl Batcher {
     }
 }
 
-impl Drop for Batcher {
-    fn drop(&mut self) {
-        // closing the queue lets the thread finish what is in it
-        let (closed, _) = sync_channel(1);
-        self.queue = closed;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn work(runner: &impl Runner, queue: &Receiver<Item>, max_batch: usize) {
+fn work(runner: &impl Runner, queue: &Receiver<Item>, max_batch: usize, statistics: &Statistics) {
     let mut waiting: VecDeque<Item> = VecDeque::new();
     loop {
         if waiting.is_empty() {
@@ -119,7 +120,7 @@ fn work(runner: &impl Runner, queue: &Receiver<Item>, max_batch: usize) {
         }
         let batch = next_batch(&mut waiting, max_batch, Instant::now());
         if !batch.is_empty() {
-            run(runner, batch);
+            run(runner, batch, statistics);
         }
     }
 }
@@ -144,7 +145,7 @@ fn next_batch(waiting: &mut VecDeque<Item>, max_batch: usize, now: Instant) -> V
     batch
 }
 
-fn run(runner: &impl Runner, batch: Vec<Item>) {
+fn run(runner: &impl Runner, batch: Vec<Item>, statistics: &Statistics) {
     let start = Instant::now();
     let stage = batch[0].stage;
     let inputs: Vec<&[f32]> = batch.iter().map(|i| i.input.as_slice()).collect();
@@ -154,6 +155,7 @@ fn run(runner: &impl Runner, batch: Vec<Item>) {
     let network = start.elapsed();
     let batch_size = batch.len();
     telemetry::batch(stage, batch_size, network);
+    statistics.executed(batch_size, network);
     match result {
         Ok(logits) => {
             for (item, logits) in batch.into_iter().zip(logits) {
@@ -210,7 +212,7 @@ mod tests {
 
     #[test]
     fn a_full_queue_refuses_and_a_panicking_batch_is_survived() {
-        let batcher = Batcher::start(Echo, "test", 4, 1).unwrap();
+        let batcher = Batcher::start(Echo, "test", 4, 1, Arc::default()).unwrap();
         let later = Instant::now() + Duration::from_secs(5);
         let bad = batcher.submit(Stage::Pixels, vec![-1.0], later).unwrap().blocking_recv().unwrap();
         assert!(matches!(bad, Err(ServerError::Network(_))));
@@ -229,7 +231,7 @@ mod tests {
 
     #[test]
     fn the_queue_is_bounded() {
-        let batcher = Batcher::start(Slow, "test", 1, 2).unwrap();
+        let batcher = Batcher::start(Slow, "test", 1, 2, Arc::default()).unwrap();
         let later = Instant::now() + Duration::from_secs(5);
         let all: Vec<_> = (0..10).map(|_| batcher.submit(Stage::Pixels, vec![1.0], later)).collect();
         let refused = all.iter().filter(|r| matches!(r, Err(ServerError::Busy(_)))).count();

@@ -28,6 +28,10 @@ pub struct Config {
     pub backbones: PathBuf,
     /// Backbones to load; the first is the default model.
     pub models: Vec<String>,
+    /// Newest versions of each model that are loaded.
+    pub model_versions: usize,
+    /// Allow loading and unloading of models, and log settings, over gRPC.
+    pub model_control: bool,
     /// `auto`, `cpu` or `cuda:N`.
     pub device: String,
     /// Threads of libtorch; 0 is one per core.
@@ -86,6 +90,8 @@ impl Default for Config {
             trusted_bundle_keys: vec![],
             backbones: "data/backbones".into(),
             models: vec!["efficientnet-lite0".into()],
+            model_versions: 1,
+            model_control: false,
             device: "auto".into(),
             network_threads: 0,
             max_batch: 16,
@@ -131,6 +137,9 @@ impl Config {
         }
         if self.models.is_empty() {
             return bad("models: at least one is needed");
+        }
+        if !(1..=16).contains(&self.model_versions) {
+            return bad("model_versions: 1 to 16");
         }
         let positive = [self.max_batch, self.max_queue, self.max_in_flight, self.stream_window, self.max_streams, self.max_connections];
         if positive.contains(&0) || self.max_request_bytes < 1024 {

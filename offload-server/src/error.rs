@@ -44,6 +44,9 @@ pub enum ServerError {
     /// The queues are full.
     #[error("the server is busy ({0}); try again later")]
     Busy(&'static str),
+    /// Only operators may do this.
+    #[error("{0}")]
+    Forbidden(&'static str),
     /// The deadline has passed.
     #[error("the deadline passed while the request was {0}")]
     Deadline(&'static str),
@@ -66,6 +69,7 @@ impl ServerError {
             Self::Invalid(_) => "bad_request",
             Self::UnknownModel(_) => "unknown_model",
             Self::Busy(_) => "busy",
+            Self::Forbidden(_) => "forbidden",
             Self::Deadline(_) => "deadline",
             Self::Draining => "draining",
             Self::Network(_) => "network",
@@ -80,6 +84,7 @@ impl ServerError {
             Self::Codec(_) | Self::Pixels(_) | Self::Invalid(_) => Code::InvalidArgument,
             Self::UnknownModel(_) => Code::NotFound,
             Self::Busy(_) => Code::ResourceExhausted,
+            Self::Forbidden(_) => Code::PermissionDenied,
             Self::Deadline(_) => Code::DeadlineExceeded,
             Self::Draining => Code::Unavailable,
             Self::Config(_) | Self::Io { .. } | Self::Net(_) | Self::Transport(_) | Self::Network(_) => Code::Internal,

@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 use crate::ServerError;
 use crate::features::FeatureMap;
 use crate::model::Stage;
-use crate::registry::Registry;
+use crate::registry::{Entry, Registry};
 use crate::telemetry::{self, Kind};
 
 /// The decode pool.
@@ -37,7 +37,7 @@ impl Intake {
         Self { workers: Arc::new(Semaphore::new(workers)) }
     }
 
-    /// Decodes `payload` for the model called `model`.
+    /// Decodes `payload` for the model `entry`.
     ///
     /// # Errors
     /// [`ServerError::Deadline`] if no worker is free in time, and whatever is wrong with the payload.
@@ -45,7 +45,7 @@ impl Intake {
     pub async fn decode(
         &self,
         registry: &Arc<Registry>,
-        model: &str,
+        entry: &Arc<Entry>,
         kind: Kind,
         payload: Bytes,
         deadline: Instant,
@@ -56,7 +56,7 @@ impl Intake {
         let worker = worker.map_err(|_| ServerError::Draining)?;
         let waited = asked.elapsed();
         let registry = registry.clone();
-        let model = model.to_owned();
+        let entry = entry.clone();
         let decoded = tokio::task::spawn_blocking(move || {
             let _worker = worker;
             let start = Instant::now();
@@ -64,9 +64,11 @@ impl Intake {
                 return Err(ServerError::Deadline("waiting for the decode pool"));
             }
             let (stage, input) = match kind {
-                Kind::Bitstream => bitstream(&registry, &model, &payload)?,
-                Kind::Image => image(&registry, &model, &payload)?,
-                Kind::Features(map) => features(&registry, &model, map, &payload)?,
+                Kind::Bitstream => bitstream(&registry, &entry, &payload)?,
+                Kind::Image => image(&entry, &payload)?,
+                Kind::Features(map) => features(&entry, map, &payload)?,
+                Kind::Pixels { height, width } => pixels(&entry, (width, height), payload)?,
+                Kind::Normalised => normalised(&entry, &payload)?,
             };
             let took = start.elapsed();
             telemetry::decoded(kind, took);
@@ -79,10 +81,9 @@ impl Intake {
     }
 }
 
-fn bitstream(registry: &Registry, model: &str, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
+fn bitstream(registry: &Registry, entry: &Entry, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
     let container = Container::parse(payload)?;
     let bundle = registry.bundle(&container.header.bundle)?;
-    let entry = registry.model(model)?;
     let stage = entry
         .stage(&bundle.hash)
         .ok_or_else(|| ServerError::UnknownBundle(format!("{} (no decoder for model {})", bundle.manifest.name, entry.name)))?;
@@ -93,8 +94,7 @@ fn bitstream(registry: &Registry, model: &str, payload: &[u8]) -> Result<(Stage,
     Ok((stage, input))
 }
 
-fn features(registry: &Registry, model: &str, map: FeatureMap, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
-    let entry = registry.model(model)?;
+fn features(entry: &Entry, map: FeatureMap, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
     let layer = Layer::Block(map.block as usize);
     let shape = entry.kind.layer_shape(layer).ok_or_else(|| {
         let blocks = entry.kind.block_count();
@@ -103,10 +103,32 @@ fn features(registry: &Registry, model: &str, map: FeatureMap, payload: &[u8]) -
     Ok((Stage::Features(layer), map.decode(payload, shape.iter().product::<i64>() as usize)?))
 }
 
-fn image(registry: &Registry, model: &str, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
-    let side = registry.model(model)?.input_size;
+fn image(entry: &Entry, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
     let mut input = Vec::new();
     let decode = if isthmus_avif::is_avif(payload) { isthmus_avif::decode } else { isthmus_pixels::decode };
-    decode(payload)?.network_input(side)?.normalise_into(&mut input);
+    decode(payload)?.network_input(entry.input_size)?.normalise_into(&mut input);
+    Ok((Stage::Pixels, input))
+}
+
+/// RGB values, row by row, cut and scaled as an image file's would be.
+fn pixels(entry: &Entry, size: (u32, u32), payload: Bytes) -> Result<(Stage, Vec<f32>), ServerError> {
+    isthmus_pixels::check_size(size)?;
+    let image = isthmus_pixels::Rgb::new(size.0, size.1, payload.into())
+        .ok_or_else(|| ServerError::Invalid("pixels: not three values each".into()))?;
+    let mut input = Vec::new();
+    image.network_input(entry.input_size)?.normalise_into(&mut input);
+    Ok((Stage::Pixels, input))
+}
+
+/// Pixels as the network wants them: channels, rows, columns.
+fn normalised(entry: &Entry, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
+    let input: Vec<f32> = payload.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    let side = entry.input_size;
+    if input.len() != 3 * (side * side) as usize {
+        return Err(ServerError::Invalid(format!("pixels: floats have the shape [n, 3, {side}, {side}] for {}", entry.name)));
+    }
+    if input.iter().any(|v| !v.is_finite()) {
+        return Err(ServerError::Invalid("pixels: values must be finite".into()));
+    }
     Ok((Stage::Pixels, input))
 }

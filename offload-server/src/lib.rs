@@ -1,6 +1,6 @@
 //! The server's half of a split network: containers and images in, labels out.
 //!
-//! Path of a request: [`service`] (limits, deadline) -> [`admission`] (is there time?) -> [`intake`] (entropy or image decoding on a bounded
+//! Path of a request: [`services`] (protocols) -> [`pipeline`] (limits, deadline) -> [`admission`] (is there time?) -> [`intake`] (entropy or image decoding on a bounded
 //! pool) -> [`batcher`] (what waits together runs together) -> [`model`] (decoder and tail on libtorch).
 
 #![forbid(unsafe_code)]
@@ -14,9 +14,12 @@ pub mod features;
 pub mod intake;
 pub mod labels;
 pub mod model;
+pub mod pipeline;
 pub mod registry;
+pub mod repository;
 pub mod serve;
-pub mod service;
+pub mod services;
+pub mod statistics;
 pub mod telemetry;
 
 pub use config::Config;

@@ -1,6 +1,7 @@
 //! A backbone with the decoders that feed it.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use isthmus_codec::manifest::DecoderEntry;
@@ -46,23 +47,27 @@ fn read(path: &Path) -> Result<Vec<u8>, ServerError> {
 }
 
 impl Model {
-    /// Loads the backbone called `name` from `folder`, and a decoder for it from each bundle that has one.
+    /// Loads the backbone called `name` from the file `path`, and a decoder for it from each bundle that has one.
+    /// `sole`: there is no other version of it that a bundle could have been made for.
     ///
     /// # Errors
     /// If a file is missing or differs from the manifest, or a golden test fails.
-    pub fn load(name: &str, folder: &Path, bundles: &[Bundle], device: Device) -> Result<Self, ServerError> {
+    pub fn load(name: &str, path: &Path, bundles: &[Arc<Bundle>], device: Device, sole: bool) -> Result<Self, ServerError> {
         let kind = BackboneKind::from_name(name).ok_or_else(|| {
             let known: Vec<_> = BackboneKind::ALL.iter().map(|k| k.name()).collect();
             ServerError::Config(format!("model {name:?} is unknown; known: {}", known.join(", ")))
         })?;
-        let path = folder.join(format!("{name}.safetensors"));
-        let bytes = read(&path).map_err(|e| ServerError::Config(format!("{e}; `make setup` imports the backbones")))?;
+        let bytes = read(path).map_err(|e| ServerError::Config(format!("{e}; `make setup` imports the backbones")))?;
         let digest = isthmus_codec::bundle::sha256(&bytes);
         let backbone = Backbone::new(kind, &Weights::from_safetensors(&bytes, &path.display().to_string(), device)?)?;
         let mut model = Self { kind, backbone, blueprints: Vec::new(), device };
         for bundle in bundles {
             let Some(at) = bundle.manifest.decoders.iter().position(|d| d.backbone == name) else { continue };
             let entry = &bundle.manifest.decoders[at];
+            if entry.backbone_sha256 != digest && !sole {
+                tracing::info!(bundle = bundle.manifest.name, path = %path.display(), "made for another version of the model");
+                continue;
+            }
             if entry.backbone_sha256 != digest {
                 let why = format!("bundle {} was made for another {name} (SHA-256 {})", bundle.manifest.name, entry.backbone_sha256);
                 return Err(ServerError::Config(why));

@@ -1,22 +1,22 @@
-//! The loaded models and bundles.
+//! What is loaded at one moment: models and bundles. A change makes a new registry; requests keep the one that they came in with.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use isthmus_codec::{Bundle, BundleHash, CodecError, Trust, folder};
+use isthmus_codec::{Bundle, BundleHash, CodecError};
 use isthmus_nets::BackboneKind;
-use isthmus_nets::backbone::CLASSES;
-use isthmus_nets::device::parse_device;
 
+use crate::ServerError;
 use crate::admission::Admission;
 use crate::batcher::Batcher;
-use crate::model::{Model, Stage};
-use crate::{Config, ServerError, labels};
+use crate::model::Stage;
+use crate::statistics::Statistics;
 
-/// One model: how to reach its network, and what it accepts.
+/// One version of a model: how to reach its network, and what it accepts.
 pub struct Entry {
     /// Name.
     pub name: &'static str,
+    /// From 1 on.
+    pub version: u64,
     /// Which backbone.
     pub kind: BackboneKind,
     /// Side of the square input.
@@ -27,7 +27,9 @@ pub struct Entry {
     pub admission: Arc<Admission>,
     /// Its queue and network thread.
     pub batcher: Batcher,
-    stages: Vec<(BundleHash, Stage)>,
+    /// What it has done.
+    pub statistics: Arc<Statistics>,
+    pub(crate) stages: Vec<(BundleHash, Stage)>,
 }
 
 impl Entry {
@@ -37,76 +39,37 @@ impl Entry {
     }
 }
 
-/// All models and bundles.
+/// All models and bundles of one moment.
+#[derive(Clone)]
 pub struct Registry {
-    /// The first is the default.
-    pub models: Vec<Entry>,
+    /// The first is the default. Versions of a model are neighbours, the newest first.
+    pub models: Vec<Arc<Entry>>,
     /// Loaded bundles.
-    pub bundles: Vec<Bundle>,
+    pub bundles: Vec<Arc<Bundle>>,
     /// Class names.
-    pub labels: Vec<String>,
-}
-
-/// All versions at a folder.
-fn open_bundles(folder: &Path, trust: &Trust) -> Result<Vec<Bundle>, ServerError> {
-    if !folder.is_dir() {
-        let why = "is no bundle folder; name one with --bundle or in `bundles` (the repository has bundles/lite0-patch-stem)";
-        return Err(ServerError::Config(format!("{} {why}", folder.display())));
-    }
-    let wrong = |e: CodecError| ServerError::Config(e.to_string());
-    let versions = folder::versions(folder).map_err(wrong)?;
-    versions.iter().map(|version| folder::open(version, |name| name.starts_with("decoder"), trust).map_err(wrong)).collect()
+    pub labels: Arc<Vec<String>>,
 }
 
 impl Registry {
-    /// Loads everything that `config` names.
-    ///
-    /// # Errors
-    /// Names the file or key that is wrong.
-    pub fn load(config: &Config) -> Result<Self, ServerError> {
-        let device = parse_device(&config.device).map_err(ServerError::Config)?;
-        tch::set_num_threads(config.network_threads() as i32);
-        let keys = config.trusted_bundle_keys.iter().map(String::as_str);
-        let trust = Trust::keys(keys).map_err(|e| ServerError::Config(format!("trusted_bundle_keys: {e}")))?;
-        let mut bundles = Vec::new();
-        for folder in &config.bundles {
-            bundles.extend(open_bundles(folder, &trust)?);
-        }
-        if bundles.is_empty() {
-            tracing::warn!("bundles is empty: only whole images will be answered");
-        }
-        let labels = labels::open(&config.backbones.join("labels.json"), CLASSES as usize)?;
-        let mut models = Vec::new();
-        for name in &config.models {
-            let model = Model::load(name, &config.backbones, &bundles, device)?;
-            let stages: Vec<_> = model.bundles().copied().filter_map(|h| model.stage(&h).map(|s| (h, s))).collect();
-            let alone = model.time_alone()?;
-            let (name, kind, input_size) = (model.name(), model.kind(), model.input_size());
-            tracing::info!(model = name, device = ?device, bundles = stages.len(), "model loaded");
-            let batcher = Batcher::start(model, name, config.max_batch, config.max_queue)?;
-            let device = match device {
-                tch::Device::Cuda(n) => format!("cuda:{n}"),
-                _ => "cpu".to_owned(),
-            };
-            models.push(Entry { name, kind, input_size, device, admission: Admission::new(config.max_batch, alone), batcher, stages });
-        }
-        Ok(Self { models, bundles, labels })
-    }
-
-    /// The model called `name`, or the default if it is empty.
+    /// The model called `name` (empty: the default) in this version (empty: the newest).
     ///
     /// # Errors
     /// [`ServerError::UnknownModel`].
-    pub fn model(&self, name: &str) -> Result<&Entry, ServerError> {
-        let found = if name.is_empty() { self.models.first() } else { self.models.iter().find(|m| m.name == name) };
-        found.ok_or_else(|| ServerError::UnknownModel(name.chars().take(64).collect()))
+    pub fn model(&self, name: &str, version: &str) -> Result<&Arc<Entry>, ServerError> {
+        let fits = |m: &&Arc<Entry>| m.name == name && (version.is_empty() || version.parse() == Ok(m.version));
+        let found = if name.is_empty() { self.models.first() } else { self.models.iter().find(fits) };
+        let shown = |text: &str| text.chars().take(64).collect::<String>();
+        found.ok_or_else(|| match version {
+            "" => ServerError::UnknownModel(shown(name)),
+            version => ServerError::UnknownModel(format!("{} version {}", shown(name), shown(version))),
+        })
     }
 
     /// The bundle whose hash starts with `prefix`.
     ///
     /// # Errors
     /// [`CodecError::WrongBundle`] names what is loaded.
-    pub fn bundle(&self, prefix: &[u8]) -> Result<&Bundle, ServerError> {
+    pub fn bundle(&self, prefix: &[u8]) -> Result<&Arc<Bundle>, ServerError> {
         let found = self.bundles.iter().find(|b| b.hash.prefix() == prefix);
         let hex = isthmus_codec::bundle::hex;
         found.ok_or_else(|| {

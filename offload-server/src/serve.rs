@@ -2,8 +2,10 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
+use isthmus_proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use isthmus_proto::offload_v1::offload_service_server::OffloadServiceServer;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
@@ -13,8 +15,10 @@ use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::util::MapResponseLayer;
 
-use crate::registry::Registry;
-use crate::service::Service;
+use crate::pipeline::Pipeline;
+use crate::repository::Repository;
+use crate::services::inference::Inference;
+use crate::services::offload::Offload;
 use crate::{Config, ServerError, admin, telemetry};
 
 /// A TLS handshake that takes longer is given up.
@@ -94,10 +98,10 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     let loading = config.clone();
     // a thread of its own that ends: the OpenMP team of a living one would count against the network's, which
     // then waits passively and takes twice as long
-    let (loaded, registry) = tokio::sync::oneshot::channel();
-    let load = std::thread::Builder::new().name("load".into()).spawn(move || loaded.send(Registry::load(&loading)));
+    let (loaded, repository) = tokio::sync::oneshot::channel();
+    let load = std::thread::Builder::new().name("load".into()).spawn(move || loaded.send(Repository::open(&loading)));
     load.map_err(|e| ServerError::Transport(e.to_string()))?;
-    let registry = registry.await.map_err(|_| ServerError::Transport("loading ended early".into()))??;
+    let repository = repository.await.map_err(|_| ServerError::Transport("loading ended early".into()))??;
     let bind = |address: SocketAddr| async move {
         let in_use = |e: std::io::Error| ServerError::Transport(format!("cannot listen on {address}: {e}"));
         TcpListener::bind(address).await.map_err(in_use)
@@ -113,12 +117,17 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         tokio::spawn(admin::serve(listener, metrics, background.clone()));
     }
 
-    let service = Service::new(registry, &config, draining.clone());
-    let watched = service.clone();
+    let pipeline = Arc::new(Pipeline::new(Arc::new(repository), &config, draining.clone()));
+    let watched = pipeline.clone();
     let idle = Box::new(move || watched.is_idle());
-    let offload = OffloadServiceServer::new(service).max_decoding_message_size(config.max_request_bytes).max_encoding_message_size(1 << 20);
+    let inference = GrpcInferenceServiceServer::new(Inference::new(pipeline.clone(), &config))
+        .max_decoding_message_size(config.max_request_bytes)
+        .max_encoding_message_size(1 << 20);
+    let offload =
+        OffloadServiceServer::new(Offload(pipeline)).max_decoding_message_size(config.max_request_bytes).max_encoding_message_size(1 << 20);
     let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<OffloadServiceServer<Service>>().await;
+    health.set_serving::<OffloadServiceServer<Offload>>().await;
+    health.set_serving::<GrpcInferenceServiceServer<Inference>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(isthmus_proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -143,12 +152,13 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         let tls = ServerTlsConfig::new().timeout(HANDSHAKE).identity(Identity::from_pem(cert, key));
         server = server.tls_config(tls).map_err(|e| ServerError::Config(format!("tls_cert, tls_key: {e}")))?;
     }
-    let router = server.add_service(health_service).add_service(reflection).add_service(offload);
+    let router = server.add_service(health_service).add_service(reflection).add_service(offload).add_service(inference);
     let stopping = draining.clone();
     let shutdown = async move {
         stopping.cancelled().await;
         // balancers look away before connections close
-        health.set_not_serving::<OffloadServiceServer<Service>>().await;
+        health.set_not_serving::<OffloadServiceServer<Offload>>().await;
+        health.set_not_serving::<GrpcInferenceServiceServer<Inference>>().await;
     };
     let incoming = isthmus_listen::at_most(config.max_connections, listener, telemetry::connection_refused);
     let served = tokio::spawn(async move {

@@ -1,10 +1,12 @@
 //! Logs and metrics. docs/metrics.md specifies every metric; a test compares it with what is exported.
 
 use std::io::IsTerminal;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::EnvFilter;
 
 use crate::ServerError;
 use crate::config::LogFormat;
@@ -24,6 +26,15 @@ pub enum Kind {
     Image,
     /// Values of a layer.
     Features(FeatureMap),
+    /// RGB values of an image of this size.
+    Pixels {
+        /// Rows.
+        height: u32,
+        /// Columns.
+        width: u32,
+    },
+    /// What the network takes, as floats.
+    Normalised,
 }
 
 impl Kind {
@@ -33,6 +44,7 @@ impl Kind {
             Self::Bitstream => "bitstream",
             Self::Image => "image",
             Self::Features(_) => "features",
+            Self::Pixels { .. } | Self::Normalised => "pixels",
         }
     }
 }
@@ -67,15 +79,50 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
     Ok(handle)
 }
 
+/// Changes the filter of the installed subscriber.
+type SetFilter = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>;
+
+static FILTER: OnceLock<(SetFilter, Mutex<String>)> = OnceLock::new();
+
 /// Starts logging to standard error; `RUST_LOG` filters (default `info`).
 pub fn install_logs(format: LogFormat) {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let text = Mutex::new(filter.to_string());
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr);
     // a second call (tests) keeps the first subscriber
-    let _ = match format {
-        LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().try_init(),
-    };
+    macro_rules! install {
+        ($builder:expr) => {{
+            let builder = $builder.with_filter_reloading();
+            let handle = builder.reload_handle();
+            if builder.try_init().is_ok() {
+                let set: SetFilter = Box::new(move |f| handle.reload(f).map_err(|e| e.to_string()));
+                let _ = FILTER.set((set, text));
+            }
+        }};
+    }
+    match format {
+        LogFormat::Text => install!(builder),
+        LogFormat::Json => install!(builder.json()),
+    }
+}
+
+/// Which events are logged from now on, as in `RUST_LOG`.
+///
+/// # Errors
+/// [`ServerError::Invalid`] if it makes no sense.
+pub fn set_log_filter(text: &str) -> Result<(), ServerError> {
+    let wrong = |e: String| ServerError::Invalid(format!("log filter: {e}"));
+    let filter = EnvFilter::builder().parse(text).map_err(|e| wrong(e.to_string()))?;
+    let (set, current) = FILTER.get().ok_or_else(|| wrong("logging was set up elsewhere".into()))?;
+    let shown = filter.to_string();
+    set(filter).map_err(wrong)?;
+    *current.lock().unwrap_or_else(PoisonError::into_inner) = shown;
+    Ok(())
+}
+
+/// Which events are logged.
+pub fn log_filter() -> String {
+    FILTER.get().map(|(_, text)| text.lock().unwrap_or_else(PoisonError::into_inner).clone()).unwrap_or_default()
 }
 
 /// Counts calls that the transport refused (too large a message, too many calls, too late) as well as those that
@@ -108,7 +155,7 @@ pub(crate) fn batch(stage: Stage, size: usize, network: Duration) {
 pub(crate) fn decoded(kind: Kind, took: Duration) {
     match kind {
         Kind::Bitstream => histogram!("isthmus_entropy_decode_seconds").record(took),
-        Kind::Image => histogram!("isthmus_image_decode_seconds").record(took),
+        Kind::Image | Kind::Pixels { .. } | Kind::Normalised => histogram!("isthmus_image_decode_seconds").record(took),
         Kind::Features(_) => histogram!("isthmus_features_decode_seconds").record(took),
     }
 }

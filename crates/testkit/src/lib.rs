@@ -161,17 +161,17 @@ impl Server {
         let admin = free_port();
         let mut command = Command::new(binary("offload-server"));
         command.arg("--bundle").arg(bundle()).args(extra);
-        Self::spawn(&mut command, admin)
+        Self::spawn(&mut command, admin, &backbones())
     }
 
-    /// As [`Server::start`], with the bundles and whatever else a configuration file names.
-    pub fn configured(config: &Path) -> Self {
+    /// As [`Server::start`], with the bundles and whatever else a configuration file names, and these backbones.
+    pub fn configured(config: &Path, backbones: &Path) -> Self {
         let mut command = Command::new(binary("offload-server"));
-        Self::spawn(command.arg("--config").arg(config), free_port())
+        Self::spawn(command.arg("--config").arg(config), free_port(), backbones)
     }
 
-    fn spawn(command: &mut Command, admin: SocketAddr) -> Self {
-        command.args(["--listen", "127.0.0.1:0", "--admin-listen", &admin.to_string()]).arg("--backbones").arg(backbones());
+    fn spawn(command: &mut Command, admin: SocketAddr, backbones: &Path) -> Self {
+        command.args(["--listen", "127.0.0.1:0", "--admin-listen", &admin.to_string()]).arg("--backbones").arg(backbones);
         let (process, line) = Process::spawn(command);
         let address = line.strip_prefix("listening on ").and_then(|a| a.parse().ok()).expect("an address");
         Self { process, address, admin }

@@ -1,0 +1,195 @@
+//! A request's way, whatever protocol it came by: limits and deadline, admission, decoding, batch, answer.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tonic::metadata::MetadataMap;
+
+use crate::batcher::Computed;
+use crate::intake::Intake;
+use crate::registry::{Entry, Registry};
+use crate::repository::Repository;
+use crate::statistics::Times;
+use crate::telemetry::{self, InFlight, Kind};
+use crate::{Config, ServerError};
+
+const DEADLINE_MARGIN: Duration = Duration::from_millis(5);
+
+/// What every service of the server shares.
+pub struct Pipeline {
+    /// The models.
+    pub repository: Arc<Repository>,
+    /// Stops new work; what is in flight goes on.
+    pub draining: CancellationToken,
+    /// Requests of one stream under way.
+    pub window: usize,
+    /// A stream on which nothing moves for so long ends.
+    pub stream_idle: Duration,
+    intake: Intake,
+    in_flight: Arc<Semaphore>,
+    max_in_flight: usize,
+    streams: Arc<Semaphore>,
+    max_deadline: Duration,
+}
+
+/// A request, decoded from its protocol.
+pub struct Ask<'a> {
+    /// Name of the model; empty: the default.
+    pub model: &'a str,
+    /// Its version; empty: the newest.
+    pub version: &'a str,
+    /// What the payload is.
+    pub kind: Kind,
+    /// The payload.
+    pub payload: Bytes,
+    /// When it came.
+    pub arrived: Instant,
+    /// Time until the answer is due.
+    pub budget: Duration,
+}
+
+/// The answer to a request.
+pub struct Answer {
+    /// Who gave it.
+    pub entry: Arc<Entry>,
+    /// Names of the classes.
+    pub labels: Arc<Vec<String>>,
+    /// In class order.
+    pub logits: Vec<f32>,
+    /// Where the time went.
+    pub times: Times,
+}
+
+impl Pipeline {
+    /// With the limits of `config`.
+    pub fn new(repository: Arc<Repository>, config: &Config, draining: CancellationToken) -> Self {
+        Self {
+            repository,
+            draining,
+            window: config.stream_window,
+            stream_idle: config.stream_idle,
+            intake: Intake::new(config.decode_workers()),
+            in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
+            max_in_flight: config.max_in_flight,
+            streams: Arc::new(Semaphore::new(config.max_streams)),
+            max_deadline: config.max_deadline,
+        }
+    }
+
+    /// True if no request is between arrival and answer.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight.available_permits() == self.max_in_flight
+    }
+
+    /// A place for a stream.
+    ///
+    /// # Errors
+    /// [`ServerError::Busy`] if there is none.
+    pub fn stream(&self) -> Result<OwnedSemaphorePermit, ServerError> {
+        self.streams.clone().try_acquire_owned().map_err(|_| ServerError::Busy("too many streams are open"))
+    }
+
+    /// The smaller of what the client asks for and the server's limit, less a little: the answer that the
+    /// deadline passed must leave before the transport cuts the call (which it reports as CANCELLED).
+    pub fn budget(&self, asked: Option<Duration>) -> Duration {
+        let budget = asked.map_or(self.max_deadline, |a| a.min(self.max_deadline));
+        budget.saturating_sub((budget / 10).min(DEADLINE_MARGIN))
+    }
+
+    /// One request, with metrics.
+    ///
+    /// # Errors
+    /// Why there is no answer.
+    #[tracing::instrument(level = "debug", skip_all, fields(model = %ask.model))]
+    pub async fn infer(&self, ask: Ask<'_>) -> Result<Answer, ServerError> {
+        let (kind, bytes, arrived) = (ask.kind, ask.payload.len(), ask.arrived);
+        let result = self.admit(ask).await;
+        telemetry::answered(kind, bytes, arrived.elapsed(), result.as_ref().err());
+        if let Err(error) = &result {
+            tracing::debug!(%error, kind = kind.label(), bytes, "request failed");
+        }
+        result
+    }
+
+    async fn admit(&self, ask: Ask<'_>) -> Result<Answer, ServerError> {
+        if self.draining.is_cancelled() {
+            return Err(ServerError::Draining);
+        }
+        let _place = self.in_flight.try_acquire().map_err(|_| ServerError::Busy("too many requests in flight"))?;
+        let _counted = InFlight::enter();
+        let registry = self.repository.current();
+        let entry = registry.model(ask.model, ask.version)?.clone();
+        let deadline = ask.arrived + ask.budget;
+        let admitted = entry.admission.enter(deadline.saturating_duration_since(Instant::now()))?;
+        let arrived = ask.arrived;
+        let answer = self.compute(ask, &registry, &entry, deadline).await;
+        match &answer {
+            Err(ServerError::Busy(_) | ServerError::Draining) => {}
+            Err(ServerError::Deadline(_)) => admitted.leave(false),
+            _ => admitted.leave(true),
+        }
+        match &answer {
+            Ok(answer) => entry.statistics.answered(&answer.times),
+            Err(_) => entry.statistics.failed(arrived.elapsed()),
+        }
+        answer
+    }
+
+    async fn compute(&self, ask: Ask<'_>, registry: &Arc<Registry>, entry: &Arc<Entry>, deadline: Instant) -> Result<Answer, ServerError> {
+        let ready = self.intake.decode(registry, entry, ask.kind, ask.payload, deadline).await?;
+        if Instant::now() >= deadline {
+            return Err(ServerError::Deadline("being decoded"));
+        }
+        let answer = entry.batcher.submit(ready.stage, ready.input, deadline)?;
+        let answer = tokio::time::timeout_at(deadline.into(), answer).await;
+        let answer = answer.map_err(|_| ServerError::Deadline("waiting for the network"))?;
+        let computed: Computed = answer.map_err(|_| ServerError::Draining)??;
+        let queue = ready.waited + computed.waited;
+        telemetry::queued(queue);
+        let times =
+            Times { decode: ready.took, queue, network: computed.network, batch_size: computed.batch_size, total: ask.arrived.elapsed() };
+        Ok(Answer { entry: entry.clone(), labels: registry.labels.clone(), logits: computed.logits, times })
+    }
+}
+
+/// The client's time limit from the `grpc-timeout` header (digits and a unit H, M, S, m, u or n).
+pub fn grpc_timeout(metadata: &MetadataMap) -> Option<Duration> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 {
+        return None;
+    }
+    let value: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(value * 3600),
+        "M" => Duration::from_secs(value * 60),
+        "S" => Duration::from_secs(value),
+        "m" => Duration::from_millis(value),
+        "u" => Duration::from_micros(value),
+        "n" => Duration::from_nanos(value),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_read_as_grpc_writes_them() {
+        let parse = |text: &str| {
+            let mut m = MetadataMap::new();
+            m.insert("grpc-timeout", text.parse().unwrap());
+            grpc_timeout(&m)
+        };
+        assert_eq!(parse("250m"), Some(Duration::from_millis(250)));
+        assert_eq!(parse("3S"), Some(Duration::from_secs(3)));
+        assert_eq!(parse("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        for bad in ["", "m", "12", "-3S", "123456789S", "1x"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! The model repository: what lies on disk, what of it is loaded, and changes without a lost request.
+//!
+//! A backbone is `NAME.safetensors` (version 1) or `NAME/N.safetensors` (version N). Loading a model reads its newest versions and all
+//! versions of the bundles anew, checks them (hashes, signatures, golden answers), and then puts them in the place of the old ones in
+//! one step. What fails leaves everything as it was. Replaced models go when the last request that came in with them has its answer.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use isthmus_codec::{Bundle, CodecError, Trust, folder};
+use isthmus_nets::BackboneKind;
+use isthmus_nets::backbone::CLASSES;
+use isthmus_nets::device::parse_device;
+use tch::Device;
+
+use crate::admission::Admission;
+use crate::batcher::Batcher;
+use crate::model::Model;
+use crate::registry::{Entry, Registry};
+use crate::statistics::Statistics;
+use crate::{Config, ServerError, labels};
+
+/// Models on disk and in memory.
+pub struct Repository {
+    config: Config,
+    trust: Trust,
+    device: Device,
+    current: RwLock<Arc<Registry>>,
+    /// One change at a time; why the last load of a model failed.
+    failures: Mutex<BTreeMap<String, String>>,
+}
+
+/// A version of a model, as the index lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Indexed {
+    /// Name.
+    pub name: String,
+    /// Version.
+    pub version: u64,
+    /// Loaded?
+    pub ready: bool,
+    /// Why it is not.
+    pub reason: String,
+}
+
+/// All versions of the bundles at a folder.
+fn open_bundles(folder: &Path, trust: &Trust) -> Result<Vec<Bundle>, ServerError> {
+    if !folder.is_dir() {
+        let why = "is no bundle folder; name one with --bundle or in `bundles` (the repository has bundles/lite0-patch-stem)";
+        return Err(ServerError::Config(format!("{} {why}", folder.display())));
+    }
+    let wrong = |e: CodecError| ServerError::Config(e.to_string());
+    let versions = folder::versions(folder).map_err(wrong)?;
+    versions.iter().map(|version| folder::open(version, |name| name.starts_with("decoder"), trust).map_err(wrong)).collect()
+}
+
+/// Versions of the backbone `name` in `folder`, newest first.
+fn versions(folder: &Path, name: &str) -> Vec<(u64, PathBuf)> {
+    let single = folder.join(format!("{name}.safetensors"));
+    let mut found: Vec<(u64, PathBuf)> = single.is_file().then_some((1, single)).into_iter().collect();
+    for path in std::fs::read_dir(folder.join(name)).into_iter().flatten().filter_map(Result::ok).map(|e| e.path()) {
+        let number = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".safetensors"));
+        if let Some(version) = number.and_then(|n| n.parse().ok()).filter(|v| *v > 0) {
+            found.retain(|(v, _)| *v != version);
+            found.push((version, path));
+        }
+    }
+    found.sort();
+    found.into_iter().rev().collect()
+}
+
+impl Repository {
+    /// Loads everything that `config` names.
+    ///
+    /// # Errors
+    /// Names the file or key that is wrong.
+    pub fn open(config: &Config) -> Result<Self, ServerError> {
+        let device = parse_device(&config.device).map_err(ServerError::Config)?;
+        tch::set_num_threads(config.network_threads() as i32);
+        let keys = config.trusted_bundle_keys.iter().map(String::as_str);
+        let trust = Trust::keys(keys).map_err(|e| ServerError::Config(format!("trusted_bundle_keys: {e}")))?;
+        let labels = Arc::new(labels::open(&config.backbones.join("labels.json"), CLASSES as usize)?);
+        let empty = Arc::new(Registry { models: Vec::new(), bundles: Vec::new(), labels });
+        let repository = Self { config: config.clone(), trust, device, current: RwLock::new(empty), failures: Mutex::default() };
+        if config.bundles.is_empty() {
+            tracing::warn!("bundles is empty: only whole images will be answered");
+        }
+        for name in &config.models {
+            repository.load(name)?;
+        }
+        Ok(repository)
+    }
+
+    /// What is loaded now.
+    pub fn current(&self) -> Arc<Registry> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Loads the model called `name`, or loads it anew. It takes seconds; libtorch wants a thread that ends afterwards.
+    ///
+    /// # Errors
+    /// What is wrong; the old version stays.
+    pub fn load(&self, name: &str) -> Result<(), ServerError> {
+        let mut failures = self.change();
+        let loaded = self.read(name);
+        match loaded {
+            Ok((bundles, entries)) => {
+                failures.remove(name);
+                let mut next = Registry::clone(&self.current());
+                next.bundles = bundles;
+                let at = next.models.iter().position(|m| m.name == name).unwrap_or(next.models.len());
+                next.models.retain(|m| m.name != name);
+                next.models.splice(at..at, entries);
+                self.replace(next);
+                Ok(())
+            }
+            Err(error) => {
+                tracing::warn!(model = name, %error, "loading failed");
+                if BackboneKind::from_name(name).is_some() {
+                    failures.insert(name.to_owned(), error.to_string());
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Unloads the model called `name`: no new requests; those that are in have their answers.
+    ///
+    /// # Errors
+    /// If it is not loaded.
+    pub fn unload(&self, name: &str) -> Result<(), ServerError> {
+        let mut failures = self.change();
+        let mut next = Registry::clone(&self.current());
+        next.model(name, "")?;
+        next.models.retain(|m| m.name != name);
+        failures.insert(name.to_owned(), "unloaded".into());
+        self.replace(next);
+        tracing::info!(model = name, "model unloaded");
+        Ok(())
+    }
+
+    /// All versions of all models, loaded or on disk.
+    pub fn index(&self) -> Vec<Indexed> {
+        let current = self.current();
+        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut index = Vec::new();
+        for kind in BackboneKind::ALL {
+            let name = kind.name();
+            for (version, _) in versions(&self.config.backbones, name) {
+                let ready = current.models.iter().any(|m| m.name == name && m.version == version);
+                let reason = if ready { String::new() } else { failures.get(name).cloned().unwrap_or_else(|| "not loaded".into()) };
+                index.push(Indexed { name: name.into(), version, ready, reason });
+            }
+        }
+        index
+    }
+
+    /// True if every model that the configuration names is loaded, or was unloaded on purpose.
+    pub fn is_ready(&self) -> bool {
+        let current = self.current();
+        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        self.config
+            .models
+            .iter()
+            .all(|name| current.models.iter().any(|m| m.name == name) || failures.get(name).is_some_and(|r| r == "unloaded"))
+    }
+
+    fn change(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn replace(&self, next: Registry) {
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
+    }
+
+    /// All bundles, those that are loaded already as they are, and the newest versions of a model.
+    fn read(&self, name: &str) -> Result<(Vec<Arc<Bundle>>, Vec<Arc<Entry>>), ServerError> {
+        if BackboneKind::from_name(name).is_none() {
+            let known = BackboneKind::ALL.map(BackboneKind::name).join(", ");
+            return Err(ServerError::Invalid(format!("model {:?} is unknown; known: {known}", name.chars().take(64).collect::<String>())));
+        }
+        let current = self.current();
+        let mut bundles = Vec::new();
+        for folder in &self.config.bundles {
+            for bundle in open_bundles(folder, &self.trust)? {
+                let loaded = current.bundles.iter().find(|b| b.hash == bundle.hash);
+                bundles.push(loaded.cloned().unwrap_or_else(|| Arc::new(bundle)));
+            }
+        }
+        let mut found = versions(&self.config.backbones, name);
+        if found.is_empty() {
+            // the error names the file
+            found.push((1, self.config.backbones.join(format!("{name}.safetensors"))));
+        }
+        let sole = found.len() == 1;
+        let newest = found.into_iter().take(self.config.model_versions);
+        let entries = newest.map(|(version, path)| self.entry(name, version, &path, &bundles, sole)).collect::<Result<Vec<_>, _>>()?;
+        Ok((bundles, entries))
+    }
+
+    fn entry(&self, name: &str, version: u64, path: &Path, bundles: &[Arc<Bundle>], sole: bool) -> Result<Arc<Entry>, ServerError> {
+        let model = Model::load(name, path, bundles, self.device, sole)?;
+        let stages: Vec<_> = model.bundles().copied().filter_map(|h| model.stage(&h).map(|s| (h, s))).collect();
+        let alone = model.time_alone()?;
+        let (name, kind, input_size) = (model.name(), model.kind(), model.input_size());
+        tracing::info!(model = name, version, device = ?self.device, bundles = stages.len(), "model loaded");
+        let statistics = Arc::new(Statistics::default());
+        let batcher = Batcher::start(model, name, self.config.max_batch, self.config.max_queue, statistics.clone())?;
+        let device = match self.device {
+            Device::Cuda(n) => format!("cuda:{n}"),
+            _ => "cpu".to_owned(),
+        };
+        let admission = Admission::new(self.config.max_batch, alone);
+        Ok(Arc::new(Entry { name, version, kind, input_size, device, admission, batcher, statistics, stages }))
+    }
+}

@@ -1,0 +1,185 @@
+//! `inference.GRPCInferenceService`: the Open Inference Protocol, version 2, as its public clients speak it.
+//!
+//! A model takes one of three inputs: `bitstream` (BYTES, containers of an edge encoder), `image` (BYTES, image files) or `pixels`
+//! (UINT8 `[n, height, width, 3]`, or floats `[n, 3, side, side]` as the network wants them), and gives `logits` (FP32) and `labels`
+//! (BYTES, `probability:index:name`). The classification extension works on `logits`.
+
+mod describe;
+mod logs;
+mod request;
+mod tensors;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use isthmus_proto::inference::grpc_inference_service_server::GrpcInferenceService;
+use isthmus_proto::inference::repository_index_response::ModelIndex;
+use isthmus_proto::inference::{
+    LogSettingsRequest, LogSettingsResponse, ModelConfigRequest, ModelConfigResponse, ModelInferRequest, ModelInferResponse,
+    ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest, ModelReadyResponse, ModelStatisticsRequest, ModelStatisticsResponse,
+    ModelStreamInferResponse, RepositoryIndexRequest, RepositoryIndexResponse, RepositoryModelLoadRequest, RepositoryModelLoadResponse,
+    RepositoryModelUnloadRequest, RepositoryModelUnloadResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
+    ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
+};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::stream::{self, Answers};
+use crate::pipeline::{Pipeline, grpc_timeout};
+use crate::{Config, ServerError, telemetry};
+
+const EXTENSIONS: [&str; 5] = ["classification", "model_configuration", "model_repository", "statistics", "logging"];
+
+/// The service; clones share everything.
+#[derive(Clone)]
+pub struct Inference {
+    pipeline: Arc<Pipeline>,
+    config: Arc<Config>,
+}
+
+impl Inference {
+    /// Over `pipeline`, which was made with `config`.
+    pub fn new(pipeline: Arc<Pipeline>, config: &Config) -> Self {
+        Self { pipeline, config: Arc::new(config.clone()) }
+    }
+
+    /// Runs a change of the repository on a thread that ends afterwards: a living one's OpenMP team would count against the network's.
+    async fn change(&self, change: impl FnOnce(&Pipeline) -> Result<(), ServerError> + Send + 'static) -> Result<(), ServerError> {
+        if !self.config.model_control {
+            return Err(ServerError::Forbidden(
+                "loading and unloading is off; set model_control = true where only operators reach the server",
+            ));
+        }
+        let pipeline = self.pipeline.clone();
+        let (done, changed) = tokio::sync::oneshot::channel();
+        let thread = std::thread::Builder::new().name("load".into()).spawn(move || done.send(change(&pipeline)));
+        thread.map_err(|e| ServerError::Transport(e.to_string()))?;
+        changed.await.map_err(|_| ServerError::Network("loading ended early".into()))?
+    }
+}
+
+#[tonic::async_trait]
+impl GrpcInferenceService for Inference {
+    async fn server_live(&self, _: Request<ServerLiveRequest>) -> Result<Response<ServerLiveResponse>, Status> {
+        Ok(Response::new(ServerLiveResponse { live: true }))
+    }
+
+    async fn server_ready(&self, _: Request<ServerReadyRequest>) -> Result<Response<ServerReadyResponse>, Status> {
+        let ready = !self.pipeline.draining.is_cancelled() && self.pipeline.repository.is_ready();
+        Ok(Response::new(ServerReadyResponse { ready }))
+    }
+
+    async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Result<Response<ModelReadyResponse>, Status> {
+        let request = request.into_inner();
+        let loaded = self.pipeline.repository.current().model(&request.name, &request.version).is_ok();
+        Ok(Response::new(ModelReadyResponse { ready: loaded && !self.pipeline.draining.is_cancelled() }))
+    }
+
+    async fn server_metadata(&self, _: Request<ServerMetadataRequest>) -> Result<Response<ServerMetadataResponse>, Status> {
+        Ok(Response::new(ServerMetadataResponse {
+            name: "isthmus".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            extensions: EXTENSIONS.map(String::from).into(),
+        }))
+    }
+
+    async fn model_metadata(&self, request: Request<ModelMetadataRequest>) -> Result<Response<ModelMetadataResponse>, Status> {
+        let request = request.into_inner();
+        let registry = self.pipeline.repository.current();
+        let entry = registry.model(&request.name, &request.version)?;
+        Ok(Response::new(describe::metadata(&registry, entry)))
+    }
+
+    async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
+        let (arrived, limit) = (Instant::now(), grpc_timeout(request.metadata()));
+        Ok(Response::new(request::infer(&self.pipeline, request.into_inner(), arrived, limit).await?))
+    }
+
+    type ModelStreamInferStream = Answers<ModelStreamInferResponse>;
+
+    async fn model_stream_infer(
+        &self,
+        request: Request<Streaming<ModelInferRequest>>,
+    ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
+        let pipeline = self.pipeline.clone();
+        let answer = move |request: ModelInferRequest| {
+            let pipeline = pipeline.clone();
+            let arrived = Instant::now();
+            async move {
+                let id = request.id.clone();
+                match request::infer(&pipeline, request, arrived, None).await {
+                    Ok(response) => ModelStreamInferResponse { error_message: String::new(), infer_response: Some(response) },
+                    Err(error) => ModelStreamInferResponse {
+                        error_message: error.to_string(),
+                        infer_response: Some(ModelInferResponse { id, ..ModelInferResponse::default() }),
+                    },
+                }
+            }
+        };
+        Ok(Response::new(stream::serve(&self.pipeline, request.into_inner(), answer)?))
+    }
+
+    async fn model_config(&self, request: Request<ModelConfigRequest>) -> Result<Response<ModelConfigResponse>, Status> {
+        let request = request.into_inner();
+        let registry = self.pipeline.repository.current();
+        let entry = registry.model(&request.name, &request.version)?;
+        Ok(Response::new(ModelConfigResponse { config: Some(describe::config(&registry, entry, &self.config)) }))
+    }
+
+    async fn model_statistics(&self, request: Request<ModelStatisticsRequest>) -> Result<Response<ModelStatisticsResponse>, Status> {
+        let request = request.into_inner();
+        let registry = self.pipeline.repository.current();
+        let model_stats = if request.name.is_empty() {
+            registry.models.iter().map(|m| describe::statistics(m)).collect()
+        } else {
+            vec![describe::statistics(registry.model(&request.name, &request.version)?)]
+        };
+        Ok(Response::new(ModelStatisticsResponse { model_stats }))
+    }
+
+    async fn repository_index(&self, request: Request<RepositoryIndexRequest>) -> Result<Response<RepositoryIndexResponse>, Status> {
+        let only_ready = request.into_inner().ready;
+        let repository = self.pipeline.clone();
+        let listed = tokio::task::spawn_blocking(move || repository.repository.index()).await;
+        let listed = listed.map_err(|e| ServerError::Network(e.to_string()))?;
+        let models = listed.into_iter().filter(|m| m.ready || !only_ready).map(|m| ModelIndex {
+            name: m.name,
+            version: m.version.to_string(),
+            state: if m.ready { "READY" } else { "UNAVAILABLE" }.into(),
+            reason: m.reason,
+        });
+        Ok(Response::new(RepositoryIndexResponse { models: models.collect() }))
+    }
+
+    async fn repository_model_load(
+        &self,
+        request: Request<RepositoryModelLoadRequest>,
+    ) -> Result<Response<RepositoryModelLoadResponse>, Status> {
+        let request = request.into_inner();
+        if let Some(parameter) = request.parameters.keys().next() {
+            let shown: String = parameter.chars().take(64).collect();
+            return Err(ServerError::Invalid(format!("parameter {shown:?}: models are loaded as they lie in the repository")).into());
+        }
+        self.change(move |p| p.repository.load(&request.model_name)).await?;
+        Ok(Response::new(RepositoryModelLoadResponse {}))
+    }
+
+    async fn repository_model_unload(
+        &self,
+        request: Request<RepositoryModelUnloadRequest>,
+    ) -> Result<Response<RepositoryModelUnloadResponse>, Status> {
+        let name = request.into_inner().model_name;
+        self.change(move |p| p.repository.unload(&name)).await?;
+        Ok(Response::new(RepositoryModelUnloadResponse {}))
+    }
+
+    async fn log_settings(&self, request: Request<LogSettingsRequest>) -> Result<Response<LogSettingsResponse>, Status> {
+        let settings = request.into_inner().settings;
+        if !settings.is_empty() {
+            if !self.config.model_control {
+                return Err(ServerError::Forbidden("log settings are read only unless model_control = true").into());
+            }
+            telemetry::set_log_filter(&logs::filter(&settings)?)?;
+        }
+        Ok(Response::new(LogSettingsResponse { settings: logs::settings(&telemetry::log_filter()) }))
+    }
+}

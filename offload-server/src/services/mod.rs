@@ -1,0 +1,5 @@
+//! The protocols of the server, over one [`crate::pipeline`].
+
+pub mod inference;
+pub mod offload;
+mod stream;

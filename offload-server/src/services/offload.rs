@@ -1,0 +1,111 @@
+//! `isthmus.offload.v1.OffloadService`.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use isthmus_codec::BundleHash;
+use isthmus_proto::offload_v1::infer_request::Payload;
+use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
+use isthmus_proto::offload_v1::offload_service_server::OffloadService;
+use isthmus_proto::offload_v1::{
+    Bundle as WireBundle, DescribeRequest, DescribeResponse, InferError, InferRequest, InferResponse, InferStreamResponse,
+    Model as WireModel, Timing,
+};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::stream::{self, Answers};
+use crate::ServerError;
+use crate::features::FeatureMap;
+use crate::pipeline::{Ask, Pipeline, grpc_timeout};
+use crate::telemetry::{self, Kind};
+
+const DEFAULT_TOP_K: u32 = 5;
+
+/// The service; clones share everything.
+#[derive(Clone)]
+pub struct Offload(pub Arc<Pipeline>);
+
+async fn infer(pipeline: &Pipeline, request: InferRequest, arrived: Instant, budget: Duration) -> Result<InferResponse, ServerError> {
+    let (kind, payload) = match request.payload {
+        Some(Payload::Bitstream(b)) => (Kind::Bitstream, b),
+        Some(Payload::Image(b)) => (Kind::Image, b),
+        Some(Payload::Features(f)) => (Kind::Features(FeatureMap { block: f.block, encoding: f.encoding }), f.data),
+        None => {
+            let error = ServerError::Invalid("the request has no payload: set bitstream, image or features".into());
+            telemetry::answered(Kind::Bitstream, 0, arrived.elapsed(), Some(&error));
+            return Err(error);
+        }
+    };
+    let answer = pipeline.infer(Ask { model: &request.model, version: "", kind, payload, arrived, budget }).await?;
+    let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    let timing = Timing {
+        decode_us: micros(answer.times.decode),
+        queue_us: micros(answer.times.queue),
+        network_us: micros(answer.times.network),
+        batch_size: answer.times.batch_size as u32,
+        total_us: micros(answer.times.total),
+    };
+    let top_k = if request.top_k == 0 { DEFAULT_TOP_K } else { request.top_k };
+    let labels = isthmus_proto::best(&answer.logits, top_k as usize, &answer.labels);
+    let logits = if request.logits { answer.logits } else { Vec::new() };
+    Ok(InferResponse { id: request.id, model: answer.entry.name.into(), labels, logits, timing: Some(timing) })
+}
+
+#[tonic::async_trait]
+impl OffloadService for Offload {
+    async fn describe(&self, request: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        let registry = self.0.repository.current();
+        let wanted = request.into_inner().bundle_hash;
+        if !wanted.is_empty() {
+            let hash: [u8; 32] = wanted.as_ref().try_into().map_err(|_| ServerError::Invalid("bundle_hash: 32 bytes are needed".into()))?;
+            if !registry.bundles.iter().any(|b| b.hash == BundleHash(hash)) {
+                return Err(ServerError::UnknownBundle(isthmus_codec::bundle::hex(&hash)).into());
+            }
+        }
+        let models = registry.models.iter().map(|m| WireModel {
+            name: m.name.into(),
+            input_size: m.input_size,
+            classes: registry.labels.len() as u32,
+            device: m.device.clone(),
+            bundles: registry
+                .bundles
+                .iter()
+                .filter(|b| m.stage(&b.hash).is_some())
+                .map(|b| WireBundle {
+                    name: b.manifest.name.clone(),
+                    version: b.manifest.version.clone(),
+                    hash: Bytes::copy_from_slice(&b.hash.0),
+                    quality_levels: b.levels().into(),
+                })
+                .collect(),
+        });
+        Ok(Response::new(DescribeResponse { version: env!("CARGO_PKG_VERSION").into(), models: models.collect() }))
+    }
+
+    async fn infer(&self, request: Request<InferRequest>) -> Result<Response<InferResponse>, Status> {
+        let arrived = Instant::now();
+        let budget = self.0.budget(grpc_timeout(request.metadata()));
+        Ok(Response::new(infer(&self.0, request.into_inner(), arrived, budget).await?))
+    }
+
+    type InferStreamStream = Answers<InferStreamResponse>;
+
+    async fn infer_stream(&self, request: Request<Streaming<InferRequest>>) -> Result<Response<Self::InferStreamStream>, Status> {
+        let pipeline = self.0.clone();
+        let answer = move |request: InferRequest| {
+            let pipeline = pipeline.clone();
+            let arrived = Instant::now();
+            async move {
+                let id = request.id;
+                let asked = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms.into()));
+                let result = match infer(&pipeline, request, arrived, pipeline.budget(asked)).await {
+                    Ok(response) => Outcome::Response(response),
+                    Err(error) => Outcome::Error(InferError { id, code: error.code() as i32, message: error.to_string() }),
+                };
+                InferStreamResponse { result: Some(result) }
+            }
+        };
+        Ok(Response::new(stream::serve(&self.0, request.into_inner(), answer)?))
+    }
+}

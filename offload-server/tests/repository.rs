@@ -1,0 +1,178 @@
+//! Models and bundles come and go while requests are answered.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::path::Path;
+use std::time::Duration;
+
+use common::{assert_healthy, client, options, sample};
+use edge_client::Payload;
+use isthmus_proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
+use isthmus_proto::inference::{
+    ModelMetadataRequest, RepositoryIndexRequest, RepositoryModelLoadRequest, RepositoryModelUnloadRequest, ServerReadyRequest,
+};
+use isthmus_testkit::{Server, backbones, bundle};
+use tonic::Code;
+use tonic::transport::Channel;
+
+const LITE0: &str = "efficientnet-lite0";
+const LITE2: &str = "efficientnet-lite2";
+
+struct Setup {
+    folder: tempfile::TempDir,
+    server: Server,
+    inference: GrpcInferenceServiceClient<Channel>,
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for file in std::fs::read_dir(from).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_file()) {
+        std::fs::copy(&file, to.join(file.file_name().unwrap())).unwrap();
+    }
+}
+
+impl Setup {
+    async fn new(extra: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        copy(&bundle(), &folder.path().join("bundles/4"));
+        copy(&backbones(), &folder.path().join("backbones"));
+        let config = folder.path().join("server.toml");
+        std::fs::write(&config, format!("bundles = [{:?}]\n{extra}", folder.path().join("bundles"))).unwrap();
+        let server = Server::configured(&config, &folder.path().join("backbones"));
+        let inference = GrpcInferenceServiceClient::connect(server.url()).await.unwrap();
+        Self { folder, server, inference }
+    }
+
+    async fn load(&mut self, name: &str) -> Result<(), tonic::Status> {
+        let request = RepositoryModelLoadRequest { model_name: name.into(), ..RepositoryModelLoadRequest::default() };
+        self.inference.repository_model_load(request).await.map(drop)
+    }
+
+    async fn unload(&mut self, name: &str) -> Result<(), tonic::Status> {
+        let request = RepositoryModelUnloadRequest { model_name: name.into(), ..RepositoryModelUnloadRequest::default() };
+        self.inference.repository_model_unload(request).await.map(drop)
+    }
+
+    /// State and reason of a model.
+    async fn state(&mut self, name: &str) -> (String, String) {
+        let models = self.inference.repository_index(RepositoryIndexRequest::default()).await.unwrap().into_inner().models;
+        let found = models.into_iter().find(|m| m.name == name).unwrap();
+        (found.state, found.reason)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_version_of_the_bundle_is_taken_up_beside_the_old_one() {
+    let mut setup = Setup::new("model_control = true\n").await;
+    let (container, _) = sample();
+    let mut old = client(&setup.server).await;
+    let bundles =
+        |d: isthmus_proto::offload_v1::DescribeResponse| d.models[0].bundles.iter().map(|b| b.version.clone()).collect::<Vec<_>>();
+    assert_eq!(bundles(old.describe(None, Duration::from_secs(5)).await.unwrap()), ["4"]);
+    copy(&bundle(), &setup.folder.path().join("bundles/5"));
+    let manifest = setup.folder.path().join("bundles/5/manifest.toml");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    std::fs::write(&manifest, text.replacen("version = \"4\"", "version = \"5\"", 1)).unwrap();
+    setup.load(LITE0).await.unwrap();
+    assert_eq!(bundles(old.describe(None, Duration::from_secs(5)).await.unwrap()), ["5", "4"]);
+    assert_healthy(&mut old, &container).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_loaded_leaves_the_old_one_in_place() {
+    let mut setup = Setup::new("model_control = true\n").await;
+    let (container, photo) = sample();
+    let mut asking = client(&setup.server).await;
+    // a decoder that is not the manifest's
+    copy(&bundle(), &setup.folder.path().join("bundles/5"));
+    let files = std::fs::read_dir(setup.folder.path().join("bundles/5")).unwrap().map(|e| e.unwrap().path());
+    let decoder = files.into_iter().find(|p| p.file_name().unwrap().to_str().unwrap().starts_with("decoder")).unwrap();
+    std::fs::write(&decoder, b"nothing").unwrap();
+    let refused = setup.load(LITE0).await.unwrap_err();
+    assert!(refused.message().contains("bundles/5"), "{refused:?}");
+    assert_eq!(setup.state(LITE0).await.0, "READY");
+    assert_healthy(&mut asking, &container).await;
+    std::fs::remove_dir_all(setup.folder.path().join("bundles/5")).unwrap();
+    // a manifest whose golden answer is another
+    let manifest = setup.folder.path().join("bundles/4/manifest.toml");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    let golden = text.find("[golden]").unwrap();
+    let at = golden + text[golden..].find("logits = [").unwrap();
+    let digit = at + text[at..].find(|c: char| c.is_ascii_digit()).unwrap();
+    std::fs::write(&manifest, format!("{}9{}", &text[..digit], &text[digit..])).unwrap();
+    let refused = setup.load(LITE0).await.unwrap_err();
+    assert!(refused.message().contains("golden"), "{refused:?}");
+    assert_healthy(&mut asking, &container).await;
+    std::fs::write(&manifest, text).unwrap();
+    setup.load(LITE0).await.unwrap();
+    // a backbone that is damaged
+    let file = setup.folder.path().join(format!("backbones/{LITE2}.safetensors"));
+    let good = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &good[..good.len() / 2]).unwrap();
+    assert!(setup.load(LITE2).await.is_err());
+    let (state, reason) = setup.state(LITE2).await;
+    assert!(state == "UNAVAILABLE" && reason.contains(LITE2), "{state} {reason}");
+    std::fs::write(&file, good).unwrap();
+    setup.load(LITE2).await.unwrap();
+    assert_eq!(setup.state(LITE2).await, ("READY".into(), String::new()));
+    let other = edge_client::InferOptions { model: LITE2.into(), ..options() };
+    asking.infer(Payload::Image(photo), &other).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_newest_version_of_a_backbone_answers_and_older_ones_as_configured() {
+    let mut setup = Setup::new("model_control = true\nmodel_versions = 2\n").await;
+    let (container, _) = sample();
+    let mut asking = client(&setup.server).await;
+    let folder = setup.folder.path().join("backbones");
+    std::fs::create_dir(folder.join(LITE0)).unwrap();
+    for version in [2, 10] {
+        std::fs::copy(folder.join(format!("{LITE0}.safetensors")), folder.join(format!("{LITE0}/{version}.safetensors"))).unwrap();
+    }
+    std::fs::write(folder.join(format!("{LITE0}/../notes.txt")), "no model").unwrap();
+    setup.load(LITE0).await.unwrap();
+    let ask = ModelMetadataRequest { name: LITE0.into(), version: String::new() };
+    assert_eq!(setup.inference.model_metadata(ask).await.unwrap().into_inner().versions, ["10", "2"]);
+    let gone = ModelMetadataRequest { name: LITE0.into(), version: "1".into() };
+    assert_eq!(setup.inference.model_metadata(gone).await.unwrap_err().code(), Code::NotFound);
+    assert_healthy(&mut asking, &container).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_is_given_back_after_unloading() {
+    let mut setup = Setup::new("model_control = true\n").await;
+    let (container, photo) = sample();
+    let mut asking = client(&setup.server).await;
+    let other = edge_client::InferOptions { model: LITE2.into(), ..options() };
+    let mut after = Vec::new();
+    let mut loaded = 0;
+    for _ in 0..6 {
+        setup.load(LITE2).await.unwrap();
+        asking.infer(Payload::Image(photo.clone()), &other).await.unwrap();
+        loaded = setup.server.process.memory_kb("VmRSS");
+        setup.unload(LITE2).await.unwrap();
+        assert_healthy(&mut asking, &container).await;
+        // the network's thread ends by itself
+        let mut least = u64::MAX;
+        for _ in 0..20 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            least = least.min(setup.server.process.memory_kb("VmRSS"));
+        }
+        after.push(least);
+    }
+    println!("loaded {loaded} kB, after unloading {after:?} kB");
+    assert!(after[5] + 15_000 < loaded, "24 MB of weights go: {loaded} {after:?}");
+    assert!(after[5] < after[1] + 8_000, "nothing piles up: {after:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_permission_nothing_changes() {
+    let mut setup = Setup::new("").await;
+    assert_eq!(setup.unload(LITE0).await.unwrap_err().code(), Code::PermissionDenied);
+    let refused = setup.load(LITE2).await.unwrap_err();
+    assert!(refused.code() == Code::PermissionDenied && refused.message().contains("model_control"), "{refused:?}");
+    assert_eq!(setup.state(LITE0).await.0, "READY");
+    assert_eq!(setup.state(LITE2).await, ("UNAVAILABLE".into(), "not loaded".into()));
+    assert!(setup.inference.server_ready(ServerReadyRequest {}).await.unwrap().into_inner().ready);
+}
