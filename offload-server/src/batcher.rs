@@ -1,21 +1,20 @@
-//! Collects what is waiting into batches and runs them on one thread.
+//! The network's queue: [`isthmus_batcher`] with libtorch behind it.
 //!
-//! The network's thread takes the oldest request and whatever else waits for the same stage, up to the
-//! largest batch; it never waits for a batch to fill. Requests whose deadline has passed or whose client
-//! has gone are dropped before they cost anything. The queue is bounded: when it is full, `submit` fails at
-//! once.
+//! What waits together and enters at the same stage runs together. How long an entry takes is predicted from how long the last ones took.
 
-use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use isthmus_batcher::{Batch, Closed, Entry, Limits, Pool, Refused, Ticket, Work};
 use tokio::sync::oneshot;
 
 use crate::ServerError;
 use crate::model::{Model, Stage};
 use crate::statistics::Statistics;
 use crate::telemetry;
+
+/// Weight of the last batch in the predicted time of an entry.
+const PACE: f64 = 0.1;
 
 /// Runs batches; the seam between queueing and networks.
 pub trait Runner: Send + 'static {
@@ -45,130 +44,179 @@ pub struct Computed {
     pub batch_size: usize,
 }
 
+type Answer = oneshot::Sender<Result<Computed, ServerError>>;
+
 struct Item {
-    stage: Stage,
     input: Vec<f32>,
-    deadline: Instant,
-    submitted: Instant,
-    answer: oneshot::Sender<Result<Computed, ServerError>>,
+    answer: Answer,
 }
 
-/// Handle to the network's thread, which finishes what is queued and ends once the handle is gone.
+/// How long an entry takes: by itself, and as a member of the batches of late.
+struct Pace {
+    alone: f64,
+    each: f64,
+}
+
+/// How the network's queue is served.
+#[derive(Debug, Clone)]
+pub struct Serving {
+    /// Bounds and delays of the queue.
+    pub limits: Limits,
+    /// Threads of libtorch for each instance.
+    pub threads: usize,
+    /// The first guess of what an entry takes by itself.
+    pub alone: Duration,
+}
+
+/// An entry that waits or runs; leaves the queue if dropped before.
+pub struct Pending<'a> {
+    batcher: &'a Batcher,
+    ticket: Ticket,
+    answer: oneshot::Receiver<Result<Computed, ServerError>>,
+}
+
+impl Pending<'_> {
+    /// The result.
+    ///
+    /// # Errors
+    /// [`ServerError::Deadline`] if it does not come in time, or what the network says.
+    pub async fn answer(mut self, deadline: Instant) -> Result<Computed, ServerError> {
+        let answer = tokio::time::timeout_at(deadline.into(), &mut self.answer).await;
+        let answer = answer.map_err(|_| ServerError::Deadline("waiting for the network"))?;
+        answer.map_err(|_| ServerError::Draining)?
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        if self.batcher.pool.cancel(self.ticket).is_some() {
+            telemetry::dropped("cancelled");
+        }
+    }
+}
+
+/// Handle to the network's threads, which finish what is queued and end once the handle is gone.
 pub struct Batcher {
-    queue: SyncSender<Item>,
+    pool: Pool<Stage, Item>,
+    pace: Arc<Mutex<Pace>>,
+}
+
+fn locked(pace: &Mutex<Pace>) -> MutexGuard<'_, Pace> {
+    pace.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Batcher {
-    /// Starts the thread. At most `max_queue` requests wait, at most `max_batch` run together.
+    /// Starts a thread for each of `runners`.
     ///
     /// # Errors
-    /// If the thread cannot be started.
-    pub fn start(
-        runner: impl Runner,
-        name: &str,
-        max_batch: usize,
-        max_queue: usize,
-        statistics: Arc<Statistics>,
-    ) -> Result<Self, ServerError> {
-        let (queue, waiting) = sync_channel(max_queue);
-        let thread = std::thread::Builder::new().name(format!("network-{name}"));
-        let thread = thread.spawn(move || {
-            work(&runner, &waiting, max_batch, &statistics);
-            // a model that is unloaded leaves its memory to others
-            drop(runner);
-            isthmus_nets::process::return_memory();
+    /// If a thread cannot be started.
+    pub fn start<R: Runner>(runners: Vec<R>, name: &str, serving: &Serving, statistics: &Arc<Statistics>) -> Result<Self, ServerError> {
+        let alone = serving.alone.as_secs_f64();
+        let pace = Arc::new(Mutex::new(Pace { alone, each: alone }));
+        let workers = runners.into_iter().map(|runner| {
+            let (pace, statistics, threads) = (pace.clone(), statistics.clone(), serving.threads);
+            move || {
+                // OpenMP's number of threads is one for each thread that asks
+                tch::set_num_threads(threads as i32);
+                Worker { runner: Some(runner), pace, statistics }
+            }
         });
-        thread.map_err(|e| ServerError::Config(e.to_string()))?;
-        Ok(Self { queue })
+        let pool = Pool::start(serving.limits.clone(), &format!("network-{name}"), workers);
+        Ok(Self { pool: pool.map_err(|e| ServerError::Config(e.to_string()))?, pace: pace.clone() })
     }
 
-    /// Queues one input; the answer comes through the returned channel.
+    /// Queues one input; `priority` 0 is the most urgent.
     ///
     /// # Errors
-    /// [`ServerError::Busy`] if the queue is full, [`ServerError::Draining`] if the thread has ended.
-    pub fn submit(
-        &self,
-        stage: Stage,
-        input: Vec<f32>,
-        deadline: Instant,
-    ) -> Result<oneshot::Receiver<Result<Computed, ServerError>>, ServerError> {
+    /// [`ServerError::Busy`] if the queue is full or too slow for the deadline, [`ServerError::Draining`] if it is closed.
+    pub fn submit(&self, stage: Stage, input: Vec<f32>, deadline: Instant, priority: u8) -> Result<Pending<'_>, ServerError> {
         let (answer, receiver) = oneshot::channel();
-        let item = Item { stage, input, deadline, submitted: Instant::now(), answer };
-        match self.queue.try_send(item) {
-            Ok(()) => Ok(receiver),
-            Err(TrySendError::Full(_)) => Err(ServerError::Busy("network queue full")),
-            Err(TrySendError::Disconnected(_)) => Err(ServerError::Draining),
+        let (alone, cost) = {
+            let pace = locked(&self.pace);
+            (Duration::from_secs_f64(pace.alone), Duration::from_secs_f64(pace.each))
+        };
+        let value = Item { input, answer };
+        let entry = Entry { key: stage, priority, tenant: 0, weight: 1.0, deadline, cost, alone, value };
+        match self.pool.submit(entry) {
+            Ok(ticket) => Ok(Pending { batcher: self, ticket, answer: receiver }),
+            Err((refused, _)) => {
+                let (reason, error) = match refused {
+                    Refused::Full => ("full", ServerError::Busy("network queue full")),
+                    Refused::Cost => ("full", ServerError::Busy("too much work is queued")),
+                    Refused::Late => ("overload", ServerError::Busy("those before it take longer than its deadline allows")),
+                    Refused::Closed => ("closed", ServerError::Draining),
+                };
+                telemetry::dropped(reason);
+                Err(error)
+            }
         }
     }
 }
 
-fn work(runner: &impl Runner, queue: &Receiver<Item>, max_batch: usize, statistics: &Statistics) {
-    let mut waiting: VecDeque<Item> = VecDeque::new();
-    loop {
-        if waiting.is_empty() {
-            match queue.recv() {
-                Ok(item) => waiting.push_back(item),
-                Err(_) => return,
+struct Worker<R> {
+    /// Taken at the end, so that its memory is free before the thread ends.
+    runner: Option<R>,
+    pace: Arc<Mutex<Pace>>,
+    statistics: Arc<Statistics>,
+}
+
+impl<R: Runner> Work<Stage, Item> for Worker<R> {
+    fn run(&mut self, batch: Batch<Stage, Item>) {
+        let Some(runner) = &self.runner else { return };
+        let (start, stage) = (Instant::now(), batch.key);
+        let inputs: Vec<&[f32]> = batch.members.iter().map(|(item, _)| item.input.as_slice()).collect();
+        // libtorch's bindings panic on internal errors; one bad batch must not end the thread
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runner.run(stage, &inputs)))
+            .unwrap_or_else(|_| Err(ServerError::Network("the batch failed inside libtorch".into())));
+        let network = start.elapsed();
+        let batch_size = batch.members.len();
+        telemetry::batch(stage, batch_size, network, closed(batch.closed));
+        self.statistics.executed(batch_size, network);
+        match result {
+            Ok(logits) => {
+                let mut pace = locked(&self.pace);
+                let took = network.as_secs_f64();
+                pace.each += PACE * (took / batch_size as f64 - pace.each);
+                if batch_size == 1 {
+                    pace.alone += PACE * (took - pace.alone);
+                }
+                drop(pace);
+                for ((item, came), logits) in batch.members.into_iter().zip(logits) {
+                    let waited = start.saturating_duration_since(came);
+                    let _ = item.answer.send(Ok(Computed { logits, waited, network, batch_size }));
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, batch_size, "batch failed");
+                for (item, _) in batch.members {
+                    let _ = item.answer.send(Err(ServerError::Network(error.to_string())));
+                }
             }
         }
-        // keep at most one batch outside the bounded queue
-        while waiting.len() < max_batch {
-            match queue.try_recv() {
-                Ok(item) => waiting.push_back(item),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-            }
-        }
-        let batch = next_batch(&mut waiting, max_batch, Instant::now());
-        if !batch.is_empty() {
-            run(runner, batch, statistics);
-        }
+    }
+
+    fn expired(&mut self, item: Item) {
+        telemetry::dropped("deadline");
+        let _ = item.answer.send(Err(ServerError::Deadline("waiting for the network")));
     }
 }
 
-/// Takes the oldest live request and those that can share its batch; answers the expired ones.
-fn next_batch(waiting: &mut VecDeque<Item>, max_batch: usize, now: Instant) -> Vec<Item> {
-    let mut batch: Vec<Item> = Vec::new();
-    let mut rest = VecDeque::new();
-    while let Some(item) = waiting.pop_front() {
-        if item.answer.is_closed() {
-            telemetry::dropped("cancelled");
-        } else if item.deadline <= now {
-            telemetry::dropped("deadline");
-            let _ = item.answer.send(Err(ServerError::Deadline("waiting for the network")));
-        } else if batch.len() < max_batch && batch.first().is_none_or(|first| first.stage == item.stage) {
-            batch.push(item);
-        } else {
-            rest.push_back(item);
-        }
+impl<R> Drop for Worker<R> {
+    fn drop(&mut self) {
+        // a model that is unloaded leaves its memory to others
+        self.runner = None;
+        isthmus_nets::process::return_memory();
     }
-    *waiting = rest;
-    batch
 }
 
-fn run(runner: &impl Runner, batch: Vec<Item>, statistics: &Statistics) {
-    let start = Instant::now();
-    let stage = batch[0].stage;
-    let inputs: Vec<&[f32]> = batch.iter().map(|i| i.input.as_slice()).collect();
-    // libtorch's bindings panic on internal errors; one bad batch must not end the thread
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runner.run(stage, &inputs)))
-        .unwrap_or_else(|_| Err(ServerError::Network("the batch failed inside libtorch".into())));
-    let network = start.elapsed();
-    let batch_size = batch.len();
-    telemetry::batch(stage, batch_size, network);
-    statistics.executed(batch_size, network);
-    match result {
-        Ok(logits) => {
-            for (item, logits) in batch.into_iter().zip(logits) {
-                let waited = start.duration_since(item.submitted);
-                let _ = item.answer.send(Ok(Computed { logits, waited, network, batch_size }));
-            }
-        }
-        Err(error) => {
-            tracing::error!(%error, batch_size, "batch failed");
-            for item in batch {
-                let _ = item.answer.send(Err(ServerError::Network(error.to_string())));
-            }
-        }
+/// Value of the label `closed`.
+fn closed(closed: Closed) -> &'static str {
+    match closed {
+        Closed::Full => "full",
+        Closed::Preferred => "preferred",
+        Closed::Delay => "delay",
+        Closed::Deadline => "deadline",
+        Closed::Drain => "drain",
     }
 }
 
@@ -176,10 +224,11 @@ fn run(runner: &impl Runner, batch: Vec<Item>, statistics: &Statistics) {
 mod tests {
     use super::*;
 
-    struct Echo;
+    struct Echo(Duration);
 
     impl Runner for Echo {
         fn run(&self, _: Stage, inputs: &[&[f32]]) -> Result<Vec<Vec<f32>>, ServerError> {
+            std::thread::sleep(self.0);
             if inputs.iter().any(|i| i[0] < 0.0) {
                 panic!("negative");
             }
@@ -187,54 +236,33 @@ mod tests {
         }
     }
 
-    fn item(stage: Stage, deadline: Instant) -> (Item, oneshot::Receiver<Result<Computed, ServerError>>) {
-        let (answer, receiver) = oneshot::channel();
-        (Item { stage, input: vec![1.0], deadline, submitted: Instant::now(), answer }, receiver)
+    fn batcher(takes: u64, max_entries: usize) -> Batcher {
+        let limits = Limits { max_batch: 4, max_delay: Duration::ZERO, preferred: vec![], max_entries, max_cost: None, workers: 1 };
+        let serving = Serving { limits, threads: 1, alone: Duration::from_millis(1) };
+        Batcher::start(vec![Echo(Duration::from_millis(takes))], "test", &serving, &Arc::default()).unwrap()
     }
 
-    #[test]
-    fn batches_share_a_stage_and_skip_the_expired_and_the_gone() {
-        let now = Instant::now();
-        let later = now + Duration::from_secs(5);
-        let (a, _ra) = item(Stage::Pixels, later);
-        let (b, _rb) = item(Stage::Latent(0), later);
-        let (c, mut rc) = item(Stage::Pixels, now);
-        let (d, rd) = item(Stage::Pixels, later);
-        drop(rd);
-        let (e, _re) = item(Stage::Pixels, later);
-        let mut waiting = VecDeque::from([a, b, c, d, e]);
-        let batch = next_batch(&mut waiting, 8, now);
-        assert_eq!(batch.len(), 2);
-        assert!(batch.iter().all(|i| i.stage == Stage::Pixels));
-        assert_eq!(waiting.len(), 1, "the other stage waits for its own batch");
-        assert!(matches!(rc.try_recv(), Ok(Err(ServerError::Deadline(_)))));
-    }
-
-    #[test]
-    fn a_full_queue_refuses_and_a_panicking_batch_is_survived() {
-        let batcher = Batcher::start(Echo, "test", 4, 1, Arc::default()).unwrap();
-        let later = Instant::now() + Duration::from_secs(5);
-        let bad = batcher.submit(Stage::Pixels, vec![-1.0], later).unwrap().blocking_recv().unwrap();
+    #[tokio::test]
+    async fn a_panicking_batch_is_survived() {
+        let (batcher, later) = (batcher(0, 8), Instant::now() + Duration::from_secs(5));
+        let bad = batcher.submit(Stage::Pixels, vec![-1.0], later, 0).unwrap().answer(later).await;
         assert!(matches!(bad, Err(ServerError::Network(_))));
-        let good = batcher.submit(Stage::Pixels, vec![2.0], later).unwrap().blocking_recv().unwrap().unwrap();
+        let good = batcher.submit(Stage::Pixels, vec![2.0], later, 0).unwrap().answer(later).await.unwrap();
         assert_eq!(good.logits, [2.0]);
     }
 
-    struct Slow;
-
-    impl Runner for Slow {
-        fn run(&self, _: Stage, inputs: &[&[f32]]) -> Result<Vec<Vec<f32>>, ServerError> {
-            std::thread::sleep(Duration::from_millis(200));
-            Ok(inputs.iter().map(|i| i.to_vec()).collect())
-        }
-    }
-
-    #[test]
-    fn the_queue_is_bounded() {
-        let batcher = Batcher::start(Slow, "test", 1, 2, Arc::default()).unwrap();
-        let later = Instant::now() + Duration::from_secs(5);
-        let all: Vec<_> = (0..10).map(|_| batcher.submit(Stage::Pixels, vec![1.0], later)).collect();
-        let refused = all.iter().filter(|r| matches!(r, Err(ServerError::Busy(_)))).count();
-        assert!(refused >= 6, "2 wait, up to 2 are taken, the others are refused: {refused}");
+    #[tokio::test]
+    async fn the_queue_is_bounded_and_who_leaves_makes_room() {
+        let (batcher, later) = (batcher(200, 2), Instant::now() + Duration::from_secs(5));
+        let first = batcher.submit(Stage::Pixels, vec![1.0], later, 0).unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let second = batcher.submit(Stage::Pixels, vec![2.0], later, 0).unwrap();
+        let third = batcher.submit(Stage::Pixels, vec![3.0], later, 0).unwrap();
+        assert!(matches!(batcher.submit(Stage::Pixels, vec![4.0], later, 0), Err(ServerError::Busy(_))));
+        drop(third);
+        let fourth = batcher.submit(Stage::Pixels, vec![4.0], later, 0).unwrap();
+        let (a, b, c) = tokio::join!(first.answer(later), second.answer(later), fourth.answer(later));
+        assert_eq!((a.unwrap().batch_size, b.unwrap().batch_size), (1, 2));
+        assert_eq!(c.unwrap().logits, [4.0]);
     }
 }

@@ -36,8 +36,17 @@ pub struct Config {
     pub device: String,
     /// Threads of libtorch; 0 is one per core.
     pub network_threads: usize,
+    /// Copies of each model that compute at the same time; they share the threads.
+    pub instances: usize,
     /// Most requests computed together.
     pub max_batch: usize,
+    /// An incomplete batch waits so long for company.
+    #[serde(with = "humantime_serde")]
+    pub queue_delay: Duration,
+    /// Sizes at which a batch waits no longer.
+    pub preferred_batch_sizes: Vec<usize>,
+    /// Levels of the request parameter `priority`, 1 being the most urgent; without it a request has the middle one.
+    pub priority_levels: u8,
     /// Most requests waiting for the network.
     pub max_queue: usize,
     /// Entropy and image decodings at once; 0 is one per core.
@@ -94,7 +103,11 @@ impl Default for Config {
             model_control: false,
             device: "auto".into(),
             network_threads: 0,
+            instances: 1,
             max_batch: 16,
+            queue_delay: Duration::ZERO,
+            preferred_batch_sizes: vec![],
+            priority_levels: 3,
             max_queue: 256,
             decode_workers: 0,
             max_in_flight: 128,
@@ -140,6 +153,18 @@ impl Config {
         }
         if !(1..=16).contains(&self.model_versions) {
             return bad("model_versions: 1 to 16");
+        }
+        if !(1..=64).contains(&self.instances) || self.instances > self.network_threads() {
+            return bad("instances: 1 to 64, and at most one for each of network_threads");
+        }
+        if self.queue_delay > Duration::from_secs(10) || self.queue_delay >= self.max_deadline {
+            return bad("queue_delay: at most 10 s, and below max_deadline");
+        }
+        if self.preferred_batch_sizes.iter().any(|n| *n == 0 || *n > self.max_batch) {
+            return bad("preferred_batch_sizes: from 1 to max_batch");
+        }
+        if !(1..=16).contains(&self.priority_levels) {
+            return bad("priority_levels: 1 to 16");
         }
         let positive = [self.max_batch, self.max_queue, self.max_in_flight, self.stream_window, self.max_streams, self.max_connections];
         if positive.contains(&0) || self.max_request_bytes < 1024 {

@@ -8,7 +8,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tonic::metadata::MetadataMap;
 
-use crate::batcher::Computed;
 use crate::intake::Intake;
 use crate::registry::{Entry, Registry};
 use crate::repository::Repository;
@@ -33,6 +32,7 @@ pub struct Pipeline {
     max_in_flight: usize,
     streams: Arc<Semaphore>,
     max_deadline: Duration,
+    priority_levels: u8,
 }
 
 /// A request, decoded from its protocol.
@@ -49,6 +49,8 @@ pub struct Ask<'a> {
     pub arrived: Instant,
     /// Time until the answer is due.
     pub budget: Duration,
+    /// 0 is the most urgent.
+    pub priority: u8,
 }
 
 /// The answer to a request.
@@ -76,6 +78,7 @@ impl Pipeline {
             max_in_flight: config.max_in_flight,
             streams: Arc::new(Semaphore::new(config.max_streams)),
             max_deadline: config.max_deadline,
+            priority_levels: config.priority_levels,
         }
     }
 
@@ -97,6 +100,12 @@ impl Pipeline {
     pub fn budget(&self, asked: Option<Duration>) -> Duration {
         let budget = asked.map_or(self.max_deadline, |a| a.min(self.max_deadline));
         budget.saturating_sub((budget / 10).min(DEADLINE_MARGIN))
+    }
+
+    /// From a request's number, 1 being the most urgent; 0 or none is the middle.
+    pub fn priority(&self, asked: u64) -> u8 {
+        let levels = self.priority_levels;
+        if asked == 0 { levels / 2 } else { u8::try_from(asked - 1).unwrap_or(u8::MAX).min(levels - 1) }
     }
 
     /// One request, with metrics.
@@ -143,10 +152,7 @@ impl Pipeline {
         if Instant::now() >= deadline {
             return Err(ServerError::Deadline("being decoded"));
         }
-        let answer = entry.batcher.submit(ready.stage, ready.input, deadline)?;
-        let answer = tokio::time::timeout_at(deadline.into(), answer).await;
-        let answer = answer.map_err(|_| ServerError::Deadline("waiting for the network"))?;
-        let computed: Computed = answer.map_err(|_| ServerError::Draining)??;
+        let computed = entry.batcher.submit(ready.stage, ready.input, deadline, ask.priority)?.answer(deadline).await?;
         let queue = ready.waited + computed.waited;
         telemetry::queued(queue);
         let times =

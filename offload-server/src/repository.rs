@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use isthmus_batcher::Limits;
 use isthmus_codec::{Bundle, CodecError, Trust, folder};
 use isthmus_nets::BackboneKind;
 use isthmus_nets::backbone::CLASSES;
@@ -15,7 +16,7 @@ use isthmus_nets::device::parse_device;
 use tch::Device;
 
 use crate::admission::Admission;
-use crate::batcher::Batcher;
+use crate::batcher::{Batcher, Serving};
 use crate::model::Model;
 use crate::registry::{Entry, Registry};
 use crate::statistics::Statistics;
@@ -200,13 +201,28 @@ impl Repository {
     }
 
     fn entry(&self, name: &str, version: u64, path: &Path, bundles: &[Arc<Bundle>], sole: bool) -> Result<Arc<Entry>, ServerError> {
-        let model = Model::load(name, path, bundles, self.device, sole)?;
+        let load = || Model::load(name, path, bundles, self.device, sole);
+        let model = load()?;
         let stages: Vec<_> = model.bundles().copied().filter_map(|h| model.stage(&h).map(|s| (h, s))).collect();
         let alone = model.time_alone()?;
         let (name, kind, input_size) = (model.name(), model.kind(), model.input_size());
         tracing::info!(model = name, version, device = ?self.device, bundles = stages.len(), "model loaded");
         let statistics = Arc::new(Statistics::default());
-        let batcher = Batcher::start(model, name, self.config.max_batch, self.config.max_queue, statistics.clone())?;
+        let config = &self.config;
+        let limits = Limits {
+            max_batch: config.max_batch,
+            max_delay: config.queue_delay,
+            preferred: config.preferred_batch_sizes.clone(),
+            max_entries: config.max_queue,
+            max_cost: None,
+            workers: config.instances,
+        };
+        let mut instances = vec![model];
+        for _ in 1..config.instances {
+            instances.push(load()?);
+        }
+        let serving = Serving { limits, threads: config.network_threads() / config.instances, alone };
+        let batcher = Batcher::start(instances, name, &serving, &statistics)?;
         let device = match self.device {
             Device::Cuda(n) => format!("cuda:{n}"),
             _ => "cpu".to_owned(),

@@ -70,6 +70,7 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
     describe_histogram!("isthmus_image_decode_seconds", "Decoding and resizing of an image");
     describe_histogram!("isthmus_features_decode_seconds", "Unpacking of raw features");
     describe_histogram!("isthmus_queue_seconds", "Waiting for the decode pool and the batch");
+    describe_counter!("isthmus_batches_total", "Batches computed, by why they were closed");
     describe_histogram!("isthmus_batch_size", "Requests computed together");
     describe_histogram!("isthmus_network_seconds", "A batch in the network, by stage");
     describe_counter!("isthmus_failed_calls_total", "Calls that ended with an error before any message was sent, by gRPC code");
@@ -142,12 +143,13 @@ pub(crate) fn dropped(reason: &'static str) {
     counter!("isthmus_dropped_total", "reason" => reason).increment(1);
 }
 
-pub(crate) fn batch(stage: Stage, size: usize, network: Duration) {
+pub(crate) fn batch(stage: Stage, size: usize, network: Duration, closed: &'static str) {
     let stage = match stage {
         Stage::Latent(_) => "latent",
         Stage::Pixels => "pixels",
         Stage::Features(_) => "features",
     };
+    counter!("isthmus_batches_total", "closed" => closed).increment(1);
     histogram!("isthmus_batch_size").record(size as f64);
     histogram!("isthmus_network_seconds", "stage" => stage).record(network);
 }

@@ -37,7 +37,8 @@ async fn infer(pipeline: &Pipeline, request: InferRequest, arrived: Instant, bud
             return Err(error);
         }
     };
-    let answer = pipeline.infer(Ask { model: &request.model, version: "", kind, payload, arrived, budget }).await?;
+    let answer =
+        pipeline.infer(Ask { model: &request.model, version: "", kind, payload, arrived, budget, priority: pipeline.priority(0) }).await?;
     let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     let timing = Timing {
         decode_us: micros(answer.times.decode),

@@ -59,7 +59,7 @@ pub fn config(registry: &Registry, entry: &Entry, config: &Config) -> ModelConfi
     let group = ModelInstanceGroup {
         name: format!("{}_0", entry.name),
         kind: if cuda.is_some() { InstanceKind::Gpu } else { InstanceKind::Cpu }.into(),
-        count: 1,
+        count: config.instances as i32,
         gpus: cuda.into_iter().collect(),
     };
     let queue = ModelQueuePolicy {
@@ -92,6 +92,10 @@ pub fn config(registry: &Registry, entry: &Entry, config: &Config) -> ModelConfi
             ModelOutput { name: "labels".into(), data_type: DataType::TypeString.into(), dims: vec![-1], ..ModelOutput::default() },
         ],
         scheduling_choice: Some(SchedulingChoice::DynamicBatching(ModelDynamicBatching {
+            preferred_batch_size: config.preferred_batch_sizes.iter().map(|n| *n as i32).collect(),
+            max_queue_delay_microseconds: config.queue_delay.as_micros() as u64,
+            priority_levels: config.priority_levels.into(),
+            default_priority_level: u64::from(config.priority_levels / 2) + 1,
             default_queue_policy: Some(queue),
             ..ModelDynamicBatching::default()
         })),

@@ -178,11 +178,12 @@ pub async fn infer(
     }
     let asked = number(&request.parameters, "timeout")?.filter(|us| *us > 0).map(Duration::from_micros);
     let budget = pipeline.budget([asked, limit].into_iter().flatten().min());
+    let priority = pipeline.priority(number(&request.parameters, "priority")?.unwrap_or(0));
     let outputs = wanted(&request.outputs, &request.parameters, registry.labels.len())?;
     let photos = Photos::read(&mut request)?;
     let asks = photos.payloads.into_iter().map(|payload| {
         let (model, version) = (request.model_name.as_str(), request.model_version.as_str());
-        pipeline.infer(Ask { model, version, kind: photos.kind, payload, arrived, budget })
+        pipeline.infer(Ask { model, version, kind: photos.kind, payload, arrived, budget, priority })
     });
     let answers = try_join_all(asks).await?;
     Ok(response(request.id, &answers, &outputs))

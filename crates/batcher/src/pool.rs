@@ -1,0 +1,118 @@
+//! The queue with threads and the system's clock.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crate::queue::{Batch, Entry, Limits, Queue, Refused, Ticket};
+
+/// What a worker thread does. It owns whatever cannot be shared, such as a network.
+pub trait Work<K, T>: Send + 'static {
+    /// Computes a batch.
+    fn run(&mut self, batch: Batch<K, T>);
+
+    /// An entry whose deadline passed while it waited.
+    fn expired(&mut self, value: T);
+}
+
+struct Shared<K, T> {
+    queue: Mutex<Queue<K, T>>,
+    changed: Condvar,
+}
+
+impl<K, T> Shared<K, T> {
+    fn queue(&self) -> MutexGuard<'_, Queue<K, T>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A queue with its worker threads. They finish what waits and end once the pool is gone.
+pub struct Pool<K: Clone + PartialEq, T> {
+    shared: Arc<Shared<K, T>>,
+}
+
+impl<K: Clone + PartialEq + Send + 'static, T: Send + 'static> Pool<K, T> {
+    /// Starts a thread, called `name` and its number, for each worker. `make` is called on the thread itself.
+    ///
+    /// # Errors
+    /// If a thread cannot be started.
+    pub fn start<W: Work<K, T>>(
+        mut limits: Limits,
+        name: &str,
+        workers: impl IntoIterator<Item = impl FnOnce() -> W + Send + 'static>,
+    ) -> std::io::Result<Self> {
+        let workers: Vec<_> = workers.into_iter().collect();
+        limits.workers = workers.len();
+        let shared = Arc::new(Shared { queue: Mutex::new(Queue::new(limits)), changed: Condvar::new() });
+        let pool = Self { shared };
+        for (i, make) in workers.into_iter().enumerate() {
+            let shared = pool.shared.clone();
+            std::thread::Builder::new().name(format!("{name}-{i}")).spawn(move || work(&shared, make()))?;
+        }
+        Ok(pool)
+    }
+
+    /// Queues an entry.
+    ///
+    /// # Errors
+    /// Why it was refused, with the entry.
+    pub fn submit(&self, entry: Entry<K, T>) -> Result<Ticket, (Refused, Entry<K, T>)> {
+        let taken = self.shared.queue().offer(entry, Instant::now());
+        self.shared.changed.notify_one();
+        taken
+    }
+
+    /// Takes an entry back; none if a worker has it.
+    pub fn cancel(&self, ticket: Ticket) -> Option<T> {
+        self.shared.queue().cancel(ticket)
+    }
+
+    /// Entries waiting.
+    pub fn len(&self) -> usize {
+        self.shared.queue().len()
+    }
+
+    /// True if none waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl<K: Clone + PartialEq, T> Drop for Pool<K, T> {
+    fn drop(&mut self) {
+        self.shared.queue().close();
+        self.shared.changed.notify_all();
+    }
+}
+
+fn work<K: Clone + PartialEq, T>(shared: &Shared<K, T>, mut worker: impl Work<K, T>) {
+    let mut queue = shared.queue();
+    loop {
+        let now = Instant::now();
+        let next = queue.next(now);
+        if !next.expired.is_empty() || next.batch.is_some() {
+            // what is left may be another worker's
+            shared.changed.notify_one();
+            drop(queue);
+            next.expired.into_iter().for_each(|value| worker.expired(value));
+            if let Some(batch) = next.batch {
+                let cost = batch.cost;
+                worker.run(batch);
+                queue = shared.queue();
+                queue.done(now, cost);
+            } else {
+                queue = shared.queue();
+            }
+            continue;
+        }
+        if queue.is_closed() && queue.is_empty() {
+            return;
+        }
+        queue = match next.ask_again {
+            None => shared.changed.wait(queue).unwrap_or_else(PoisonError::into_inner),
+            Some(at) => {
+                let wait = at.saturating_duration_since(Instant::now());
+                shared.changed.wait_timeout(queue, wait).unwrap_or_else(PoisonError::into_inner).0
+            }
+        };
+    }
+}

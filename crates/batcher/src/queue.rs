@@ -1,0 +1,308 @@
+//! The decisions, under an injected clock.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// What a queue is bounded by, and how long it waits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Limits {
+    /// Most entries of a batch.
+    pub max_batch: usize,
+    /// An incomplete batch is closed when its oldest entry has waited this long; zero: at once.
+    pub max_delay: Duration,
+    /// Sizes at which a batch is closed before that; none: only the largest.
+    pub preferred: Vec<usize>,
+    /// Most entries waiting.
+    pub max_entries: usize,
+    /// Most predicted cost waiting; none: no bound.
+    pub max_cost: Option<Duration>,
+    /// Workers that run batches at the same time.
+    pub workers: usize,
+}
+
+/// Something to compute.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry<K, T> {
+    /// Entries with equal keys may share a batch.
+    pub key: K,
+    /// 0 is the most urgent.
+    pub priority: u8,
+    /// Who asks.
+    pub tenant: u32,
+    /// The tenant's share among others of the same priority; above 0.
+    pub weight: f64,
+    /// When the result must be there.
+    pub deadline: Instant,
+    /// Predicted time of a worker for this entry as a member of a full batch.
+    pub cost: Duration,
+    /// Predicted time of a worker for this entry by itself: no result is sooner.
+    pub alone: Duration,
+    /// Whatever the caller needs.
+    pub value: T,
+}
+
+/// Names an entry that waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(u64);
+
+/// Why an entry was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Refused {
+    /// As many entries wait as may.
+    Full,
+    /// As much predicted cost waits as may.
+    Cost,
+    /// By prediction it could not be done by its deadline.
+    Late,
+    /// The queue is closed.
+    Closed,
+}
+
+/// Why a batch was closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Closed {
+    /// It has the largest size.
+    Full,
+    /// It has a preferred size.
+    Preferred,
+    /// Its oldest entry has waited long enough.
+    Delay,
+    /// A member would have missed its deadline, waiting or in larger company.
+    Deadline,
+    /// The queue is closed and runs empty.
+    Drain,
+}
+
+/// What a worker is to do.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Next<K, T> {
+    /// Entries whose deadline passed; not to be computed.
+    pub expired: Vec<T>,
+    /// Entries to compute together.
+    pub batch: Option<Batch<K, T>>,
+    /// Without a batch: when to ask again, if nothing comes before.
+    pub ask_again: Option<Instant>,
+}
+
+/// Entries to compute together.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch<K, T> {
+    /// Their key.
+    pub key: K,
+    /// The entries' values and when they came, in order.
+    pub members: Vec<(T, Instant)>,
+    /// Predicted time of the worker.
+    pub cost: Duration,
+    /// Why it was closed.
+    pub closed: Closed,
+}
+
+struct Waiting<K, T> {
+    ticket: Ticket,
+    came: Instant,
+    entry: Entry<K, T>,
+}
+
+/// A tenant's virtual time, and how many of its entries wait.
+#[derive(Default)]
+struct Share {
+    finish: f64,
+    waiting: usize,
+}
+
+/// Entries that wait. Every decision looks at all of them once for each member: queues are short (hundreds), batches take milliseconds.
+pub struct Queue<K, T> {
+    limits: Limits,
+    waiting: Vec<Waiting<K, T>>,
+    shares: BTreeMap<u32, Share>,
+    /// Virtual time: the start tag of the last entry that was taken.
+    now_served: f64,
+    next: u64,
+    cost: Duration,
+    /// Predicted cost of batches that were handed out and are not done.
+    running: Vec<(Instant, Duration)>,
+    closed: bool,
+}
+
+impl<K: Clone + PartialEq, T> Queue<K, T> {
+    /// An empty queue. Limits below one count as one; preferred sizes beyond the largest are left out.
+    pub fn new(mut limits: Limits) -> Self {
+        limits.max_batch = limits.max_batch.max(1);
+        limits.max_entries = limits.max_entries.max(1);
+        limits.workers = limits.workers.max(1);
+        limits.preferred.retain(|p| (1..limits.max_batch).contains(p));
+        limits.preferred.sort_unstable();
+        Self {
+            limits,
+            waiting: Vec::new(),
+            shares: BTreeMap::new(),
+            now_served: 0.0,
+            next: 0,
+            cost: Duration::ZERO,
+            running: Vec::new(),
+            closed: false,
+        }
+    }
+
+    /// Entries waiting.
+    pub fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// True if none waits.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Predicted cost of what waits.
+    pub fn cost(&self) -> Duration {
+        self.cost
+    }
+
+    /// Takes nothing more; what waits is handed out without delay.
+    pub fn close(&mut self) {
+        self.closed = true;
+    }
+
+    /// True if it was closed.
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// Predicted wait of a new entry of this priority: what is running, and what waits before it, over all workers.
+    pub fn predicted_wait(&self, priority: u8, now: Instant) -> Duration {
+        let left = |(since, cost): &(Instant, Duration)| cost.saturating_sub(now.saturating_duration_since(*since));
+        let running: Duration = self.running.iter().map(left).sum();
+        let before: Duration = self.waiting.iter().filter(|w| w.entry.priority <= priority).map(|w| w.entry.cost).sum();
+        // a free worker begins at once with the first of them
+        (running + before) / self.limits.workers as u32
+    }
+
+    /// Takes an entry. Where nothing waits or runs every entry is taken, however wrong the prediction may be.
+    ///
+    /// # Errors
+    /// Why not, with the entry.
+    pub fn offer(&mut self, entry: Entry<K, T>, now: Instant) -> Result<Ticket, (Refused, Entry<K, T>)> {
+        let idle = self.waiting.is_empty() && self.running.is_empty();
+        // its batch ends for all of its members at once, and those that come later fill it
+        let company = entry.cost * (self.waiting.len() + 1).min(self.limits.max_batch) as u32;
+        let late = now + self.predicted_wait(entry.priority, now) + entry.alone.max(company) > entry.deadline;
+        let too_much = self.limits.max_cost.is_some_and(|most| self.cost + entry.cost > most);
+        let refused = match () {
+            () if self.closed => Some(Refused::Closed),
+            () if self.waiting.len() >= self.limits.max_entries => Some(Refused::Full),
+            () if too_much && !idle => Some(Refused::Cost),
+            () if late && !idle => Some(Refused::Late),
+            () => None,
+        };
+        if let Some(refused) = refused {
+            return Err((refused, entry));
+        }
+        let ticket = Ticket(self.next);
+        self.next += 1;
+        self.cost += entry.cost;
+        let share = self.shares.entry(entry.tenant).or_default();
+        if share.waiting == 0 {
+            // who was away has no claim on the time that others used
+            share.finish = share.finish.max(self.now_served);
+        }
+        share.waiting += 1;
+        self.waiting.push(Waiting { ticket, came: now, entry });
+        Ok(ticket)
+    }
+
+    /// Takes an entry back; none if it has been handed out.
+    pub fn cancel(&mut self, ticket: Ticket) -> Option<T> {
+        let at = self.waiting.iter().position(|w| w.ticket == ticket)?;
+        Some(self.remove(at).entry.value)
+    }
+
+    fn remove(&mut self, at: usize) -> Waiting<K, T> {
+        let removed = self.waiting.remove(at);
+        self.cost = self.cost.saturating_sub(removed.entry.cost);
+        if let Some(share) = self.shares.get_mut(&removed.entry.tenant) {
+            share.waiting -= 1;
+            if share.waiting == 0 && share.finish <= self.now_served {
+                self.shares.remove(&removed.entry.tenant);
+            }
+        }
+        removed
+    }
+
+    /// The entry that is next, of those with this key.
+    fn first(&self, key: Option<&K>) -> Option<usize> {
+        let finish = |w: &Waiting<K, T>| self.shares.get(&w.entry.tenant).map_or(0.0, |s| s.finish);
+        let fits = |w: &&Waiting<K, T>| key.is_none_or(|k| *k == w.entry.key);
+        let before = |a: &Waiting<K, T>, b: &Waiting<K, T>| {
+            let priority = a.entry.priority.cmp(&b.entry.priority);
+            priority.then(finish(a).total_cmp(&finish(b))).then(a.ticket.cmp(&b.ticket))
+        };
+        let found = self.waiting.iter().enumerate().filter(|(_, w)| fits(w)).min_by(|(_, a), (_, b)| before(a, b));
+        found.map(|(at, _)| at)
+    }
+
+    /// What a free worker does at this time.
+    pub fn next(&mut self, now: Instant) -> Next<K, T> {
+        let mut expired = Vec::new();
+        while let Some(at) = self.waiting.iter().position(|w| w.entry.deadline <= now) {
+            expired.push(self.remove(at).entry.value);
+        }
+        let Some(first) = self.first(None) else { return Next { expired, batch: None, ask_again: None } };
+        let key = self.waiting[first].entry.key.clone();
+        let fitting = || self.waiting.iter().filter(|w| w.entry.key == key);
+        let size = fitting().count().min(self.limits.max_batch);
+        // together they take as long as their costs, and none is sooner than by itself
+        let together = fitting().take(size).map(|w| w.entry.cost).sum::<Duration>();
+        let oldest = fitting().map(|w| w.came).min().unwrap_or(now);
+        let latest_start = fitting().map(|w| w.entry.deadline.checked_sub(together.max(w.entry.alone)).unwrap_or(now)).min().unwrap_or(now);
+        let preferred = self.limits.preferred.iter().rev().find(|p| **p <= size);
+        let due = oldest + self.limits.max_delay;
+        let (take, closed) = match preferred {
+            _ if size == self.limits.max_batch => (size, Closed::Full),
+            _ if self.closed => (size, Closed::Drain),
+            _ if due <= now => (size, Closed::Delay),
+            _ if latest_start <= now => (size, Closed::Deadline),
+            Some(preferred) => (*preferred, Closed::Preferred),
+            None => {
+                let others = self.waiting.iter().map(|w| w.entry.deadline).min();
+                let ask_again = [due, latest_start].into_iter().chain(others).min();
+                return Next { expired, batch: None, ask_again };
+            }
+        };
+        let mut batch = Batch { key: key.clone(), members: Vec::with_capacity(take), cost: Duration::ZERO, closed };
+        // company must not cost a member its deadline
+        let mut slack = Duration::MAX;
+        while batch.members.len() < take
+            && let Some(at) = self.first(Some(&key))
+        {
+            let next = &self.waiting[at].entry;
+            if batch.cost + next.cost > slack && !batch.members.is_empty() {
+                batch.closed = Closed::Deadline;
+                break;
+            }
+            // who is late even alone is no reason to hurry
+            let left = next.deadline.saturating_duration_since(now);
+            if next.alone.max(next.cost) <= left {
+                slack = slack.min(left);
+            }
+            let tenant = next.tenant;
+            let step = self.waiting[at].entry.cost.as_secs_f64().max(1e-9) / self.waiting[at].entry.weight.max(1e-3);
+            if let Some(share) = self.shares.get_mut(&tenant) {
+                self.now_served = self.now_served.max(share.finish);
+                share.finish += step;
+            }
+            let taken = self.remove(at);
+            batch.cost += taken.entry.cost;
+            batch.members.push((taken.entry.value, taken.came));
+        }
+        self.running.push((now, batch.cost));
+        Next { expired, batch: Some(batch), ask_again: None }
+    }
+
+    /// A batch that was handed out at `started` with this cost is done.
+    pub fn done(&mut self, started: Instant, cost: Duration) {
+        if let Some(at) = self.running.iter().position(|r| *r == (started, cost)) {
+            self.running.swap_remove(at);
+        }
+    }
+}
