@@ -32,6 +32,9 @@ pub struct Repository {
     failures: Mutex<BTreeMap<String, String>>,
 }
 
+/// What lies on disk, checked: all bundles, and the newest versions of a model.
+type Found = (Vec<Arc<Bundle>>, Vec<Arc<Entry>>);
+
 /// A version of a model, as the index lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Indexed {
@@ -176,7 +179,7 @@ impl Repository {
     }
 
     /// All bundles, those that are loaded already as they are, and the newest versions of a model.
-    fn read(&self, name: &str) -> Result<(Vec<Arc<Bundle>>, Vec<Arc<Entry>>), ServerError> {
+    fn read(&self, name: &str) -> Result<Found, ServerError> {
         if BackboneKind::from_name(name).is_none() {
             let known = BackboneKind::ALL.map(BackboneKind::name).join(", ");
             return Err(ServerError::Invalid(format!("model {:?} is unknown; known: {known}", name.chars().take(64).collect::<String>())));

@@ -99,7 +99,7 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     // a thread of its own that ends: the OpenMP team of a living one would count against the network's, which
     // then waits passively and takes twice as long
     let (loaded, repository) = tokio::sync::oneshot::channel();
-    let load = std::thread::Builder::new().name("load".into()).spawn(move || loaded.send(Repository::open(&loading)));
+    let load = std::thread::Builder::new().name("load".into()).spawn(move || loaded.send(Repository::open(&loading)).map_err(drop));
     load.map_err(|e| ServerError::Transport(e.to_string()))?;
     let repository = repository.await.map_err(|_| ServerError::Transport("loading ended early".into()))??;
     let bind = |address: SocketAddr| async move {
