@@ -9,7 +9,10 @@ use isthmus_proto::offload_v1::infer_request::Payload as WirePayload;
 use isthmus_proto::offload_v1::offload_service_client::OffloadServiceClient;
 use isthmus_proto::offload_v1::{DescribeRequest, DescribeResponse, Features, InferRequest, InferResponse};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Uri};
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity, Uri};
 use tower::service_fn;
 
 use crate::ClientError;
@@ -26,6 +29,8 @@ const PEM_CERTIFICATE: &[u8] = b"-----BEGIN CERTIFICATE-----";
 pub struct Endpoint {
     uri: Uri,
     ca: Option<Vec<u8>>,
+    identity: Option<Identity>,
+    token: Bearer,
     insecure: bool,
     connect_timeout: Duration,
 }
@@ -47,7 +52,7 @@ impl Endpoint {
         if uri.path_and_query().is_some_and(|p| p.as_str() != "/") {
             return Err(ClientError::Usage(format!("server address {url:?}: there must be nothing after the port")));
         }
-        Ok(Self { uri, ca: None, insecure: false, connect_timeout: CONNECT_TIMEOUT })
+        Ok(Self { uri, ca: None, identity: None, token: Bearer::default(), insecure: false, connect_timeout: CONNECT_TIMEOUT })
     }
 
     /// Trusts the CA certificate(s) in `pem` instead of the public ones.
@@ -55,6 +60,25 @@ impl Endpoint {
     pub fn with_ca(mut self, pem: Vec<u8>) -> Self {
         self.ca = Some(pem);
         self
+    }
+
+    /// Shows this certificate (PEM) to the server, whose key is `key` (PEM).
+    #[must_use]
+    pub fn with_identity(mut self, certificate: &[u8], key: &[u8]) -> Self {
+        self.identity = Some(Identity::from_pem(certificate, key));
+        self
+    }
+
+    /// Sends this bearer token with every call; never without TLS to another machine.
+    ///
+    /// # Errors
+    /// [`ClientError::Usage`] if it holds what a header cannot.
+    pub fn with_token(mut self, token: &str) -> Result<Self, ClientError> {
+        let wrong = |_| ClientError::Usage("the token holds something else than printable ASCII".into());
+        let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.trim()).parse().map_err(wrong)?;
+        value.set_sensitive(true);
+        self.token = Bearer(Some(value));
+        Ok(self)
     }
 
     /// Allows plain HTTP to hosts other than this machine.
@@ -76,6 +100,22 @@ impl Endpoint {
         host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
     }
 }
+
+/// Adds the bearer token to calls, if there is one.
+#[derive(Debug, Clone, Default)]
+pub struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, tonic::Status> {
+        if let Some(token) = &self.0 {
+            request.metadata_mut().insert("authorization", token.clone());
+        }
+        Ok(request)
+    }
+}
+
+/// The generated client over a connection that sends the token.
+pub type RawClient = OffloadServiceClient<InterceptedService<Channel, Bearer>>;
 
 /// What to send.
 #[derive(Debug, Clone)]
@@ -138,7 +178,7 @@ impl InferOptions {
 /// A connection to one server; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Client {
-    inner: OffloadServiceClient<Channel>,
+    inner: RawClient,
 }
 
 impl Client {
@@ -177,7 +217,7 @@ impl Client {
             .await
             .map_err(|_| unreachable(format!("no connection within {:?}", endpoint.connect_timeout)))?
             .map_err(|e| unreachable(explained(&chain(&e))))?;
-        Ok(Self { inner: OffloadServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER) })
+        Ok(Self { inner: OffloadServiceClient::with_interceptor(channel, endpoint.token.clone()).max_decoding_message_size(MAX_ANSWER) })
     }
 
     /// What the server has loaded; refused with FAILED_PRECONDITION if it lacks the given bundle.
@@ -204,7 +244,7 @@ impl Client {
     }
 
     /// The generated client, for streams.
-    pub fn raw(&mut self) -> &mut OffloadServiceClient<Channel> {
+    pub fn raw(&mut self) -> &mut RawClient {
         &mut self.inner
     }
 }
@@ -222,6 +262,9 @@ fn builder(endpoint: &Endpoint) -> Result<tonic::transport::Endpoint, ClientErro
             let why = format!("{url} is not this machine and has no TLS; use https://, or --insecure on a network you trust");
             return Err(ClientError::Usage(why));
         }
+        if !endpoint.is_loopback() && endpoint.token.0.is_some() {
+            return Err(ClientError::Usage(format!("the token is not sent to {url} without TLS; use https://")));
+        }
         return Ok(channel);
     }
     let tls = match &endpoint.ca {
@@ -230,6 +273,10 @@ fn builder(endpoint: &Endpoint) -> Result<tonic::transport::Endpoint, ClientErro
         }
         Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
         None => ClientTlsConfig::new().with_webpki_roots(),
+    };
+    let tls = match &endpoint.identity {
+        Some(identity) => tls.identity(identity.clone()),
+        None => tls,
     };
     channel.tls_config(tls).map_err(|e| ClientError::Connect { url: url.to_string(), why: chain(&e) })
 }

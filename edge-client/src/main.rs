@@ -115,6 +115,15 @@ struct ServerArgs {
     /// PEM file with the CA certificate of the server (default: the public CAs).
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
+    /// File with the bearer token that this client is known by.
+    #[arg(long, value_name = "FILE", env = "ISTHMUS_TOKEN_FILE")]
+    token: Option<PathBuf>,
+    /// PEM file with this client's certificate, where the server wants one.
+    #[arg(long, value_name = "FILE", requires = "key")]
+    cert: Option<PathBuf>,
+    /// PEM file with its private key.
+    #[arg(long, value_name = "FILE", requires = "cert")]
+    key: Option<PathBuf>,
     /// Allow plain HTTP to another machine.
     #[arg(long)]
     insecure: bool,

@@ -12,9 +12,14 @@ use crate::ServerError;
 use crate::model::{Model, Stage};
 use crate::statistics::Statistics;
 use crate::telemetry;
+use crate::tenants::Tenant;
 
-/// Weight of the last batch in the predicted time of an entry.
-const PACE: f64 = 0.1;
+/// Weight of the last batch in the predicted time of an entry, if it was slower, and if it was faster than predicted: one stall must not
+/// make the next hundred requests look hopeless.
+const SLOWER: f64 = 0.1;
+const FASTER: f64 = 0.5;
+/// A batch counts as at most so many times as slow as predicted.
+const STALL: f64 = 2.0;
 
 /// Runs batches; the seam between queueing and networks.
 pub trait Runner: Send + 'static {
@@ -51,7 +56,8 @@ struct Item {
     answer: Answer,
 }
 
-/// How long an entry takes: by itself, and as a member of the batches of late.
+/// How much longer than the roofline's time an entry takes: by itself, and as a member of the batches of late. The roofline knows the
+/// stages apart; what the kernels reach of it is learned.
 struct Pace {
     alone: f64,
     each: f64,
@@ -64,8 +70,10 @@ pub struct Serving {
     pub limits: Limits,
     /// Threads of libtorch for each instance.
     pub threads: usize,
-    /// The first guess of what an entry takes by itself.
-    pub alone: Duration,
+    /// The roofline's time of an entry at each stage.
+    pub costs: Vec<(Stage, Duration)>,
+    /// How many times as long an entry took by itself.
+    pub factor: f64,
 }
 
 /// An entry that waits or runs; leaves the queue if dropped before.
@@ -99,6 +107,18 @@ impl Drop for Pending<'_> {
 pub struct Batcher {
     pool: Pool<Stage, Item>,
     pace: Arc<Mutex<Pace>>,
+    costs: Arc<Vec<(Stage, Duration)>>,
+}
+
+/// The roofline's seconds of an entry at `stage`.
+fn roofline(costs: &[(Stage, Duration)], stage: Stage) -> f64 {
+    costs.iter().find(|(s, _)| *s == stage).map_or(0.01, |(_, cost)| cost.as_secs_f64()).max(1e-6)
+}
+
+/// Moves a predicted factor towards the one that was seen.
+fn follow(predicted: &mut f64, seen: f64) {
+    let weight = if seen > *predicted { SLOWER } else { FASTER };
+    *predicted += weight * (seen.min(STALL * *predicted) - *predicted);
 }
 
 fn locked(pace: &Mutex<Pace>) -> MutexGuard<'_, Pace> {
@@ -111,32 +131,44 @@ impl Batcher {
     /// # Errors
     /// If a thread cannot be started.
     pub fn start<R: Runner>(runners: Vec<R>, name: &str, serving: &Serving, statistics: &Arc<Statistics>) -> Result<Self, ServerError> {
-        let alone = serving.alone.as_secs_f64();
-        let pace = Arc::new(Mutex::new(Pace { alone, each: alone }));
+        let pace = Arc::new(Mutex::new(Pace { alone: serving.factor, each: serving.factor }));
+        let costs = Arc::new(serving.costs.clone());
         let workers = runners.into_iter().map(|runner| {
-            let (pace, statistics, threads) = (pace.clone(), statistics.clone(), serving.threads);
+            let (pace, costs, statistics, threads) = (pace.clone(), costs.clone(), statistics.clone(), serving.threads);
             move || {
                 // OpenMP's number of threads is one for each thread that asks
                 tch::set_num_threads(threads as i32);
-                Worker { runner: Some(runner), pace, statistics }
+                Worker { runner: Some(runner), pace, costs, statistics }
             }
         });
         let pool = Pool::start(serving.limits.clone(), &format!("network-{name}"), workers);
-        Ok(Self { pool: pool.map_err(|e| ServerError::Config(e.to_string()))?, pace: pace.clone() })
+        Ok(Self { pool: pool.map_err(|e| ServerError::Config(e.to_string()))?, pace: pace.clone(), costs: costs.clone() })
+    }
+
+    /// Entries waiting, by tenant.
+    pub fn waiting(&self) -> std::collections::BTreeMap<u32, usize> {
+        self.pool.waiting()
     }
 
     /// Queues one input; `priority` 0 is the most urgent.
     ///
     /// # Errors
     /// [`ServerError::Busy`] if the queue is full or too slow for the deadline, [`ServerError::Draining`] if it is closed.
-    pub fn submit(&self, stage: Stage, input: Vec<f32>, deadline: Instant, priority: u8) -> Result<Pending<'_>, ServerError> {
+    pub fn submit(
+        &self,
+        stage: Stage,
+        input: Vec<f32>,
+        deadline: Instant,
+        priority: u8,
+        tenant: &Tenant,
+    ) -> Result<Pending<'_>, ServerError> {
         let (answer, receiver) = oneshot::channel();
         let (alone, cost) = {
-            let pace = locked(&self.pace);
-            (Duration::from_secs_f64(pace.alone), Duration::from_secs_f64(pace.each))
+            let (pace, cost) = (locked(&self.pace), roofline(&self.costs, stage));
+            (Duration::from_secs_f64(cost * pace.alone), Duration::from_secs_f64(cost * pace.each))
         };
         let value = Item { input, answer };
-        let entry = Entry { key: stage, priority, tenant: 0, weight: 1.0, deadline, cost, alone, value };
+        let entry = Entry { key: stage, priority, tenant: tenant.index, weight: tenant.weight, deadline, cost, alone, value };
         match self.pool.submit(entry) {
             Ok(ticket) => Ok(Pending { batcher: self, ticket, answer: receiver }),
             Err((refused, _)) => {
@@ -157,6 +189,7 @@ struct Worker<R> {
     /// Taken at the end, so that its memory is free before the thread ends.
     runner: Option<R>,
     pace: Arc<Mutex<Pace>>,
+    costs: Arc<Vec<(Stage, Duration)>>,
     statistics: Arc<Statistics>,
 }
 
@@ -175,12 +208,14 @@ impl<R: Runner> Work<Stage, Item> for Worker<R> {
         match result {
             Ok(logits) => {
                 let mut pace = locked(&self.pace);
-                let took = network.as_secs_f64();
-                pace.each += PACE * (took / batch_size as f64 - pace.each);
+                let factor = network.as_secs_f64() / (roofline(&self.costs, stage) * batch_size as f64);
+                let predicted = if batch_size == 1 { pace.alone } else { pace.each };
+                follow(&mut pace.each, factor);
                 if batch_size == 1 {
-                    pace.alone += PACE * (took - pace.alone);
+                    follow(&mut pace.alone, factor);
                 }
                 drop(pace);
+                telemetry::predicted(factor / predicted.max(1e-9));
                 for ((item, came), logits) in batch.members.into_iter().zip(logits) {
                     let waited = start.saturating_duration_since(came);
                     let _ = item.answer.send(Ok(Computed { logits, waited, network, batch_size }));
@@ -236,31 +271,36 @@ mod tests {
         }
     }
 
+    fn everybody() -> Tenant {
+        let config = toml::from_str("name = \"test\"").unwrap();
+        Tenant::new(0, &config)
+    }
+
     fn batcher(takes: u64, max_entries: usize) -> Batcher {
         let limits = Limits { max_batch: 4, max_delay: Duration::ZERO, preferred: vec![], max_entries, max_cost: None, workers: 1 };
-        let serving = Serving { limits, threads: 1, alone: Duration::from_millis(1) };
+        let serving = Serving { limits, threads: 1, costs: vec![(Stage::Pixels, Duration::from_millis(1))], factor: 1.0 };
         Batcher::start(vec![Echo(Duration::from_millis(takes))], "test", &serving, &Arc::default()).unwrap()
     }
 
     #[tokio::test]
     async fn a_panicking_batch_is_survived() {
         let (batcher, later) = (batcher(0, 8), Instant::now() + Duration::from_secs(5));
-        let bad = batcher.submit(Stage::Pixels, vec![-1.0], later, 0).unwrap().answer(later).await;
+        let bad = batcher.submit(Stage::Pixels, vec![-1.0], later, 0, &everybody()).unwrap().answer(later).await;
         assert!(matches!(bad, Err(ServerError::Network(_))));
-        let good = batcher.submit(Stage::Pixels, vec![2.0], later, 0).unwrap().answer(later).await.unwrap();
+        let good = batcher.submit(Stage::Pixels, vec![2.0], later, 0, &everybody()).unwrap().answer(later).await.unwrap();
         assert_eq!(good.logits, [2.0]);
     }
 
     #[tokio::test]
     async fn the_queue_is_bounded_and_who_leaves_makes_room() {
         let (batcher, later) = (batcher(200, 2), Instant::now() + Duration::from_secs(5));
-        let first = batcher.submit(Stage::Pixels, vec![1.0], later, 0).unwrap();
+        let first = batcher.submit(Stage::Pixels, vec![1.0], later, 0, &everybody()).unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
-        let second = batcher.submit(Stage::Pixels, vec![2.0], later, 0).unwrap();
-        let third = batcher.submit(Stage::Pixels, vec![3.0], later, 0).unwrap();
-        assert!(matches!(batcher.submit(Stage::Pixels, vec![4.0], later, 0), Err(ServerError::Busy(_))));
+        let second = batcher.submit(Stage::Pixels, vec![2.0], later, 0, &everybody()).unwrap();
+        let third = batcher.submit(Stage::Pixels, vec![3.0], later, 0, &everybody()).unwrap();
+        assert!(matches!(batcher.submit(Stage::Pixels, vec![4.0], later, 0, &everybody()), Err(ServerError::Busy(_))));
         drop(third);
-        let fourth = batcher.submit(Stage::Pixels, vec![4.0], later, 0).unwrap();
+        let fourth = batcher.submit(Stage::Pixels, vec![4.0], later, 0, &everybody()).unwrap();
         let (a, b, c) = tokio::join!(first.answer(later), second.answer(later), fourth.answer(later));
         assert_eq!((a.unwrap().batch_size, b.unwrap().batch_size), (1, 2));
         assert_eq!(c.unwrap().logits, [4.0]);

@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::ServerError;
+use crate::tenants::{TenantConfig, Tenants};
 
 const MAX_COUNT: usize = 1 << 16;
 const MAX_REQUEST_BYTES: usize = 256 << 20;
@@ -74,10 +75,14 @@ pub struct Config {
     pub tls_cert: Option<PathBuf>,
     /// PEM private key.
     pub tls_key: Option<PathBuf>,
+    /// PEM certificates of those who sign client certificates; every client needs one then.
+    pub tls_client_ca: Option<PathBuf>,
     /// Allow listening without TLS off loopback.
     pub insecure: bool,
     /// `text` or `json`.
     pub log_format: LogFormat,
+    /// Who may ask, and how much; none: everybody.
+    pub tenants: Vec<TenantConfig>,
 }
 
 /// How logs are written.
@@ -120,8 +125,10 @@ impl Default for Config {
             drain_limit: Duration::from_secs(20),
             tls_cert: None,
             tls_key: None,
+            tls_client_ca: None,
             insecure: false,
             log_format: LogFormat::Text,
+            tenants: vec![],
         }
     }
 }
@@ -145,6 +152,13 @@ impl Config {
         if self.tls_cert.is_some() != self.tls_key.is_some() {
             return bad("tls_cert and tls_key belong together");
         }
+        if self.tls_client_ca.is_some() && self.tls_cert.is_none() {
+            return bad("tls_client_ca needs tls_cert and tls_key");
+        }
+        if self.tls_client_ca.is_none() && self.tenants.iter().any(|t| t.certificate_sha256.is_some()) {
+            return bad("tenants: certificate_sha256 needs tls_client_ca");
+        }
+        Tenants::new(&self.tenants)?;
         if !self.listen.ip().is_loopback() && self.tls_cert.is_none() && !self.insecure {
             return bad("listening off loopback needs tls_cert and tls_key (or insecure = true on a network you trust)");
         }

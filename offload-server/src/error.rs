@@ -6,6 +6,9 @@ use isthmus_codec::CodecError;
 use isthmus_pixels::PixelError;
 use tonic::{Code, Status};
 
+/// When a client that was refused may try again: a batch or two later.
+const RETRY_PUSHBACK_MS: u32 = 100;
+
 /// Why the server did not start, or a request was not answered.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -44,6 +47,9 @@ pub enum ServerError {
     /// The queues are full.
     #[error("the server is busy ({0}); try again later")]
     Busy(&'static str),
+    /// Nobody that the configuration knows.
+    #[error("who asks? Send the token of a tenant (authorization: Bearer TOKEN) or its client certificate")]
+    Unauthenticated,
     /// Only operators may do this.
     #[error("{0}")]
     Forbidden(&'static str),
@@ -69,6 +75,7 @@ impl ServerError {
             Self::Invalid(_) => "bad_request",
             Self::UnknownModel(_) => "unknown_model",
             Self::Busy(_) => "busy",
+            Self::Unauthenticated => "unauthenticated",
             Self::Forbidden(_) => "forbidden",
             Self::Deadline(_) => "deadline",
             Self::Draining => "draining",
@@ -84,6 +91,7 @@ impl ServerError {
             Self::Codec(_) | Self::Pixels(_) | Self::Invalid(_) => Code::InvalidArgument,
             Self::UnknownModel(_) => Code::NotFound,
             Self::Busy(_) => Code::ResourceExhausted,
+            Self::Unauthenticated => Code::Unauthenticated,
             Self::Forbidden(_) => Code::PermissionDenied,
             Self::Deadline(_) => Code::DeadlineExceeded,
             Self::Draining => Code::Unavailable,
@@ -94,6 +102,11 @@ impl ServerError {
 
 impl From<ServerError> for Status {
     fn from(error: ServerError) -> Self {
-        Self::new(error.code(), error.to_string())
+        let mut status = Self::new(error.code(), error.to_string());
+        if let ServerError::Busy(_) = error {
+            // gRPC clients that retry wait so long first
+            status.metadata_mut().insert("grpc-retry-pushback-ms", RETRY_PUSHBACK_MS.into());
+        }
+        status
     }
 }

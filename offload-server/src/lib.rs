@@ -5,7 +5,6 @@
 
 #![forbid(unsafe_code)]
 
-pub mod admin;
 mod admission;
 pub mod batcher;
 pub mod config;
@@ -15,12 +14,15 @@ pub mod intake;
 pub mod labels;
 pub mod model;
 pub mod pipeline;
+pub mod profile;
 pub mod registry;
 pub mod repository;
 pub mod serve;
 pub mod services;
 pub mod statistics;
+pub mod status;
 pub mod telemetry;
+pub mod tenants;
 
 pub use config::Config;
 pub use error::ServerError;

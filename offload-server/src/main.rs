@@ -55,10 +55,13 @@ struct Cli {
     /// Print the configuration that would be used, and stop.
     #[arg(long)]
     print_config: bool,
+    /// Print what each layer of the models costs on this machine (multiply-accumulates, bytes, roofline), and stop.
+    #[arg(long, conflicts_with = "print_config")]
+    profile: bool,
 }
 
 impl Cli {
-    fn config(self) -> Result<(Config, bool, bool)> {
+    fn config(self) -> Result<(Config, Instead, bool)> {
         let mut c = match &self.config {
             Some(path) => Config::open(path)?,
             None => Config::default(),
@@ -80,8 +83,20 @@ impl Cli {
         set(&mut c.tls_key, self.tls_key.map(Some));
         c.insecure |= self.insecure;
         c.check()?;
-        Ok((c, self.print_config, self.while_stdin))
+        let instead = match (self.print_config, self.profile) {
+            (true, _) => Instead::Configuration,
+            (_, true) => Instead::Profile,
+            _ => Instead::Nothing,
+        };
+        Ok((c, instead, self.while_stdin))
     }
+}
+
+/// What to print instead of serving.
+enum Instead {
+    Nothing,
+    Configuration,
+    Profile,
 }
 
 fn main() -> std::process::ExitCode {
@@ -98,10 +113,14 @@ fn main() -> std::process::ExitCode {
 
 #[tokio::main]
 async fn run() -> Result<()> {
-    let (config, print, while_stdin) = Cli::parse().config()?;
-    if print {
+    let (config, instead, while_stdin) = Cli::parse().config()?;
+    let text = match instead {
+        Instead::Nothing => None,
+        Instead::Configuration => Some(toml::to_string(&config).context("configuration")?),
+        Instead::Profile => Some(offload_server::profile::report(&config)?),
+    };
+    if let Some(text) = text {
         use std::io::Write;
-        let text = toml::to_string(&config).context("configuration")?;
         return Ok(std::io::stdout().write_all(text.as_bytes())?);
     }
     telemetry::install_logs(config.log_format);

@@ -12,7 +12,9 @@ use crate::intake::Intake;
 use crate::registry::{Entry, Registry};
 use crate::repository::Repository;
 use crate::statistics::Times;
+use crate::status::Latencies;
 use crate::telemetry::{self, InFlight, Kind};
+use crate::tenants::{Tenant, Tenants};
 use crate::{Config, ServerError};
 
 const DEADLINE_MARGIN: Duration = Duration::from_millis(5);
@@ -21,6 +23,10 @@ const DEADLINE_MARGIN: Duration = Duration::from_millis(5);
 pub struct Pipeline {
     /// The models.
     pub repository: Arc<Repository>,
+    /// Who may ask.
+    pub tenants: Tenants,
+    /// Latencies of the last minute.
+    pub latencies: Latencies,
     /// Stops new work; what is in flight goes on.
     pub draining: CancellationToken,
     /// Requests of one stream under way.
@@ -51,6 +57,8 @@ pub struct Ask<'a> {
     pub budget: Duration,
     /// 0 is the most urgent.
     pub priority: u8,
+    /// Who asks.
+    pub tenant: &'a Tenant,
 }
 
 /// The answer to a request.
@@ -67,9 +75,11 @@ pub struct Answer {
 
 impl Pipeline {
     /// With the limits of `config`.
-    pub fn new(repository: Arc<Repository>, config: &Config, draining: CancellationToken) -> Self {
+    pub fn new(repository: Arc<Repository>, config: &Config, tenants: Tenants, draining: CancellationToken) -> Self {
         Self {
             repository,
+            tenants,
+            latencies: Latencies::default(),
             draining,
             window: config.stream_window,
             stream_idle: config.stream_idle,
@@ -85,6 +95,16 @@ impl Pipeline {
     /// True if no request is between arrival and answer.
     pub fn is_idle(&self) -> bool {
         self.in_flight.available_permits() == self.max_in_flight
+    }
+
+    /// Requests between arrival and answer.
+    pub fn in_flight(&self) -> usize {
+        self.max_in_flight - self.in_flight.available_permits()
+    }
+
+    /// Most of them.
+    pub fn max_in_flight(&self) -> usize {
+        self.max_in_flight
     }
 
     /// A place for a stream.
@@ -115,7 +135,9 @@ impl Pipeline {
     #[tracing::instrument(level = "debug", skip_all, fields(model = %ask.model))]
     pub async fn infer(&self, ask: Ask<'_>) -> Result<Answer, ServerError> {
         let (kind, bytes, arrived) = (ask.kind, ask.payload.len(), ask.arrived);
+        let tenant = ask.tenant;
         let result = self.admit(ask).await;
+        telemetry::tenant(&tenant.name, result.as_ref().err());
         telemetry::answered(kind, bytes, arrived.elapsed(), result.as_ref().err());
         if let Err(error) = &result {
             tracing::debug!(%error, kind = kind.label(), bytes, "request failed");
@@ -128,6 +150,7 @@ impl Pipeline {
             return Err(ServerError::Draining);
         }
         let _place = self.in_flight.try_acquire().map_err(|_| ServerError::Busy("too many requests in flight"))?;
+        let _quota = ask.tenant.enter()?;
         let _counted = InFlight::enter();
         let registry = self.repository.current();
         let entry = registry.model(ask.model, ask.version)?.clone();
@@ -141,7 +164,10 @@ impl Pipeline {
             _ => admitted.leave(true),
         }
         match &answer {
-            Ok(answer) => entry.statistics.answered(&answer.times),
+            Ok(answer) => {
+                entry.statistics.answered(&answer.times);
+                self.latencies.record(answer.times.total, Instant::now());
+            }
             Err(_) => entry.statistics.failed(arrived.elapsed()),
         }
         answer
@@ -152,7 +178,7 @@ impl Pipeline {
         if Instant::now() >= deadline {
             return Err(ServerError::Deadline("being decoded"));
         }
-        let computed = entry.batcher.submit(ready.stage, ready.input, deadline, ask.priority)?.answer(deadline).await?;
+        let computed = entry.batcher.submit(ready.stage, ready.input, deadline, ask.priority, ask.tenant)?.answer(deadline).await?;
         let queue = ready.waited + computed.waited;
         telemetry::queued(queue);
         let times =

@@ -6,18 +6,19 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use isthmus_batcher::Limits;
 use isthmus_codec::{Bundle, CodecError, Trust, folder};
 use isthmus_nets::BackboneKind;
 use isthmus_nets::backbone::CLASSES;
 use isthmus_nets::device::parse_device;
+use isthmus_nets::profile::Machine;
 use tch::Device;
 
 use crate::admission::Admission;
 use crate::batcher::{Batcher, Serving};
-use crate::model::Model;
+use crate::model::{Model, Stage};
 use crate::registry::{Entry, Registry};
 use crate::statistics::Statistics;
 use crate::{Config, ServerError, labels};
@@ -25,8 +26,8 @@ use crate::{Config, ServerError, labels};
 /// Models on disk and in memory.
 pub struct Repository {
     config: Config,
-    trust: Trust,
     device: Device,
+    machine: OnceLock<Machine>,
     current: RwLock<Arc<Registry>>,
     /// One change at a time; why the last load of a model failed.
     failures: Mutex<BTreeMap<String, String>>,
@@ -59,6 +60,20 @@ fn open_bundles(folder: &Path, trust: &Trust) -> Result<Vec<Bundle>, ServerError
     versions.iter().map(|version| folder::open(version, |name| name.starts_with("decoder"), trust).map_err(wrong)).collect()
 }
 
+/// All versions of all bundles that `config` names.
+///
+/// # Errors
+/// Names the folder that is wrong.
+pub(crate) fn open_all_bundles(config: &Config) -> Result<Vec<Bundle>, ServerError> {
+    let keys = config.trusted_bundle_keys.iter().map(String::as_str);
+    let trust = Trust::keys(keys).map_err(|e| ServerError::Config(format!("trusted_bundle_keys: {e}")))?;
+    let mut bundles = Vec::new();
+    for folder in &config.bundles {
+        bundles.extend(open_bundles(folder, &trust)?);
+    }
+    Ok(bundles)
+}
+
 /// Versions of the backbone `name` in `folder`, newest first.
 fn versions(folder: &Path, name: &str) -> Vec<(u64, PathBuf)> {
     let single = folder.join(format!("{name}.safetensors"));
@@ -82,11 +97,10 @@ impl Repository {
     pub fn open(config: &Config) -> Result<Self, ServerError> {
         let device = parse_device(&config.device).map_err(ServerError::Config)?;
         tch::set_num_threads(config.network_threads() as i32);
-        let keys = config.trusted_bundle_keys.iter().map(String::as_str);
-        let trust = Trust::keys(keys).map_err(|e| ServerError::Config(format!("trusted_bundle_keys: {e}")))?;
         let labels = Arc::new(labels::open(&config.backbones.join("labels.json"), CLASSES as usize)?);
         let empty = Arc::new(Registry { models: Vec::new(), bundles: Vec::new(), labels });
-        let repository = Self { config: config.clone(), trust, device, current: RwLock::new(empty), failures: Mutex::default() };
+        let repository =
+            Self { config: config.clone(), device, machine: OnceLock::new(), current: RwLock::new(empty), failures: Mutex::default() };
         if config.bundles.is_empty() {
             tracing::warn!("bundles is empty: only whole images will be answered");
         }
@@ -185,13 +199,11 @@ impl Repository {
             return Err(ServerError::Invalid(format!("model {:?} is unknown; known: {known}", name.chars().take(64).collect::<String>())));
         }
         let current = self.current();
-        let mut bundles = Vec::new();
-        for folder in &self.config.bundles {
-            for bundle in open_bundles(folder, &self.trust)? {
-                let loaded = current.bundles.iter().find(|b| b.hash == bundle.hash);
-                bundles.push(loaded.cloned().unwrap_or_else(|| Arc::new(bundle)));
-            }
-        }
+        let keep = |bundle: Bundle| {
+            let loaded = current.bundles.iter().find(|b| b.hash == bundle.hash);
+            loaded.cloned().unwrap_or_else(|| Arc::new(bundle))
+        };
+        let bundles: Vec<Arc<Bundle>> = open_all_bundles(&self.config)?.into_iter().map(keep).collect();
         let mut found = versions(&self.config.backbones, name);
         if found.is_empty() {
             // the error names the file
@@ -208,8 +220,12 @@ impl Repository {
         let model = load()?;
         let stages: Vec<_> = model.bundles().copied().filter_map(|h| model.stage(&h).map(|s| (h, s))).collect();
         let alone = model.time_alone()?;
+        let machine = *self.machine.get_or_init(|| Machine::measure(self.device));
+        let costs: Vec<_> = model.stages().into_iter().map(|s| (s, machine.time(&model.layers(s), 1))).collect();
+        let whole = machine.time(&model.layers(Stage::Pixels), 1);
+        let factor = alone.as_secs_f64() / whole.as_secs_f64().max(1e-9);
         let (name, kind, input_size) = (model.name(), model.kind(), model.input_size());
-        tracing::info!(model = name, version, device = ?self.device, bundles = stages.len(), "model loaded");
+        tracing::info!(model = name, version, device = ?self.device, bundles = stages.len(), ?alone, roofline = ?whole, "model loaded");
         let statistics = Arc::new(Statistics::default());
         let config = &self.config;
         let limits = Limits {
@@ -224,7 +240,7 @@ impl Repository {
         for _ in 1..config.instances {
             instances.push(load()?);
         }
-        let serving = Serving { limits, threads: config.network_threads() / config.instances, alone };
+        let serving = Serving { limits, threads: config.network_threads() / config.instances, costs, factor };
         let batcher = Batcher::start(instances, name, &serving, &statistics)?;
         let device = match self.device {
             Device::Cuda(n) => format!("cuda:{n}"),

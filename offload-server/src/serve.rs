@@ -11,7 +11,8 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::util::MapResponseLayer;
 
@@ -19,7 +20,8 @@ use crate::pipeline::Pipeline;
 use crate::repository::Repository;
 use crate::services::inference::Inference;
 use crate::services::offload::Offload;
-use crate::{Config, ServerError, admin, telemetry};
+use crate::tenants::Tenants;
+use crate::{Config, ServerError, status, telemetry};
 
 /// A TLS handshake that takes longer is given up.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -110,14 +112,14 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     let address = listener.local_addr().map_err(|e| ServerError::Transport(e.to_string()))?;
     let (draining, background) = (CancellationToken::new(), CancellationToken::new());
     tokio::spawn(upkeep(metrics.clone(), background.clone()));
+    let tenants = Tenants::new(&config.tenants)?;
+    let pipeline = Arc::new(Pipeline::new(Arc::new(repository), &config, tenants.clone(), draining.clone()));
     let mut admin_address = None;
     if let Some(wanted) = config.admin_listen {
         let listener = bind(wanted).await?;
         admin_address = listener.local_addr().ok();
-        tokio::spawn(admin::serve(listener, metrics, background.clone()));
+        tokio::spawn(status::serve(listener, pipeline.clone(), metrics, background.clone()));
     }
-
-    let pipeline = Arc::new(Pipeline::new(Arc::new(repository), &config, draining.clone()));
     let watched = pipeline.clone();
     let idle = Box::new(move || watched.is_idle());
     let inference = GrpcInferenceServiceServer::new(Inference::new(pipeline.clone(), &config))
@@ -125,6 +127,9 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         .max_encoding_message_size(1 << 20);
     let offload =
         OffloadServiceServer::new(Offload(pipeline)).max_decoding_message_size(config.max_request_bytes).max_encoding_message_size(1 << 20);
+    let known = tenants.clone();
+    let inference = InterceptedService::new(inference, move |request| known.intercept(request));
+    let offload = InterceptedService::new(offload, move |request| tenants.intercept(request));
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<OffloadServiceServer<Offload>>().await;
     health.set_serving::<GrpcInferenceServiceServer<Inference>>().await;
@@ -149,7 +154,10 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         .layer(GlobalConcurrencyLimitLayer::new(config.max_in_flight + SPARE_CALLS));
     if let (Some(cert), Some(key)) = (&config.tls_cert, &config.tls_key) {
         let (cert, key) = (pem(cert, "CERTIFICATE")?, pem(key, "PRIVATE KEY")?);
-        let tls = ServerTlsConfig::new().timeout(HANDSHAKE).identity(Identity::from_pem(cert, key));
+        let mut tls = ServerTlsConfig::new().timeout(HANDSHAKE).identity(Identity::from_pem(cert, key));
+        if let Some(path) = &config.tls_client_ca {
+            tls = tls.client_ca_root(Certificate::from_pem(pem(path, "CERTIFICATE")?));
+        }
         server = server.tls_config(tls).map_err(|e| ServerError::Config(format!("tls_cert, tls_key: {e}")))?;
     }
     let router = server.add_service(health_service).add_service(reflection).add_service(offload).add_service(inference);

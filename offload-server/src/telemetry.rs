@@ -15,6 +15,7 @@ use crate::model::Stage;
 
 const SECONDS: [f64; 14] = [0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 const BYTES: [f64; 10] = [500.0, 1e3, 2e3, 4e3, 8e3, 16e3, 64e3, 256e3, 1e6, 8e6];
+const RATIO: [f64; 9] = [0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0];
 const BATCH: [f64; 8] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0];
 
 /// What a request carries.
@@ -59,9 +60,11 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
         .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS)
         .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("_bytes".into()), &BYTES))
         .and_then(|b| b.set_buckets_for_metric(Matcher::Full("isthmus_batch_size".into()), &BATCH))
+        .and_then(|b| b.set_buckets_for_metric(Matcher::Full("isthmus_cost_ratio".into()), &RATIO))
         .map_err(failed)?;
     let handle = builder.install_recorder().map_err(failed)?;
     describe_counter!("isthmus_requests_total", "Requests answered, by payload and gRPC code");
+    describe_counter!("isthmus_tenant_requests_total", "Requests by configured tenant and gRPC code");
     describe_counter!("isthmus_refused_total", "Requests that failed, by reason");
     describe_counter!("isthmus_dropped_total", "Requests dropped before they cost anything, by reason");
     describe_histogram!("isthmus_request_bytes", "Payload bytes of a request");
@@ -71,6 +74,7 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
     describe_histogram!("isthmus_features_decode_seconds", "Unpacking of raw features");
     describe_histogram!("isthmus_queue_seconds", "Waiting for the decode pool and the batch");
     describe_counter!("isthmus_batches_total", "Batches computed, by why they were closed");
+    describe_histogram!("isthmus_cost_ratio", "Measured over predicted time of a batch");
     describe_histogram!("isthmus_batch_size", "Requests computed together");
     describe_histogram!("isthmus_network_seconds", "A batch in the network, by stage");
     describe_counter!("isthmus_failed_calls_total", "Calls that ended with an error before any message was sent, by gRPC code");
@@ -160,6 +164,16 @@ pub(crate) fn decoded(kind: Kind, took: Duration) {
         Kind::Image | Kind::Pixels { .. } | Kind::Normalised => histogram!("isthmus_image_decode_seconds").record(took),
         Kind::Features(_) => histogram!("isthmus_features_decode_seconds").record(took),
     }
+}
+
+/// Measured time of a batch over the predicted one.
+pub(crate) fn predicted(ratio: f64) {
+    histogram!("isthmus_cost_ratio").record(ratio);
+}
+
+pub(crate) fn tenant(name: &str, error: Option<&ServerError>) {
+    let code = error.map_or(tonic::Code::Ok, ServerError::code);
+    counter!("isthmus_tenant_requests_total", "tenant" => name.to_owned(), "code" => format!("{code:?}")).increment(1);
 }
 
 pub(crate) fn queued(waited: Duration) {

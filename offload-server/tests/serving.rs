@@ -188,6 +188,11 @@ async fn metrics_are_those_of_the_specification() {
         assert!(exported.contains(name), "{name} of docs/metrics.md is not exported");
     }
     assert!(page.contains("isthmus_requests_total{payload=\"bitstream\",code=\"InvalidArgument\"} 1"), "{page}");
+    // the status page, as a browser shows it
+    let Some(shown) = isthmus_testkit::browser::shown(&format!("http://{}/", server.admin)) else { return };
+    for text in ["efficientnet-lite0", "lite0-patch-stem 4", "anonymous", "bad_container", "median, last minute", "<svg", "<b>3</b>"] {
+        assert!(shown.contains(text), "{text} is missing: {shown}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

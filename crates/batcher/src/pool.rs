@@ -1,5 +1,6 @@
 //! The queue with threads and the system's clock.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -64,6 +65,11 @@ impl<K: Clone + PartialEq + Send + 'static, T: Send + 'static> Pool<K, T> {
     /// Takes an entry back; none if a worker has it.
     pub fn cancel(&self, ticket: Ticket) -> Option<T> {
         self.shared.queue().cancel(ticket)
+    }
+
+    /// Entries waiting, by tenant.
+    pub fn waiting(&self) -> BTreeMap<u32, usize> {
+        self.shared.queue().waiting()
     }
 
     /// Entries waiting.

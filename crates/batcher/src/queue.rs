@@ -154,6 +154,11 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
         self.waiting.is_empty()
     }
 
+    /// Entries waiting, by tenant.
+    pub fn waiting(&self) -> BTreeMap<u32, usize> {
+        self.shares.iter().filter(|(_, s)| s.waiting > 0).map(|(tenant, s)| (*tenant, s.waiting)).collect()
+    }
+
     /// Predicted cost of what waits.
     pub fn cost(&self) -> Duration {
         self.cost

@@ -8,6 +8,7 @@
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
+use crate::profile::LayerCost;
 use crate::{NetError, weights::Weights};
 
 /// (repeats, kernel, stride, expansion, output channels) of the unscaled network.
@@ -116,6 +117,33 @@ impl BackboneKind {
         }
         let last = self.blocks().last().map_or(0, |b| b.output);
         (total + last * HEAD_CHANNELS * side * side + HEAD_CHANNELS * CLASSES) as u64
+    }
+
+    /// Cost of each layer behind `from`, for one photo.
+    pub fn layers(self, from: Layer) -> Vec<LayerCost> {
+        let mut layers = Vec::new();
+        let pixels = i64::from(self.input_size());
+        let mut side = (pixels + 1) / 2;
+        if from == Layer::Input {
+            layers.push(LayerCost::conv("stem".into(), (3, pixels), (STEM_CHANNELS, side), 27));
+        }
+        for (i, b) in self.blocks().iter().enumerate() {
+            let before = side;
+            side = (side + b.stride - 1) / b.stride;
+            if i < from.next_block() {
+                continue;
+            }
+            let (hidden, name) = (b.input * b.expansion, |part: &str| format!("block {i} {part}"));
+            if b.expansion != 1 {
+                layers.push(LayerCost::conv(name("expand"), (b.input, before), (hidden, before), b.input));
+            }
+            layers.push(LayerCost::conv(name("depthwise"), (hidden, before), (hidden, side), b.kernel * b.kernel));
+            layers.push(LayerCost::conv(name("project"), (hidden, side), (b.output, side), hidden));
+        }
+        let last = self.blocks().last().map_or(0, |b| b.output);
+        layers.push(LayerCost::conv("head".into(), (last, side), (HEAD_CHANNELS, side), last));
+        layers.push(LayerCost::conv("classifier".into(), (HEAD_CHANNELS, 1), (CLASSES, 1), HEAD_CHANNELS));
+        layers
     }
 }
 

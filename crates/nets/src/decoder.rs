@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Tensor, nn};
 
 use crate::encoder::{LATENT_CHANNELS, conv2d};
+use crate::profile::LayerCost;
 
 /// What a decoder looks like; stored in the bundle's manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +47,22 @@ impl DecoderSpec {
         let block = 2 * self.width * self.hidden + 9 * self.hidden * self.hidden;
         ((9 * LATENT_CHANNELS * self.width + self.blocks * block + 9 * self.width * self.output * self.upsample * self.upsample) * h * w)
             as u64
+    }
+}
+
+impl DecoderSpec {
+    /// Cost of each layer for a latent of `h` x `w`, which is square.
+    pub fn layers(&self, h: i64, w: i64) -> Vec<LayerCost> {
+        let side = h.max(w);
+        let conv = |name: String, i: i64, o: i64, k: i64| LayerCost::conv(name, (i, side), (o, side), i * k * k);
+        let mut layers = vec![conv("decoder input".into(), LATENT_CHANNELS, self.width, 3)];
+        for b in 0..self.blocks {
+            layers.push(conv(format!("decoder block {b} reduce"), self.width, self.hidden, 1));
+            layers.push(conv(format!("decoder block {b} mix"), self.hidden, self.hidden, 3));
+            layers.push(conv(format!("decoder block {b} expand"), self.hidden, self.width, 1));
+        }
+        layers.push(conv("decoder output".into(), self.width, self.output * self.upsample * self.upsample, 3));
+        layers
     }
 }
 

@@ -12,6 +12,7 @@ pub mod encoder;
 pub mod error;
 pub mod prior;
 pub mod process;
+pub mod profile;
 pub mod pth;
 pub mod weights;
 

@@ -23,6 +23,13 @@ pub fn endpoint(args: &ServerArgs) -> Result<Endpoint, ClientError> {
     if let Some(path) = &args.ca {
         endpoint = endpoint.with_ca(read(path)?);
     }
+    if let Some(path) = &args.token {
+        let token = String::from_utf8(read(path)?).map_err(|_| ClientError::Usage(format!("{}: no text", path.display())))?;
+        endpoint = endpoint.with_token(&token)?;
+    }
+    if let (Some(cert), Some(key)) = (&args.cert, &args.key) {
+        endpoint = endpoint.with_identity(&read(cert)?, &read(key)?);
+    }
     Ok(endpoint)
 }
 

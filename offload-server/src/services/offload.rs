@@ -19,6 +19,7 @@ use crate::ServerError;
 use crate::features::FeatureMap;
 use crate::pipeline::{Ask, Pipeline, grpc_timeout};
 use crate::telemetry::{self, Kind};
+use crate::tenants::{self, Tenant};
 
 const DEFAULT_TOP_K: u32 = 5;
 
@@ -26,7 +27,13 @@ const DEFAULT_TOP_K: u32 = 5;
 #[derive(Clone)]
 pub struct Offload(pub Arc<Pipeline>);
 
-async fn infer(pipeline: &Pipeline, request: InferRequest, arrived: Instant, budget: Duration) -> Result<InferResponse, ServerError> {
+async fn infer(
+    pipeline: &Pipeline,
+    request: InferRequest,
+    arrived: Instant,
+    budget: Duration,
+    tenant: &Tenant,
+) -> Result<InferResponse, ServerError> {
     let (kind, payload) = match request.payload {
         Some(Payload::Bitstream(b)) => (Kind::Bitstream, b),
         Some(Payload::Image(b)) => (Kind::Image, b),
@@ -37,8 +44,9 @@ async fn infer(pipeline: &Pipeline, request: InferRequest, arrived: Instant, bud
             return Err(error);
         }
     };
-    let answer =
-        pipeline.infer(Ask { model: &request.model, version: "", kind, payload, arrived, budget, priority: pipeline.priority(0) }).await?;
+    let answer = pipeline
+        .infer(Ask { model: &request.model, version: "", kind, payload, arrived, budget, priority: pipeline.priority(0), tenant })
+        .await?;
     let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     let timing = Timing {
         decode_us: micros(answer.times.decode),
@@ -87,20 +95,21 @@ impl OffloadService for Offload {
     async fn infer(&self, request: Request<InferRequest>) -> Result<Response<InferResponse>, Status> {
         let arrived = Instant::now();
         let budget = self.0.budget(grpc_timeout(request.metadata()));
-        Ok(Response::new(infer(&self.0, request.into_inner(), arrived, budget).await?))
+        let tenant = tenants::of(&request)?;
+        Ok(Response::new(infer(&self.0, request.into_inner(), arrived, budget, &tenant).await?))
     }
 
     type InferStreamStream = Answers<InferStreamResponse>;
 
     async fn infer_stream(&self, request: Request<Streaming<InferRequest>>) -> Result<Response<Self::InferStreamStream>, Status> {
-        let pipeline = self.0.clone();
+        let (pipeline, tenant) = (self.0.clone(), tenants::of(&request)?);
         let answer = move |request: InferRequest| {
-            let pipeline = pipeline.clone();
+            let (pipeline, tenant) = (pipeline.clone(), tenant.clone());
             let arrived = Instant::now();
             async move {
                 let id = request.id;
                 let asked = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms.into()));
-                let result = match infer(&pipeline, request, arrived, pipeline.budget(asked)).await {
+                let result = match infer(&pipeline, request, arrived, pipeline.budget(asked), &tenant).await {
                     Ok(response) => Outcome::Response(response),
                     Err(error) => Outcome::Error(InferError { id, code: error.code() as i32, message: error.to_string() }),
                 };

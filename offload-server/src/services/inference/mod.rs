@@ -25,6 +25,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::stream::{self, Answers};
 use crate::pipeline::{Pipeline, grpc_timeout};
+use crate::tenants::{self, Tenant};
 use crate::{Config, ServerError, telemetry};
 
 const EXTENSIONS: [&str; 5] = ["classification", "model_configuration", "model_repository", "statistics", "logging"];
@@ -43,18 +44,27 @@ impl Inference {
     }
 
     /// Runs a change of the repository on a thread that ends afterwards: a living one's OpenMP team would count against the network's.
-    async fn change(&self, change: impl FnOnce(&Pipeline) -> Result<(), ServerError> + Send + 'static) -> Result<(), ServerError> {
+    async fn change(
+        &self,
+        tenant: &Tenant,
+        change: impl FnOnce(&Pipeline) -> Result<(), ServerError> + Send + 'static,
+    ) -> Result<(), ServerError> {
         if !self.config.model_control {
             return Err(ServerError::Forbidden(
                 "loading and unloading is off; set model_control = true where only operators reach the server",
             ));
         }
+        operators_only(tenant)?;
         let pipeline = self.pipeline.clone();
         let (done, changed) = tokio::sync::oneshot::channel();
         let thread = std::thread::Builder::new().name("load".into()).spawn(move || done.send(change(&pipeline)));
         thread.map_err(|e| ServerError::Transport(e.to_string()))?;
         changed.await.map_err(|_| ServerError::Network("loading ended early".into()))?
     }
+}
+
+fn operators_only(tenant: &Tenant) -> Result<(), ServerError> {
+    if tenant.operator { Ok(()) } else { Err(ServerError::Forbidden("only tenants with operator = true may do this")) }
 }
 
 #[tonic::async_trait]
@@ -90,8 +100,8 @@ impl GrpcInferenceService for Inference {
     }
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
-        let (arrived, limit) = (Instant::now(), grpc_timeout(request.metadata()));
-        Ok(Response::new(request::infer(&self.pipeline, request.into_inner(), arrived, limit).await?))
+        let (arrived, limit, tenant) = (Instant::now(), grpc_timeout(request.metadata()), tenants::of(&request)?);
+        Ok(Response::new(request::infer(&self.pipeline, request.into_inner(), arrived, limit, &tenant).await?))
     }
 
     type ModelStreamInferStream = Answers<ModelStreamInferResponse>;
@@ -100,13 +110,13 @@ impl GrpcInferenceService for Inference {
         &self,
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
-        let pipeline = self.pipeline.clone();
+        let (pipeline, tenant) = (self.pipeline.clone(), tenants::of(&request)?);
         let answer = move |request: ModelInferRequest| {
-            let pipeline = pipeline.clone();
+            let (pipeline, tenant) = (pipeline.clone(), tenant.clone());
             let arrived = Instant::now();
             async move {
                 let id = request.id.clone();
-                match request::infer(&pipeline, request, arrived, None).await {
+                match request::infer(&pipeline, request, arrived, None, &tenant).await {
                     Ok(response) => ModelStreamInferResponse { error_message: String::new(), infer_response: Some(response) },
                     Err(error) => ModelStreamInferResponse {
                         error_message: error.to_string(),
@@ -154,12 +164,13 @@ impl GrpcInferenceService for Inference {
         &self,
         request: Request<RepositoryModelLoadRequest>,
     ) -> Result<Response<RepositoryModelLoadResponse>, Status> {
+        let tenant = tenants::of(&request)?;
         let request = request.into_inner();
         if let Some(parameter) = request.parameters.keys().next() {
             let shown: String = parameter.chars().take(64).collect();
             return Err(ServerError::Invalid(format!("parameter {shown:?}: models are loaded as they lie in the repository")).into());
         }
-        self.change(move |p| p.repository.load(&request.model_name)).await?;
+        self.change(&tenant, move |p| p.repository.load(&request.model_name)).await?;
         Ok(Response::new(RepositoryModelLoadResponse {}))
     }
 
@@ -167,17 +178,20 @@ impl GrpcInferenceService for Inference {
         &self,
         request: Request<RepositoryModelUnloadRequest>,
     ) -> Result<Response<RepositoryModelUnloadResponse>, Status> {
+        let tenant = tenants::of(&request)?;
         let name = request.into_inner().model_name;
-        self.change(move |p| p.repository.unload(&name)).await?;
+        self.change(&tenant, move |p| p.repository.unload(&name)).await?;
         Ok(Response::new(RepositoryModelUnloadResponse {}))
     }
 
     async fn log_settings(&self, request: Request<LogSettingsRequest>) -> Result<Response<LogSettingsResponse>, Status> {
+        let tenant = tenants::of(&request)?;
         let settings = request.into_inner().settings;
         if !settings.is_empty() {
             if !self.config.model_control {
                 return Err(ServerError::Forbidden("log settings are read only unless model_control = true").into());
             }
+            operators_only(&tenant)?;
             telemetry::set_log_filter(&logs::filter(&settings)?)?;
         }
         Ok(Response::new(LogSettingsResponse { settings: logs::settings(&telemetry::log_filter()) }))

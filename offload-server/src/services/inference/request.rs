@@ -14,6 +14,7 @@ use super::tensors::{Datatype, Tensor, Values, packed};
 use crate::ServerError;
 use crate::pipeline::{Answer, Ask, Pipeline};
 use crate::telemetry::Kind;
+use crate::tenants::Tenant;
 
 /// Photos in one request.
 pub const MOST_PHOTOS: usize = 64;
@@ -166,6 +167,7 @@ pub async fn infer(
     mut request: ModelInferRequest,
     arrived: Instant,
     limit: Option<Duration>,
+    tenant: &Tenant,
 ) -> Result<ModelInferResponse, ServerError> {
     let registry = pipeline.repository.current();
     // wrong names are told before the input is looked at
@@ -183,7 +185,7 @@ pub async fn infer(
     let photos = Photos::read(&mut request)?;
     let asks = photos.payloads.into_iter().map(|payload| {
         let (model, version) = (request.model_name.as_str(), request.model_version.as_str());
-        pipeline.infer(Ask { model, version, kind: photos.kind, payload, arrived, budget, priority })
+        pipeline.infer(Ask { model, version, kind: photos.kind, payload, arrived, budget, priority, tenant })
     });
     let answers = try_join_all(asks).await?;
     Ok(response(request.id, &answers, &outputs))

@@ -1,0 +1,121 @@
+//! The admin listener: status page, its data, Prometheus metrics, liveness.
+
+mod latency;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+use axum::response::IntoResponse;
+use axum::routing::get;
+pub use latency::{Latencies, Percentiles};
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde::Serialize;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::pipeline::Pipeline;
+use crate::registry::{Entry, Registry};
+
+const PAGE: &str = include_str!("page.html");
+
+/// What the page shows.
+#[derive(Serialize)]
+struct Status {
+    version: &'static str,
+    uptime_s: f64,
+    draining: bool,
+    in_flight: usize,
+    max_in_flight: usize,
+    latency: Percentiles,
+    models: Vec<ShownModel>,
+    tenants: Vec<ShownTenant>,
+    counters: Vec<(String, f64)>,
+}
+
+#[derive(Serialize)]
+struct ShownModel {
+    name: &'static str,
+    version: u64,
+    device: String,
+    bundles: Vec<String>,
+    answered: u64,
+    failed: u64,
+    queue_s: f64,
+    decode_s: f64,
+    network_s: f64,
+    batches: Vec<(usize, u64)>,
+    waiting: usize,
+}
+
+#[derive(Serialize)]
+struct ShownTenant {
+    name: String,
+    weight: f64,
+    waiting: usize,
+}
+
+fn model(registry: &Registry, entry: &Entry) -> ShownModel {
+    let totals = entry.statistics.read();
+    let bundles = registry.bundles.iter().filter(|b| entry.stage(&b.hash).is_some());
+    ShownModel {
+        name: entry.name,
+        version: entry.version,
+        device: entry.device.clone(),
+        bundles: bundles.map(|b| format!("{} {}", b.manifest.name, b.manifest.version)).collect(),
+        answered: totals.success.count,
+        failed: totals.fail.count,
+        queue_s: totals.queue.time.as_secs_f64(),
+        decode_s: totals.input.time.as_secs_f64(),
+        network_s: totals.batches.values().map(|b| b.time.as_secs_f64()).sum(),
+        batches: totals.batches.iter().map(|(size, sum)| (*size, sum.count)).collect(),
+        waiting: entry.batcher.waiting().values().sum(),
+    }
+}
+
+fn status(pipeline: &Pipeline, started: Instant, metrics: &str) -> Status {
+    let registry = pipeline.repository.current();
+    let waiting: Vec<_> = registry.models.iter().map(|m| m.batcher.waiting()).collect();
+    let of = |index: u32| waiting.iter().filter_map(|w| w.get(&index)).sum();
+    let tenants = pipeline.tenants.all().map(|t| ShownTenant { name: t.name.clone(), weight: t.weight, waiting: of(t.index) });
+    let counters = metrics.lines().filter(|l| !l.starts_with('#') && l.contains("_total"));
+    Status {
+        version: env!("CARGO_PKG_VERSION"),
+        uptime_s: started.elapsed().as_secs_f64(),
+        draining: pipeline.draining.is_cancelled(),
+        in_flight: pipeline.in_flight(),
+        max_in_flight: pipeline.max_in_flight(),
+        latency: pipeline.latencies.read(Instant::now()),
+        models: registry.models.iter().map(|m| model(&registry, m)).collect(),
+        tenants: tenants.collect(),
+        counters: counters.filter_map(|l| l.rsplit_once(' ')).filter_map(|(name, v)| Some((name.to_owned(), v.parse().ok()?))).collect(),
+    }
+}
+
+/// Serves `/`, `/status.json`, `/metrics` and `/healthz` until `stop`.
+pub async fn serve(listener: TcpListener, pipeline: Arc<Pipeline>, metrics: PrometheusHandle, stop: CancellationToken) {
+    let started = Instant::now();
+    let page = || async {
+        let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'";
+        ([(CONTENT_TYPE, "text/html; charset=utf-8"), (CONTENT_SECURITY_POLICY, policy)], PAGE)
+    };
+    let rendered = metrics.clone();
+    let data = move || {
+        let json = serde_json::to_string(&status(&pipeline, started, &rendered.render()));
+        std::future::ready(match json {
+            Ok(json) => ([(CONTENT_TYPE, "application/json"), (CACHE_CONTROL, "no-store")], json).into_response(),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+        })
+    };
+    let router = Router::new()
+        .route("/", get(page))
+        .route("/status.json", get(data))
+        .route("/metrics", get(move || std::future::ready(metrics.render())))
+        .route("/healthz", get(|| std::future::ready("ok\n")));
+    let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
+    if let Err(error) = served {
+        tracing::error!(%error, "admin listener failed");
+    }
+}

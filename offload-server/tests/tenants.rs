@@ -1,0 +1,148 @@
+//! Tenants by token and by certificate, their quotas, and what others see of it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::path::Path;
+use std::time::Duration;
+
+use common::{code_of, options, sample};
+use edge_client::{Client, ClientError, Endpoint, Payload};
+use isthmus_codec::bundle::sha256;
+use isthmus_proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
+use isthmus_proto::inference::{ModelInferRequest, RepositoryModelUnloadRequest, ServerLiveRequest};
+use isthmus_testkit::{Server, backbones, bundle};
+use tonic::Code;
+
+fn start(folder: &Path, more: &str) -> Server {
+    let config = folder.join("server.toml");
+    std::fs::write(&config, format!("bundles = [{:?}]\n{more}", bundle())).unwrap();
+    Server::configured(&config, &backbones())
+}
+
+async fn with_token(server: &Server, token: &str) -> Client {
+    Client::connect(&Endpoint::new(&server.url()).unwrap().with_token(token).unwrap()).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_tenants_are_answered_and_within_their_quotas() {
+    let folder = tempfile::tempdir().unwrap();
+    let tenant = |name: &str, more: &str| format!("[[tenants]]\nname = {name:?}\ntoken_sha256 = {:?}\n{more}", sha256(name.as_bytes()));
+    let tenants = [tenant("cameras", ""), tenant("slow", "max_in_flight = 1\n"), tenant("boss", "operator = true\n")].concat();
+    let server = start(folder.path(), &format!("model_control = true\n{tenants}"));
+    let (container, photo) = sample();
+    let mut stranger = Client::connect(&Endpoint::new(&server.url()).unwrap()).await.unwrap();
+    assert_eq!(code_of(&mut stranger, Payload::Bitstream(container.clone())).await.0, Code::Unauthenticated);
+    assert!(stranger.describe(None, Duration::from_secs(5)).await.is_err());
+    let mut wrong = with_token(&server, "guess").await;
+    assert_eq!(code_of(&mut wrong, Payload::Bitstream(container.clone())).await.0, Code::Unauthenticated);
+    let mut cameras = with_token(&server, "cameras").await;
+    cameras.infer(Payload::Bitstream(container), &options()).await.unwrap();
+    // one at a time
+    let slow = with_token(&server, "slow").await;
+    let asks = (0..6).map(|_| {
+        let (mut slow, photo) = (slow.clone(), photo.clone());
+        tokio::spawn(async move { slow.infer(Payload::Image(photo), &options()).await })
+    });
+    let (mut answered, mut refused) = (0, 0);
+    for ask in asks.collect::<Vec<_>>() {
+        match ask.await.unwrap() {
+            Ok(_) => answered += 1,
+            Err(ClientError::Server(s)) => {
+                assert_eq!(s.code(), Code::ResourceExhausted);
+                assert!(s.message().contains("tenant") && s.metadata().get("grpc-retry-pushback-ms").is_some(), "{s:?}");
+                refused += 1;
+            }
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+    assert!(answered >= 1 && refused >= 1, "{answered} {refused}");
+    // the other protocol knows the same tenants
+    let mut inference = GrpcInferenceServiceClient::connect(server.url()).await.unwrap();
+    assert_eq!(inference.server_live(ServerLiveRequest {}).await.unwrap_err().code(), Code::Unauthenticated);
+    assert_eq!(inference.model_infer(ModelInferRequest::default()).await.unwrap_err().code(), Code::Unauthenticated);
+    let unload = |token: &str| {
+        let mut request = tonic::Request::new(RepositoryModelUnloadRequest { model_name: "vgg".into(), ..Default::default() });
+        request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+        request
+    };
+    assert_eq!(inference.repository_model_unload(unload("cameras")).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(inference.repository_model_unload(unload("boss")).await.unwrap_err().code(), Code::NotFound);
+    let page = server.metrics();
+    assert!(page.contains("isthmus_tenant_requests_total{tenant=\"cameras\",code=\"Ok\"} 1"), "{page}");
+    // health is for everybody: balancers have no token
+    let channel = tonic::transport::Channel::from_shared(server.url()).unwrap().connect().await.unwrap();
+    let ask = tonic_health::pb::HealthCheckRequest { service: "inference.GRPCInferenceService".into() };
+    assert_eq!(tonic_health::pb::health_client::HealthClient::new(channel).check(ask).await.unwrap().into_inner().status, 1);
+}
+
+/// An authority, and a certificate with its key that it signed.
+struct Authority {
+    params: rcgen::CertificateParams,
+    key: rcgen::KeyPair,
+    pem: String,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let key = rcgen::KeyPair::generate().unwrap();
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self { params, key, pem }
+    }
+
+    /// Certificate in PEM and DER, key in PEM.
+    fn sign(&self, name: &str) -> (String, Vec<u8>, String) {
+        let params = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let issuer = rcgen::Issuer::from_params(&self.params, &self.key);
+        let certificate = params.signed_by(&key, &issuer).unwrap();
+        (certificate.pem(), certificate.der().to_vec(), key.serialize_pem())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_name_tenants_and_strangers_do_not_get_in() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (servers, clients) = (Authority::new(), Authority::new());
+    let (cert, _, key) = servers.sign("localhost");
+    for (name, text) in [("server.pem", &cert), ("server.key", &key), ("clients.pem", &clients.pem)] {
+        std::fs::write(at(name), text).unwrap();
+    }
+    let (known, der, known_key) = clients.sign("camera");
+    let (other, _, other_key) = clients.sign("visitor");
+    let (forged, _, forged_key) = Authority::new().sign("camera");
+    let config = format!(
+        "tls_cert = {:?}\ntls_key = {:?}\ntls_client_ca = {:?}\n[[tenants]]\nname = \"camera\"\ncertificate_sha256 = {:?}\n",
+        at("server.pem"),
+        at("server.key"),
+        at("clients.pem"),
+        sha256(&der)
+    );
+    let server = start(folder.path(), &config);
+    let url = format!("https://localhost:{}", server.address.port());
+    let endpoint = || Endpoint::new(&url).unwrap().with_ca(servers.pem.clone().into_bytes());
+    let (container, _) = sample();
+    let mut camera = Client::connect(&endpoint().with_identity(known.as_bytes(), known_key.as_bytes())).await.unwrap();
+    camera.infer(Payload::Bitstream(container.clone()), &options()).await.unwrap();
+    // signed by the right authority, but nobody's
+    let mut visitor = Client::connect(&endpoint().with_identity(other.as_bytes(), other_key.as_bytes())).await.unwrap();
+    assert_eq!(code_of(&mut visitor, Payload::Bitstream(container.clone())).await.0, Code::Unauthenticated);
+    // no certificate, or one of another authority: the handshake fails
+    for endpoint in [endpoint(), endpoint().with_identity(forged.as_bytes(), forged_key.as_bytes())] {
+        let answer = match Client::connect(&endpoint).await {
+            Ok(mut client) => client.infer(Payload::Bitstream(container.clone()), &options()).await.map(drop),
+            Err(error) => Err(error),
+        };
+        assert!(answer.is_err(), "no stranger is answered");
+    }
+}
+
+#[tokio::test]
+async fn tokens_do_not_travel_in_the_clear() {
+    let endpoint = Endpoint::new("http://192.0.2.1:50051").unwrap().allow_insecure(true).with_token("secret").unwrap();
+    assert!(matches!(Client::connect(&endpoint).await, Err(ClientError::Usage(why)) if why.contains("TLS")));
+    assert!(Endpoint::new("http://localhost:1").unwrap().with_token("line\nbreak").is_err());
+}
