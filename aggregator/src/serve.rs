@@ -26,7 +26,6 @@ use crate::{coordinator, status};
 /// A TLS handshake that takes longer is given up.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 const KEEPALIVE: Duration = Duration::from_secs(20);
-const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 const MAX_HEADERS: u32 = 16 << 10;
 const STREAM_WINDOW: u32 = 8 << 20;
 /// Of one connection of a client.
@@ -81,13 +80,6 @@ async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Aggregat
     Ok((listener, local))
 }
 
-async fn upkeep(metrics: PrometheusHandle, stop: CancellationToken) {
-    let mut tick = tokio::time::interval(METRICS_UPKEEP);
-    while stop.run_until_cancelled(tick.tick()).await.is_some() {
-        metrics.run_upkeep();
-    }
-}
-
 fn server() -> Server {
     Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
@@ -105,7 +97,7 @@ pub async fn start(config: Config, store: Arc<dyn Store>, metrics: PrometheusHan
     let party = Party::open(config, store, system_clock()).await?;
     let config = &party.config;
     let stop = CancellationToken::new();
-    tokio::spawn(upkeep(metrics.clone(), stop.clone()));
+    tokio::spawn(isthmus_listen::admin::upkeep(metrics.clone(), stop.clone()));
     let mut served = Vec::new();
     let identity = || Identity::from_pem(&party.keys.certificate, party.keys.tls_key.as_str());
     let tls_failed = |e: tonic::transport::Error| AggregatorError::Config(format!("keys: {e}"));

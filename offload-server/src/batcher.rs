@@ -138,7 +138,7 @@ impl Batcher {
             move || {
                 // OpenMP's number of threads is one for each thread that asks
                 tch::set_num_threads(threads as i32);
-                Worker { runner: Some(runner), pace, costs, statistics }
+                Worker { runner, pace, costs, statistics }
             }
         });
         let pool = Pool::start(serving.limits.clone(), &format!("network-{name}"), workers);
@@ -186,8 +186,7 @@ impl Batcher {
 }
 
 struct Worker<R> {
-    /// Taken at the end, so that its memory is free before the thread ends.
-    runner: Option<R>,
+    runner: R,
     pace: Arc<Mutex<Pace>>,
     costs: Arc<Vec<(Stage, Duration)>>,
     statistics: Arc<Statistics>,
@@ -195,11 +194,10 @@ struct Worker<R> {
 
 impl<R: Runner> Work<Stage, Item> for Worker<R> {
     fn run(&mut self, batch: Batch<Stage, Item>) {
-        let Some(runner) = &self.runner else { return };
         let (start, stage) = (Instant::now(), batch.key);
         let inputs: Vec<&[f32]> = batch.members.iter().map(|(item, _)| item.input.as_slice()).collect();
         // libtorch's bindings panic on internal errors; one bad batch must not end the thread
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runner.run(stage, &inputs)))
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.runner.run(stage, &inputs)))
             .unwrap_or_else(|_| Err(ServerError::Network("the batch failed inside libtorch".into())));
         let network = start.elapsed();
         let batch_size = batch.members.len();
@@ -233,14 +231,6 @@ impl<R: Runner> Work<Stage, Item> for Worker<R> {
     fn expired(&mut self, item: Item) {
         telemetry::dropped("deadline");
         let _ = item.answer.send(Err(ServerError::Deadline("waiting for the network")));
-    }
-}
-
-impl<R> Drop for Worker<R> {
-    fn drop(&mut self) {
-        // a model that is unloaded leaves its memory to others
-        self.runner = None;
-        isthmus_nets::process::return_memory();
     }
 }
 

@@ -6,7 +6,8 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::time::{Duration, Instant};
 
 use isthmus_batcher::Limits;
 use isthmus_codec::{Bundle, CodecError, Trust, folder};
@@ -23,18 +24,26 @@ use crate::registry::{Entry, Registry};
 use crate::statistics::Statistics;
 use crate::{Config, ServerError, labels};
 
+/// Reason of a model that an operator unloaded.
+const UNLOADED: &str = "unloaded";
+
+/// Requests of a replaced model have their answers by then.
+const RETIRED_LIMIT: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(50);
+/// A network's thread takes to end.
+const THREAD_END: Duration = Duration::from_millis(500);
+
 /// Models on disk and in memory.
 pub struct Repository {
     config: Config,
     device: Device,
     machine: OnceLock<Machine>,
     current: RwLock<Arc<Registry>>,
-    /// One change at a time; why the last load of a model failed.
+    /// Held while models are read: one change at a time.
+    changing: Mutex<()>,
+    /// Why a model is not loaded.
     failures: Mutex<BTreeMap<String, String>>,
 }
-
-/// What lies on disk, checked: all bundles, and the newest versions of a model.
-type Found = (Vec<Arc<Bundle>>, Vec<Arc<Entry>>);
 
 /// A version of a model, as the index lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,6 +83,13 @@ pub(crate) fn open_all_bundles(config: &Config) -> Result<Vec<Bundle>, ServerErr
     Ok(bundles)
 }
 
+/// Takes all versions of a model out.
+fn take(models: &mut Vec<Arc<Entry>>, name: &str) -> Vec<Arc<Entry>> {
+    let (gone, stay) = std::mem::take(models).into_iter().partition(|m| m.name == name);
+    *models = stay;
+    gone
+}
+
 /// Versions of the backbone `name` in `folder`, newest first.
 fn versions(folder: &Path, name: &str) -> Vec<(u64, PathBuf)> {
     let single = folder.join(format!("{name}.safetensors"));
@@ -99,13 +115,21 @@ impl Repository {
         tch::set_num_threads(config.network_threads() as i32);
         let labels = Arc::new(labels::open(&config.backbones.join("labels.json"), CLASSES as usize)?);
         let empty = Arc::new(Registry { models: Vec::new(), bundles: Vec::new(), labels });
-        let repository =
-            Self { config: config.clone(), device, machine: OnceLock::new(), current: RwLock::new(empty), failures: Mutex::default() };
+        let repository = Self {
+            config: config.clone(),
+            device,
+            machine: OnceLock::new(),
+            current: RwLock::new(empty),
+            changing: Mutex::default(),
+            failures: Mutex::default(),
+        };
         if config.bundles.is_empty() {
             tracing::warn!("bundles is empty: only whole images will be answered");
         }
+        let bundles = repository.bundles()?;
         for name in &config.models {
-            repository.load(name)?;
+            let entries = repository.entries(name, &bundles)?;
+            repository.put(name, &bundles, entries);
         }
         Ok(repository)
     }
@@ -120,27 +144,32 @@ impl Repository {
     /// # Errors
     /// What is wrong; the old version stays.
     pub fn load(&self, name: &str) -> Result<(), ServerError> {
-        let mut failures = self.change();
-        let loaded = self.read(name);
-        match loaded {
-            Ok((bundles, entries)) => {
-                failures.remove(name);
-                let mut next = Registry::clone(&self.current());
-                next.bundles = bundles;
-                let at = next.models.iter().position(|m| m.name == name).unwrap_or(next.models.len());
-                next.models.retain(|m| m.name != name);
-                next.models.splice(at..at, entries);
-                self.replace(next);
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.bundles().and_then(|bundles| Ok((self.entries(name, &bundles)?, bundles))) {
+            Ok((entries, bundles)) => {
+                self.failures().remove(name);
+                self.put(name, &bundles, entries);
                 Ok(())
             }
             Err(error) => {
                 tracing::warn!(model = name, %error, "loading failed");
                 if BackboneKind::from_name(name).is_some() {
-                    failures.insert(name.to_owned(), error.to_string());
+                    self.failures().insert(name.to_owned(), error.to_string());
                 }
                 Err(error)
             }
         }
+    }
+
+    /// Puts a model in place of what has its name. Bundles that only other models know stay.
+    fn put(&self, name: &str, bundles: &[Arc<Bundle>], entries: Vec<Arc<Entry>>) {
+        let mut next = Registry::clone(&self.current());
+        let at = next.models.iter().position(|m| m.name == name).unwrap_or(next.models.len());
+        let gone = take(&mut next.models, name);
+        next.bundles.retain(|old| bundles.iter().all(|b| b.hash != old.hash) && next.models.iter().any(|m| m.stage(&old.hash).is_some()));
+        next.bundles.splice(0..0, bundles.iter().cloned());
+        next.models.splice(at..at, entries);
+        self.replace(next, gone);
     }
 
     /// Unloads the model called `name`: no new requests; those that are in have their answers.
@@ -148,12 +177,12 @@ impl Repository {
     /// # Errors
     /// If it is not loaded.
     pub fn unload(&self, name: &str) -> Result<(), ServerError> {
-        let mut failures = self.change();
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut next = Registry::clone(&self.current());
         next.model(name, "")?;
-        next.models.retain(|m| m.name != name);
-        failures.insert(name.to_owned(), "unloaded".into());
-        self.replace(next);
+        let gone = take(&mut next.models, name);
+        self.failures().insert(name.to_owned(), UNLOADED.into());
+        self.replace(next, gone);
         tracing::info!(model = name, "model unloaded");
         Ok(())
     }
@@ -161,7 +190,7 @@ impl Repository {
     /// All versions of all models, loaded or on disk.
     pub fn index(&self) -> Vec<Indexed> {
         let current = self.current();
-        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let failures = self.failures();
         let mut index = Vec::new();
         for kind in BackboneKind::ALL {
             let name = kind.name();
@@ -177,33 +206,53 @@ impl Repository {
     /// True if every model that the configuration names is loaded, or was unloaded on purpose.
     pub fn is_ready(&self) -> bool {
         let current = self.current();
-        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let failures = self.failures();
         self.config
             .models
             .iter()
-            .all(|name| current.models.iter().any(|m| m.name == name) || failures.get(name).is_some_and(|r| r == "unloaded"))
+            .all(|name| current.models.iter().any(|m| m.name == name) || failures.get(name).is_some_and(|r| r == UNLOADED))
     }
 
-    fn change(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
+    fn failures(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn replace(&self, next: Registry) {
+    fn replace(&self, next: Registry, gone: Vec<Arc<Entry>>) {
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
+        if gone.is_empty() {
+            return;
+        }
+        let gone: Vec<Weak<Entry>> = gone.iter().map(Arc::downgrade).collect();
+        let returned = std::thread::Builder::new().name("return-memory".into()).spawn(move || {
+            let began = Instant::now();
+            while gone.iter().any(|e| e.strong_count() > 0) && began.elapsed() < RETIRED_LIMIT {
+                std::thread::sleep(POLL);
+            }
+            // what libtorch keeps for a thread is freed when that has ended
+            std::thread::sleep(THREAD_END);
+            isthmus_nets::process::return_memory();
+        });
+        if let Err(error) = returned {
+            tracing::warn!(%error, "memory of a replaced model stays with the process");
+        }
     }
 
-    /// All bundles, those that are loaded already as they are, and the newest versions of a model.
-    fn read(&self, name: &str) -> Result<Found, ServerError> {
-        if BackboneKind::from_name(name).is_none() {
-            let known = BackboneKind::ALL.map(BackboneKind::name).join(", ");
-            return Err(ServerError::Invalid(format!("model {:?} is unknown; known: {known}", name.chars().take(64).collect::<String>())));
-        }
+    /// All bundles; those that are loaded already as they are.
+    fn bundles(&self) -> Result<Vec<Arc<Bundle>>, ServerError> {
         let current = self.current();
         let keep = |bundle: Bundle| {
             let loaded = current.bundles.iter().find(|b| b.hash == bundle.hash);
             loaded.cloned().unwrap_or_else(|| Arc::new(bundle))
         };
-        let bundles: Vec<Arc<Bundle>> = open_all_bundles(&self.config)?.into_iter().map(keep).collect();
+        Ok(open_all_bundles(&self.config)?.into_iter().map(keep).collect())
+    }
+
+    /// The newest versions of a model.
+    fn entries(&self, name: &str, bundles: &[Arc<Bundle>]) -> Result<Vec<Arc<Entry>>, ServerError> {
+        if BackboneKind::from_name(name).is_none() {
+            let known = BackboneKind::ALL.map(BackboneKind::name).join(", ");
+            return Err(ServerError::Invalid(format!("model {:?} is unknown; known: {known}", name.chars().take(64).collect::<String>())));
+        }
         let mut found = versions(&self.config.backbones, name);
         if found.is_empty() {
             // the error names the file
@@ -211,8 +260,7 @@ impl Repository {
         }
         let sole = found.len() == 1;
         let newest = found.into_iter().take(self.config.model_versions);
-        let entries = newest.map(|(version, path)| self.entry(name, version, &path, &bundles, sole)).collect::<Result<Vec<_>, _>>()?;
-        Ok((bundles, entries))
+        newest.map(|(version, path)| self.entry(name, version, &path, bundles, sole)).collect()
     }
 
     fn entry(&self, name: &str, version: u64, path: &Path, bundles: &[Arc<Bundle>], sole: bool) -> Result<Arc<Entry>, ServerError> {
@@ -220,7 +268,12 @@ impl Repository {
         let model = load()?;
         let stages: Vec<_> = model.bundles().copied().filter_map(|h| model.stage(&h).map(|s| (h, s))).collect();
         let alone = model.time_alone()?;
-        let machine = *self.machine.get_or_init(|| Machine::measure(self.device));
+        let machine = *self.machine.get_or_init(|| {
+            let machine = Machine::measure(self.device);
+            // its large copy would otherwise count as the server's memory for ever
+            isthmus_nets::process::return_memory();
+            machine
+        });
         let costs: Vec<_> = model.stages().into_iter().map(|s| (s, machine.time(&model.layers(s), 1))).collect();
         let whole = machine.time(&model.layers(Stage::Pixels), 1);
         let factor = alone.as_secs_f64() / whole.as_secs_f64().max(1e-9);

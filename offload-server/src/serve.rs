@@ -26,7 +26,6 @@ use crate::{Config, ServerError, status, telemetry};
 /// A TLS handshake that takes longer is given up.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 const KEEPALIVE: Duration = Duration::from_secs(30);
-const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 const MAX_HEADERS: u32 = 16 << 10;
 /// Of one connection.
 const LEAST_STREAMS: u32 = 64;
@@ -83,14 +82,6 @@ fn pem(path: &Path, kind: &str) -> Result<String, ServerError> {
     Err(ServerError::Config(format!("{} holds no PEM {kind} (a line -----BEGIN ... {kind}-----)", path.display())))
 }
 
-/// Histograms collect samples until someone drains them; nobody may ever scrape.
-async fn upkeep(metrics: PrometheusHandle, stop: CancellationToken) {
-    let mut tick = tokio::time::interval(METRICS_UPKEEP);
-    while stop.run_until_cancelled(tick.tick()).await.is_some() {
-        metrics.run_upkeep();
-    }
-}
-
 /// Loads models and bundles, binds the listeners, and serves.
 ///
 /// # Errors
@@ -111,7 +102,7 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     let listener = bind(config.listen).await?;
     let address = listener.local_addr().map_err(|e| ServerError::Transport(e.to_string()))?;
     let (draining, background) = (CancellationToken::new(), CancellationToken::new());
-    tokio::spawn(upkeep(metrics.clone(), background.clone()));
+    tokio::spawn(isthmus_listen::admin::upkeep(metrics.clone(), background.clone()));
     let tenants = Tenants::new(&config.tenants)?;
     let pipeline = Arc::new(Pipeline::new(Arc::new(repository), &config, tenants.clone(), draining.clone()));
     let mut admin_address = None;

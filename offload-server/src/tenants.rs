@@ -82,27 +82,20 @@ impl Tenant {
     }
 }
 
-type Fingerprint = [u8; 32];
-
 /// All tenants.
 #[derive(Clone)]
 pub struct Tenants {
-    tokens: Arc<HashMap<Fingerprint, Arc<Tenant>>>,
-    certificates: Arc<HashMap<Fingerprint, Arc<Tenant>>>,
+    tokens: Arc<HashMap<String, Arc<Tenant>>>,
+    certificates: Arc<HashMap<String, Arc<Tenant>>>,
     anonymous: Option<Arc<Tenant>>,
 }
 
-fn fingerprint(what: &str, text: &str) -> Result<Fingerprint, ServerError> {
-    let digit = |pair: &[u8]| std::str::from_utf8(pair).ok().and_then(|p| u8::from_str_radix(p, 16).ok());
-    let bytes: Option<Vec<u8>> = text.as_bytes().chunks(2).map(digit).collect();
-    let bytes = bytes.and_then(|b| Fingerprint::try_from(b).ok()).filter(|_| text.bytes().all(|b| b.is_ascii_hexdigit()));
-    bytes.ok_or_else(|| ServerError::Config(format!("{what}: 64 hexadecimal digits are wanted")))
-}
-
-/// The SHA-256 of bytes.
-fn hash(bytes: &[u8]) -> Fingerprint {
-    let text = sha256(bytes);
-    fingerprint("", &text).unwrap_or_default()
+/// A SHA-256 as [`sha256`] writes it.
+fn fingerprint(what: &str, text: &str) -> Result<String, ServerError> {
+    if text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Ok(text.to_ascii_lowercase());
+    }
+    Err(ServerError::Config(format!("{what}: 64 hexadecimal digits are wanted")))
 }
 
 impl Tenants {
@@ -169,14 +162,14 @@ impl Tenants {
         if let Some(everybody) = &self.anonymous {
             return Ok(everybody.clone());
         }
-        let leaf = request.peer_certs().and_then(|certs| certs.first().map(|c| hash(c.as_ref())));
+        let leaf = request.peer_certs().and_then(|certs| certs.first().map(|c| sha256(c.as_ref())));
         if let Some(tenant) = leaf.and_then(|l| self.certificates.get(&l)) {
             return Ok(tenant.clone());
         }
         let sent = request.metadata().get("authorization").and_then(|v| v.to_str().ok());
         let token = sent.and_then(|text| text.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
         // looked up by its hash, so that the time of the comparison tells nothing of the token
-        let tenant = token.and_then(|(_, token)| self.tokens.get(&hash(token.trim().as_bytes())));
+        let tenant = token.and_then(|(_, token)| self.tokens.get(&sha256(token.trim().as_bytes())));
         tenant.cloned().ok_or(ServerError::Unauthenticated)
     }
 

@@ -147,7 +147,7 @@ async fn memory_is_given_back_after_unloading() {
     let other = edge_client::InferOptions { model: LITE2.into(), ..options() };
     let mut after = Vec::new();
     let mut loaded = 0;
-    for _ in 0..6 {
+    for _ in 0..10 {
         setup.load(LITE2).await.unwrap();
         asking.infer(Payload::Image(photo.clone()), &other).await.unwrap();
         loaded = setup.server.process.memory_kb("VmRSS");
@@ -155,15 +155,18 @@ async fn memory_is_given_back_after_unloading() {
         assert_healthy(&mut asking, &container).await;
         // the network's thread ends by itself
         let mut least = u64::MAX;
-        for _ in 0..20 {
+        for _ in 0..12 {
             tokio::time::sleep(Duration::from_millis(100)).await;
             least = least.min(setup.server.process.memory_kb("VmRSS"));
         }
         after.push(least);
     }
     println!("loaded {loaded} kB, after unloading {after:?} kB");
-    assert!(after[5] + 15_000 < loaded, "24 MB of weights go: {loaded} {after:?}");
-    assert!(after[5] < after[1] + 8_000, "nothing piles up: {after:?}");
+    // libtorch keeps up to 25 MB once, in some runs from the first round on, in others later or never; a model that stayed would be 24 MB
+    // more with each of ten rounds
+    let least = |part: &[u64]| part.iter().copied().min().unwrap();
+    assert!(least(&after[5..]) + 15_000 < loaded, "24 MB of weights go: {loaded} {after:?}");
+    assert!(least(&after[7..]) < least(&after[..3]) + 40_000, "nothing piles up: {after:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,10 +3,7 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use axum::Router;
-use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
-use axum::response::IntoResponse;
-use axum::routing::get;
+use isthmus_listen::admin;
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 use tokio::net::TcpListener;
@@ -100,7 +97,6 @@ fn status(party: &Party, metrics: &str) -> Status {
             score: record.score,
         }
     });
-    let counters = metrics.lines().filter(|l| !l.starts_with('#') && l.contains("_total"));
     Status {
         task: party.config.task.clone(),
         party: party.me(),
@@ -108,31 +104,11 @@ fn status(party: &Party, metrics: &str) -> Status {
         now_ms: party.now_ms(),
         parties: party.parties.iter().map(|p| neighbour(party, p)).collect(),
         rounds: shown.collect(),
-        counters: counters.filter_map(|l| l.rsplit_once(' ')).filter_map(|(name, v)| Some((name.to_owned(), v.parse().ok()?))).collect(),
+        counters: admin::counters(metrics),
     }
 }
 
-/// Serves `/`, `/status.json`, `/metrics` and `/healthz` until `stop`.
+/// Serves the admin listener until `stop`.
 pub async fn serve(listener: TcpListener, party: Arc<Party>, metrics: PrometheusHandle, stop: CancellationToken) {
-    let page = || async {
-        let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'";
-        ([(CONTENT_TYPE, "text/html; charset=utf-8"), (CONTENT_SECURITY_POLICY, policy)], PAGE)
-    };
-    let rendered = metrics.clone();
-    let data = move || {
-        let json = serde_json::to_string(&status(&party, &metrics.render()));
-        std::future::ready(match json {
-            Ok(json) => ([(CONTENT_TYPE, "application/json"), (CACHE_CONTROL, "no-store")], json).into_response(),
-            Err(error) => (axum::http::StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
-        })
-    };
-    let router = Router::new()
-        .route("/", get(page))
-        .route("/status.json", get(data))
-        .route("/metrics", get(move || std::future::ready(rendered.render())))
-        .route("/healthz", get(|| std::future::ready("ok\n")));
-    let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
-    if let Err(error) = served {
-        tracing::error!(%error, "admin listener failed");
-    }
+    admin::serve(listener, PAGE, move |metrics| status(&party, metrics), metrics, stop).await;
 }

@@ -71,16 +71,6 @@ impl<K: Clone + PartialEq + Send + 'static, T: Send + 'static> Pool<K, T> {
     pub fn waiting(&self) -> BTreeMap<u32, usize> {
         self.shared.queue().waiting()
     }
-
-    /// Entries waiting.
-    pub fn len(&self) -> usize {
-        self.shared.queue().len()
-    }
-
-    /// True if none waits.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
 }
 
 impl<K: Clone + PartialEq, T> Drop for Pool<K, T> {

@@ -46,9 +46,11 @@ pub enum FederateError {
 
 /// A server that speaks TLS hangs up on those who do not.
 fn hint(status: &tonic::Status) -> &'static str {
-    let hung_up = matches!(status.code(), tonic::Code::Cancelled | tonic::Code::Unknown | tonic::Code::Unavailable)
-        && ["operation was canceled", "broken pipe", "transport error"].iter().any(|m| status.message().contains(m));
-    if hung_up { "; the other side hung up: does the address begin with https:// if it speaks TLS?" } else { "" }
+    if status.message().contains("operation was canceled") {
+        "; the other side hung up: does the address begin with https:// if it speaks TLS?"
+    } else {
+        ""
+    }
 }
 
 impl FederateError {

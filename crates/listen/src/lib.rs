@@ -1,6 +1,8 @@
 //! A bound on open connections: each may hold header tables, windows and half-read messages before anything of it is
 //! admitted.
 
+pub mod admin;
+
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;

@@ -19,7 +19,14 @@ pub fn shown(url: &str) -> Option<String> {
     };
     let profile = tempfile::tempdir().expect("a folder for the browser");
     let mut command = Command::new("timeout");
-    command.arg(LIMIT).arg(browser).args(["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]);
+    command.arg(LIMIT).arg(browser).args([
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--enable-logging=stderr",
+    ]);
     command.arg(format!("--user-data-dir={}", profile.path().display())).args(["--virtual-time-budget=3000", "--dump-dom", url]);
     let output = command.stdin(Stdio::null()).output().expect("the browser starts");
     let (document, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

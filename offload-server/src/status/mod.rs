@@ -5,11 +5,7 @@ mod latency;
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::Router;
-use axum::http::StatusCode;
-use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
-use axum::response::IntoResponse;
-use axum::routing::get;
+use isthmus_listen::admin;
 pub use latency::{Latencies, Percentiles};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
@@ -80,7 +76,6 @@ fn status(pipeline: &Pipeline, started: Instant, metrics: &str) -> Status {
     let waiting: Vec<_> = registry.models.iter().map(|m| m.batcher.waiting()).collect();
     let of = |index: u32| waiting.iter().filter_map(|w| w.get(&index)).sum();
     let tenants = pipeline.tenants.all().map(|t| ShownTenant { name: t.name.clone(), weight: t.weight, waiting: of(t.index) });
-    let counters = metrics.lines().filter(|l| !l.starts_with('#') && l.contains("_total"));
     Status {
         version: env!("CARGO_PKG_VERSION"),
         uptime_s: started.elapsed().as_secs_f64(),
@@ -90,32 +85,12 @@ fn status(pipeline: &Pipeline, started: Instant, metrics: &str) -> Status {
         latency: pipeline.latencies.read(Instant::now()),
         models: registry.models.iter().map(|m| model(&registry, m)).collect(),
         tenants: tenants.collect(),
-        counters: counters.filter_map(|l| l.rsplit_once(' ')).filter_map(|(name, v)| Some((name.to_owned(), v.parse().ok()?))).collect(),
+        counters: admin::counters(metrics),
     }
 }
 
-/// Serves `/`, `/status.json`, `/metrics` and `/healthz` until `stop`.
+/// Serves the admin listener until `stop`.
 pub async fn serve(listener: TcpListener, pipeline: Arc<Pipeline>, metrics: PrometheusHandle, stop: CancellationToken) {
     let started = Instant::now();
-    let page = || async {
-        let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'";
-        ([(CONTENT_TYPE, "text/html; charset=utf-8"), (CONTENT_SECURITY_POLICY, policy)], PAGE)
-    };
-    let rendered = metrics.clone();
-    let data = move || {
-        let json = serde_json::to_string(&status(&pipeline, started, &rendered.render()));
-        std::future::ready(match json {
-            Ok(json) => ([(CONTENT_TYPE, "application/json"), (CACHE_CONTROL, "no-store")], json).into_response(),
-            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
-        })
-    };
-    let router = Router::new()
-        .route("/", get(page))
-        .route("/status.json", get(data))
-        .route("/metrics", get(move || std::future::ready(metrics.render())))
-        .route("/healthz", get(|| std::future::ready("ok\n")));
-    let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
-    if let Err(error) = served {
-        tracing::error!(%error, "admin listener failed");
-    }
+    admin::serve(listener, PAGE, move |metrics| status(&pipeline, started, metrics), metrics, stop).await;
 }

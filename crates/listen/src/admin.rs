@@ -1,0 +1,59 @@
+//! The admin listener of a server: status page, its data, Prometheus metrics, liveness.
+
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde::Serialize;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+/// A page may run what it holds and ask its own server, nothing else.
+const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'";
+
+/// Serves `page` at `/`, what `status` makes of the rendered metrics at `/status.json`, `/metrics` and `/healthz`, until `stop`.
+pub async fn serve<S: Serialize>(
+    listener: TcpListener,
+    page: &'static str,
+    status: impl Fn(&str) -> S + Clone + Send + Sync + 'static,
+    metrics: PrometheusHandle,
+    stop: CancellationToken,
+) {
+    let page = move || async move { ([(CONTENT_TYPE, "text/html; charset=utf-8"), (CONTENT_SECURITY_POLICY, POLICY)], page) };
+    let rendered = metrics.clone();
+    let data = move || {
+        let json = serde_json::to_string(&status(&rendered.render()));
+        std::future::ready(match json {
+            Ok(json) => ([(CONTENT_TYPE, "application/json"), (CACHE_CONTROL, "no-store")], json).into_response(),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+        })
+    };
+    let router = Router::new()
+        .route("/", get(page))
+        .route("/status.json", get(data))
+        .route("/metrics", get(move || std::future::ready(metrics.render())))
+        .route("/healthz", get(|| std::future::ready("ok\n")));
+    let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
+    if let Err(error) = served {
+        tracing::error!(%error, "admin listener failed");
+    }
+}
+
+/// Names and values of the counters in rendered metrics.
+pub fn counters(metrics: &str) -> Vec<(String, f64)> {
+    let lines = metrics.lines().filter(|l| !l.starts_with('#') && l.contains("_total"));
+    lines.filter_map(|l| l.rsplit_once(' ')).filter_map(|(name, v)| Some((name.to_owned(), v.parse().ok()?))).collect()
+}
+
+/// Histograms collect samples until someone drains them; nobody may ever scrape. Runs until `stop`.
+pub async fn upkeep(metrics: PrometheusHandle, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(METRICS_UPKEEP);
+    while stop.run_until_cancelled(tick.tick()).await.is_some() {
+        metrics.run_upkeep();
+    }
+}
