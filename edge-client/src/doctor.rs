@@ -29,7 +29,7 @@ fn check(name: &'static str, result: Result<String, String>) -> Check {
 }
 
 /// Runs all checks; later ones are left out when an earlier one makes them pointless.
-pub async fn run(bundle: &Path, endpoint: &Endpoint, deadline: Duration) -> Vec<Check> {
+pub async fn run(bundle: &Path, endpoints: &[Endpoint], deadline: Duration) -> Vec<Check> {
     let mut checks = Vec::new();
     let mut encoder = match open_bundle(bundle).and_then(|b| Encoder::new(b, 1)) {
         Ok(encoder) => {
@@ -46,34 +46,47 @@ pub async fn run(bundle: &Path, endpoint: &Endpoint, deadline: Duration) -> Vec<
     if let Some(encoder) = &mut encoder {
         checks.push(check("encoder", parity(encoder)));
     }
-    let mut client = match Client::connect(endpoint).await {
-        Ok(client) => {
-            checks.push(check("connection", Ok("connected".into())));
-            client
-        }
-        Err(e) => {
-            let text = e.to_string();
-            let hint = if text.contains("is the server running") { "" } else { "; is the server running, and is the address right?" };
-            checks.push(check("connection", Err(format!("{text}{hint}"))));
-            return checks;
-        }
-    };
+    let mut reached = Vec::new();
+    for endpoint in endpoints {
+        let name = if endpoints.len() == 1 { String::new() } else { format!("{}: ", endpoint.url()) };
+        checks.push(check(
+            "connection",
+            match Client::connect(endpoint).await {
+                Ok(client) => {
+                    reached.push((name.clone(), client));
+                    Ok(format!("{name}connected"))
+                }
+                Err(e) => {
+                    let text = e.to_string();
+                    let hint = if text.contains("is the server running") { "" } else { "; is the server running, and is the address right?" };
+                    Err(format!("{text}{hint}"))
+                }
+            },
+        ));
+    }
+    for (name, client) in &mut reached {
+        server(&mut checks, name, client, encoder.as_mut(), deadline).await;
+    }
+    checks
+}
+
+/// What there is to check of one server that was reached.
+async fn server(checks: &mut Vec<Check>, name: &str, client: &mut Client, encoder: Option<&mut Encoder>, deadline: Duration) {
     let described = client.describe(None, deadline).await;
     let models = described.as_ref().map(|d| d.models.iter().map(|m| format!("{} on {}", m.name, m.device)).collect::<Vec<_>>().join(", "));
-    checks.push(check("server", models.map(|m| format!("answers; models: {m}")).map_err(ToString::to_string)));
-    if let (Some(encoder), Ok(_)) = (&mut encoder, described) {
+    checks.push(check("server", models.map(|m| format!("{name}answers; models: {m}")).map_err(|e| format!("{name}{e}"))));
+    if let (Some(encoder), Ok(_)) = (encoder, described) {
         let hash = encoder.bundle().hash;
         let known = client.describe(Some(&hash), deadline).await;
         let known = known
-            .map(|_| "loaded on the server".to_owned())
-            .map_err(|e| format!("{e}; start the server with this bundle, or use the server's"));
+            .map(|_| format!("{name}loaded on the server"))
+            .map_err(|e| format!("{name}{e}; start the server with this bundle, or use the server's"));
         let ok = known.is_ok();
         checks.push(check("bundle hash", known));
         if ok {
-            checks.push(check("round trip", round_trip(encoder, &mut client, deadline).await));
+            checks.push(check("round trip", round_trip(encoder, client, deadline).await.map(|t| format!("{name}{t}"))));
         }
     }
-    checks
 }
 
 fn golden_input(encoder: &Encoder) -> Result<Rgb, String> {

@@ -54,6 +54,20 @@ impl From<tonic::Status> for ClientError {
     }
 }
 
+impl ClientError {
+    /// Whether the same may succeed a moment later, or at another server.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Connect { .. } => true,
+            // a broken connection has a source; a server's own word has none
+            Self::Server(status) => {
+                matches!(status.code(), tonic::Code::Unavailable | tonic::Code::ResourceExhausted) || std::error::Error::source(&**status).is_some()
+            }
+            _ => false,
+        }
+    }
+}
+
 fn because(cause: &std::io::Error) -> String {
     match cause.kind() {
         std::io::ErrorKind::IsADirectory => "is a folder; name the files in it, or use `edge-client stream FOLDER`".into(),

@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod auto;
+mod balance;
 pub mod client;
 pub mod doctor;
 pub mod encoder;

@@ -8,11 +8,18 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use isthmus_traces::Traces;
+use tracing::Level;
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::FmtSpan;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Sends photos to an offload-server as small bitstreams and prints what they show.
 ///
-/// ISTHMUS_LOG=debug logs every step and its time to standard error.
+/// ISTHMUS_LOG=debug logs every step and its time to standard error; OTEL_EXPORTER_OTLP_ENDPOINT names an OpenTelemetry collector that gets them as
+/// spans, joined with the server's.
 #[derive(Parser)]
 #[command(version, about)]
 struct Cli {
@@ -109,9 +116,9 @@ fn parse_deadline(text: &str) -> Result<Duration, String> {
 
 #[derive(Args)]
 struct ServerArgs {
-    /// Server, http://HOST:PORT or https://HOST:PORT.
-    #[arg(long, env = "ISTHMUS_SERVER", default_value = "http://127.0.0.1:50051")]
-    server: String,
+    /// Server, http://HOST:PORT or https://HOST:PORT; several, separated by commas, share the work (or stand in for each other).
+    #[arg(long, env = "ISTHMUS_SERVER", default_value = "http://127.0.0.1:50051", value_delimiter = ',')]
+    server: Vec<String>,
     /// PEM file with the CA certificate of the server (default: the public CAs).
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
@@ -210,22 +217,19 @@ struct AskArgs {
     json: bool,
 }
 
-/// Logs to standard error, if `ISTHMUS_LOG` names a level (error, warn, info, debug, trace).
-fn install_logs() {
-    let level = std::env::var("ISTHMUS_LOG").ok().and_then(|l| l.parse::<tracing::Level>().ok());
-    if let Some(level) = level {
-        tracing_subscriber::fmt()
-            .with_max_level(level)
-            .with_span_events(FmtSpan::CLOSE)
-            .with_ansi(std::io::stderr().is_terminal())
-            .with_writer(std::io::stderr)
-            .init();
-    }
+/// Logs to standard error, if `ISTHMUS_LOG` names a level (error, warn, info, debug, trace), and sends spans to `traces`.
+fn install_logs(traces: Option<&Traces>) {
+    let level = std::env::var("ISTHMUS_LOG").ok().and_then(|l| l.parse::<Level>().ok());
+    let lines = level.map(|level| {
+        let lines = tracing_subscriber::fmt::layer().with_span_events(FmtSpan::CLOSE);
+        lines.with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).with_filter(LevelFilter::from_level(level))
+    });
+    let spans = traces.map(|t| t.layer().with_filter(Targets::new().with_target("edge_client", Level::DEBUG)));
+    tracing_subscriber::registry().with(lines).with(spans).init();
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    install_logs();
     let run = || -> anyhow::Result<bool> {
         #[cfg(feature = "train")]
         if matches!(cli.command, Command::Federate(_)) {
@@ -235,7 +239,9 @@ fn main() -> ExitCode {
         // one thread: a device has better uses for the others, and the encoder has its own pool
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
-            match cli.command {
+            let traces = Traces::from_environment("edge-client")?;
+            install_logs(traces.as_ref());
+            let done = match cli.command {
                 Command::Classify { files, server, encoding, whole_image, policy, ask } => match policy.policy {
                     PolicyKind::Auto => commands::auto::classify(&files, &server, &encoding, whole_image, &policy, &ask).await,
                     PolicyKind::Fixed => commands::classify::run(&files, &server, &encoding, whole_image, &ask).await,
@@ -252,7 +258,11 @@ fn main() -> ExitCode {
                 Command::Doctor { server, bundle, deadline, json } => commands::doctor::run(&server, &bundle, deadline, json).await,
                 #[cfg(feature = "train")]
                 Command::Federate(args) => commands::federate::run(args).await,
+            };
+            if let Some(traces) = traces {
+                traces.finish().await;
             }
+            done
         })
     };
     match run() {

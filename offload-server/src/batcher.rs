@@ -5,11 +5,14 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use isthmus_batcher::{Batch, Closed, Entry, Limits, Pool, Refused, Ticket, Work};
+use isthmus_batcher::{Asked, Batch, Closed, Entry, Limits, Pool, Refused, Ticket, Work};
+use tch::Device;
 use tokio::sync::oneshot;
 
 use crate::ServerError;
+use crate::admission::{Admission, Admitted};
 use crate::model::{Model, Stage};
+use crate::placement::{Cores, Instance};
 use crate::statistics::Statistics;
 use crate::telemetry;
 use crate::tenants::Tenant;
@@ -68,8 +71,6 @@ struct Pace {
 pub struct Serving {
     /// Bounds and delays of the queue.
     pub limits: Limits,
-    /// Threads of libtorch for each instance.
-    pub threads: usize,
     /// The roofline's time of an entry at each stage.
     pub costs: Vec<(Stage, Duration)>,
     /// How many times as long an entry took by itself.
@@ -106,6 +107,7 @@ impl Drop for Pending<'_> {
 /// Handle to the network's threads, which finish what is queued and end once the handle is gone.
 pub struct Batcher {
     pool: Pool<Stage, Item>,
+    admission: Admission,
     pace: Arc<Mutex<Pace>>,
     costs: Arc<Vec<(Stage, Duration)>>,
 }
@@ -126,23 +128,47 @@ fn locked(pace: &Mutex<Pace>) -> MutexGuard<'_, Pace> {
 }
 
 impl Batcher {
-    /// Starts a thread for each of `runners`.
+    /// Starts a thread for each of `runners`; those on the CPU compute with threads of `cores`.
     ///
     /// # Errors
     /// If a thread cannot be started.
-    pub fn start<R: Runner>(runners: Vec<R>, name: &str, serving: &Serving, statistics: &Arc<Statistics>) -> Result<Self, ServerError> {
+    pub fn start<R: Runner>(
+        runners: Vec<(R, Instance)>,
+        name: &str,
+        serving: &Serving,
+        cores: &Arc<Cores>,
+        statistics: &Arc<Statistics>,
+    ) -> Result<Self, ServerError> {
         let pace = Arc::new(Mutex::new(Pace { alone: serving.factor, each: serving.factor }));
         let costs = Arc::new(serving.costs.clone());
-        let workers = runners.into_iter().map(|runner| {
-            let (pace, costs, statistics, threads) = (pace.clone(), costs.clone(), statistics.clone(), serving.threads);
+        let workers = runners.into_iter().map(|(runner, instance)| {
+            let (pace, costs, statistics) = (pace.clone(), costs.clone(), statistics.clone());
+            let cores = (instance.device == Device::Cpu).then(|| cores.clone());
             move || {
                 // OpenMP's number of threads is one for each thread that asks
-                tch::set_num_threads(threads as i32);
-                Worker { runner, pace, costs, statistics }
+                tch::set_num_threads(instance.threads as i32);
+                Worker { runner, pace, costs, statistics, cores, threads: instance.threads }
             }
         });
         let pool = Pool::start(serving.limits.clone(), &format!("network-{name}"), workers);
-        Ok(Self { pool: pool.map_err(|e| ServerError::Config(e.to_string()))?, pace: pace.clone(), costs: costs.clone() })
+        let pool = pool.map_err(|e| ServerError::Config(e.to_string()))?;
+        Ok(Self { pool, admission: Admission::default(), pace: pace.clone(), costs: costs.clone() })
+    }
+
+    /// Lets a request in, before its payload is decoded, that would enter at `stage` and must leave the network by `deadline`.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub fn admit(&self, stage: Stage, deadline: Instant, priority: u8) -> Result<Admitted<'_>, ServerError> {
+        let (alone, cost) = self.predicted(stage);
+        let asked = Asked { priority, deadline, cost, alone };
+        self.admission.enter(cost, |ahead| self.pool.would_take(&asked, ahead)).map_err(refused)
+    }
+
+    /// What an entry takes by itself, and as a member of a full batch.
+    fn predicted(&self, stage: Stage) -> (Duration, Duration) {
+        let (pace, cost) = (locked(&self.pace), roofline(&self.costs, stage));
+        (Duration::from_secs_f64(cost * pace.alone), Duration::from_secs_f64(cost * pace.each))
     }
 
     /// Entries waiting, by tenant.
@@ -163,26 +189,26 @@ impl Batcher {
         tenant: &Tenant,
     ) -> Result<Pending<'_>, ServerError> {
         let (answer, receiver) = oneshot::channel();
-        let (alone, cost) = {
-            let (pace, cost) = (locked(&self.pace), roofline(&self.costs, stage));
-            (Duration::from_secs_f64(cost * pace.alone), Duration::from_secs_f64(cost * pace.each))
-        };
+        let (alone, cost) = self.predicted(stage);
         let value = Item { input, answer };
         let entry = Entry { key: stage, priority, tenant: tenant.index, weight: tenant.weight, deadline, cost, alone, value };
         match self.pool.submit(entry) {
             Ok(ticket) => Ok(Pending { batcher: self, ticket, answer: receiver }),
-            Err((refused, _)) => {
-                let (reason, error) = match refused {
-                    Refused::Full => ("full", ServerError::Busy("network queue full")),
-                    Refused::Cost => ("full", ServerError::Busy("too much work is queued")),
-                    Refused::Late => ("overload", ServerError::Busy("those before it take longer than its deadline allows")),
-                    Refused::Closed => ("closed", ServerError::Draining),
-                };
-                telemetry::dropped(reason);
-                Err(error)
-            }
+            Err((why, _)) => Err(refused(why)),
         }
     }
+}
+
+/// The error of a request that was refused, and its count.
+fn refused(why: Refused) -> ServerError {
+    let (reason, error) = match why {
+        Refused::Full => ("full", ServerError::Busy("network queue full")),
+        Refused::Cost => ("full", ServerError::Busy("too much work is queued")),
+        Refused::Late => ("overload", ServerError::Busy("those before it take longer than its deadline allows")),
+        Refused::Closed => ("closed", ServerError::Draining),
+    };
+    telemetry::dropped(reason);
+    error
 }
 
 struct Worker<R> {
@@ -190,11 +216,16 @@ struct Worker<R> {
     pace: Arc<Mutex<Pace>>,
     costs: Arc<Vec<(Stage, Duration)>>,
     statistics: Arc<Statistics>,
+    /// None if it does not compute on the CPU.
+    cores: Option<Arc<Cores>>,
+    threads: usize,
 }
 
 impl<R: Runner> Work<Stage, Item> for Worker<R> {
     fn run(&mut self, batch: Batch<Stage, Item>) {
         let (start, stage) = (Instant::now(), batch.key);
+        // waiting for other networks is part of what a batch takes
+        let _held = self.cores.as_ref().map(|cores| cores.take(self.threads));
         let inputs: Vec<&[f32]> = batch.members.iter().map(|(item, _)| item.input.as_slice()).collect();
         // libtorch's bindings panic on internal errors; one bad batch must not end the thread
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.runner.run(stage, &inputs)))
@@ -248,6 +279,7 @@ fn closed(closed: Closed) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::placement::Precision;
 
     struct Echo(Duration);
 
@@ -268,8 +300,10 @@ mod tests {
 
     fn batcher(takes: u64, max_entries: usize) -> Batcher {
         let limits = Limits { max_batch: 4, max_delay: Duration::ZERO, preferred: vec![], max_entries, max_cost: None, workers: 1 };
-        let serving = Serving { limits, threads: 1, costs: vec![(Stage::Pixels, Duration::from_millis(1))], factor: 1.0 };
-        Batcher::start(vec![Echo(Duration::from_millis(takes))], "test", &serving, &Arc::default()).unwrap()
+        let serving = Serving { limits, costs: vec![(Stage::Pixels, Duration::from_millis(1))], factor: 1.0 };
+        let instance = Instance { device: Device::Cpu, threads: 1, precision: Precision::Float };
+        let runners = vec![(Echo(Duration::from_millis(takes)), instance)];
+        Batcher::start(runners, "test", &serving, &Cores::new(1), &Arc::default()).unwrap()
     }
 
     #[tokio::test]

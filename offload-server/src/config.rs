@@ -1,16 +1,20 @@
-//! Configuration: a TOML file, overridden by flags.
+//! Configuration: a TOML file, overridden by the environment, overridden by flags.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use isthmus_nets::BackboneKind;
 use serde::{Deserialize, Serialize};
 
 use crate::ServerError;
+use crate::placement::Placement;
 use crate::tenants::{TenantConfig, Tenants};
 
+/// What the names of environment variables begin with.
+const ENVIRONMENT: &str = "ISTHMUS_SERVER_";
 const MAX_COUNT: usize = 1 << 16;
-const MAX_REQUEST_BYTES: usize = 256 << 20;
+const MAX_MESSAGE_BYTES: usize = 256 << 20;
 const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
 
 /// Everything that can be set. configs/offload-server.toml explains each key.
@@ -39,6 +43,8 @@ pub struct Config {
     pub network_threads: usize,
     /// Copies of each model that compute at the same time; they share the threads.
     pub instances: usize,
+    /// Where copies of models run; none: as `device` and `instances` say.
+    pub placements: Vec<Placement>,
     /// Most requests computed together.
     pub max_batch: usize,
     /// An incomplete batch waits so long for company.
@@ -50,6 +56,9 @@ pub struct Config {
     pub priority_levels: u8,
     /// Most requests waiting for the network.
     pub max_queue: usize,
+    /// Most predicted work waiting for it.
+    #[serde(with = "humantime_serde")]
+    pub max_queue_cost: Duration,
     /// Entropy and image decodings at once; 0 is one per core.
     pub decode_workers: usize,
     /// Most requests between arrival and answer.
@@ -62,13 +71,30 @@ pub struct Config {
     pub max_connections: usize,
     /// Largest request message in bytes.
     pub max_request_bytes: usize,
+    /// Largest message of a stream of requests in bytes.
+    pub max_stream_message_bytes: usize,
+    /// Largest answer in bytes.
+    pub max_response_bytes: usize,
     /// Deadline of requests that set none, and upper limit of those that do.
     #[serde(with = "humantime_serde")]
     pub max_deadline: Duration,
     /// A stream ends when nothing moves on it for this long.
     #[serde(with = "humantime_serde")]
     pub stream_idle: Duration,
-    /// On SIGTERM, requests in flight have this long.
+    /// A connection that was silent for so long is asked whether it is still there.
+    #[serde(with = "humantime_serde")]
+    pub keepalive_interval: Duration,
+    /// It is closed if it does not answer for so long.
+    #[serde(with = "humantime_serde")]
+    pub keepalive_timeout: Duration,
+    /// A connection is asked to end after about this long (spread by a tenth either way), so that clients spread over a fleet that grew;
+    /// zero: never.
+    #[serde(with = "humantime_serde")]
+    pub max_connection_age: Duration,
+    /// On SIGTERM, health says no for this long before connections are asked to end: balancers look elsewhere meanwhile.
+    #[serde(with = "humantime_serde")]
+    pub drain_delay: Duration,
+    /// Requests in flight have this long afterwards.
     #[serde(with = "humantime_serde")]
     pub drain_limit: Duration,
     /// PEM certificate chain.
@@ -109,19 +135,27 @@ impl Default for Config {
             device: "auto".into(),
             network_threads: 0,
             instances: 1,
+            placements: vec![],
             max_batch: 16,
             queue_delay: Duration::ZERO,
             preferred_batch_sizes: vec![],
             priority_levels: 3,
             max_queue: 256,
+            max_queue_cost: Duration::from_secs(30),
             decode_workers: 0,
             max_in_flight: 128,
             stream_window: 32,
             max_streams: 256,
             max_connections: 1024,
             max_request_bytes: 8 << 20,
+            max_stream_message_bytes: 8 << 20,
+            max_response_bytes: 1 << 20,
             max_deadline: Duration::from_secs(30),
             stream_idle: Duration::from_secs(60),
+            keepalive_interval: Duration::from_secs(30),
+            keepalive_timeout: Duration::from_secs(20),
+            max_connection_age: Duration::ZERO,
+            drain_delay: Duration::ZERO,
             drain_limit: Duration::from_secs(20),
             tls_cert: None,
             tls_key: None,
@@ -141,6 +175,23 @@ impl Config {
     pub fn open(path: &Path) -> Result<Self, ServerError> {
         let text = std::fs::read_to_string(path).map_err(|cause| ServerError::Io { path: path.into(), cause })?;
         toml::from_str(&text).map_err(|e| ServerError::Config(format!("{}: {e}", path.display())))
+    }
+
+    /// Overrides keys by environment variables: `ISTHMUS_SERVER_` and the key in capitals, with a value as in the file (strings without quotes too).
+    ///
+    /// # Errors
+    /// Names the variable that is wrong.
+    pub fn with_environment(self, variables: impl IntoIterator<Item = (String, String)>) -> Result<Self, ServerError> {
+        let failed = |e: toml::ser::Error| ServerError::Config(e.to_string());
+        let mut config = self;
+        for (name, value) in variables {
+            let Some(key) = name.strip_prefix(ENVIRONMENT) else { continue };
+            let parsed = toml::from_str::<toml::Table>(&format!("value = {value}")).ok().and_then(|mut t| t.remove("value"));
+            let mut table = toml::Table::try_from(&config).map_err(failed)?;
+            table.insert(key.to_lowercase(), parsed.unwrap_or(toml::Value::String(value)));
+            config = table.try_into().map_err(|e| ServerError::Config(format!("{name}: {}", e.to_string().trim())))?;
+        }
+        Ok(config)
     }
 
     /// Checks what belongs together.
@@ -171,6 +222,13 @@ impl Config {
         if !(1..=64).contains(&self.instances) || self.instances > self.network_threads() {
             return bad("instances: 1 to 64, and at most one for each of network_threads");
         }
+        let too_many = |p: &Placement| !(1..=64).contains(&p.instances) || p.threads > self.network_threads();
+        if self.placements.iter().any(too_many) {
+            return bad("placements: instances from 1 to 64, threads at most network_threads");
+        }
+        if let Some(model) = self.placements.iter().filter_map(|p| p.model.as_ref()).find(|m| BackboneKind::from_name(m).is_none()) {
+            return bad(&format!("placements: model {model:?} is unknown"));
+        }
         if self.queue_delay > Duration::from_secs(10) || self.queue_delay >= self.max_deadline {
             return bad("queue_delay: at most 10 s, and below max_deadline");
         }
@@ -181,19 +239,23 @@ impl Config {
             return bad("priority_levels: 1 to 16");
         }
         let positive = [self.max_batch, self.max_queue, self.max_in_flight, self.stream_window, self.max_streams, self.max_connections];
-        if positive.contains(&0) || self.max_request_bytes < 1024 {
-            return bad(
-                "max_batch, max_queue, max_in_flight, stream_window, max_streams and max_connections must be positive, max_request_bytes at least 1024",
-            );
+        if positive.contains(&0) {
+            return bad("max_batch, max_queue, max_in_flight, stream_window, max_streams and max_connections must be positive");
         }
-        if positive.iter().chain([&self.decode_workers, &self.network_threads]).any(|&n| n > MAX_COUNT)
-            || self.max_request_bytes > MAX_REQUEST_BYTES
-        {
-            return bad("counts are at most 65536, max_request_bytes at most 256 MiB");
+        if positive.iter().chain([&self.decode_workers, &self.network_threads]).any(|&n| n > MAX_COUNT) {
+            return bad("counts are at most 65536");
         }
-        let limits = [self.max_deadline, self.stream_idle, self.drain_limit];
+        let sizes = [self.max_request_bytes, self.max_stream_message_bytes, self.max_response_bytes];
+        if sizes.iter().any(|n| !(1024..=MAX_MESSAGE_BYTES).contains(n)) {
+            return bad("max_request_bytes, max_stream_message_bytes and max_response_bytes: from 1024 to 256 MiB");
+        }
+        if self.drain_delay > MAX_WAIT || self.max_connection_age > MAX_WAIT {
+            return bad("drain_delay and max_connection_age are at most a day");
+        }
+        let limits =
+            [self.max_deadline, self.stream_idle, self.drain_limit, self.max_queue_cost, self.keepalive_interval, self.keepalive_timeout];
         if limits.iter().any(|d| d.is_zero() || *d > MAX_WAIT) {
-            return bad("max_deadline, stream_idle and drain_limit must be positive and at most a day");
+            return bad("max_deadline, stream_idle, drain_limit, max_queue_cost, keepalive_interval and keepalive_timeout must be positive and at most a day");
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! From payload bytes to network input, on a bounded pool of blocking threads.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -14,9 +15,53 @@ use crate::model::Stage;
 use crate::registry::{Entry, Registry};
 use crate::telemetry::{self, Kind};
 
+/// Weight of the last decoding in the predicted speed, and how many times as slow as predicted it counts at most.
+const LAST: f64 = 0.1;
+const STALL: f64 = 4.0;
+
 /// The decode pool.
 pub struct Intake {
     workers: Arc<Semaphore>,
+    size: usize,
+    paces: Arc<Mutex<Paces>>,
+}
+
+/// How long decoding takes: it grows with the payload, differently for each kind.
+#[derive(Default)]
+struct Paces {
+    /// Seconds a byte, by [`Kind::label`].
+    of: BTreeMap<&'static str, f64>,
+    /// Predicted seconds of what waits or is being decoded.
+    ahead: f64,
+}
+
+/// Counts as ahead of others until it is dropped.
+struct Expected {
+    paces: Arc<Mutex<Paces>>,
+    seconds: f64,
+}
+
+fn locked(paces: &Mutex<Paces>) -> MutexGuard<'_, Paces> {
+    paces.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Paces {
+    fn seconds(&self, kind: Kind, bytes: usize) -> f64 {
+        self.of.get(kind.label()).copied().unwrap_or(0.0) * bytes as f64
+    }
+
+    fn learn(&mut self, kind: Kind, bytes: usize, took: Duration) {
+        let seen = took.as_secs_f64() / bytes.max(1) as f64;
+        let pace = self.of.entry(kind.label()).or_insert(seen);
+        *pace += LAST * (seen.min(STALL * *pace) - *pace);
+    }
+}
+
+impl Drop for Expected {
+    fn drop(&mut self) {
+        let mut paces = locked(&self.paces);
+        paces.ahead = (paces.ahead - self.seconds).max(0.0);
+    }
 }
 
 /// A decoded payload.
@@ -34,7 +79,13 @@ pub struct Ready {
 impl Intake {
     /// A pool of `workers` decodings at once.
     pub fn new(workers: usize) -> Self {
-        Self { workers: Arc::new(Semaphore::new(workers)) }
+        Self { workers: Arc::new(Semaphore::new(workers)), size: workers, paces: Arc::default() }
+    }
+
+    /// Predicted time until a payload that comes now is decoded.
+    pub fn expected(&self, kind: Kind, bytes: usize) -> Duration {
+        let paces = locked(&self.paces);
+        Duration::from_secs_f64(paces.ahead / self.size.max(1) as f64 + paces.seconds(kind, bytes))
     }
 
     /// Decodes `payload` for the model `entry`.
@@ -51,6 +102,12 @@ impl Intake {
         deadline: Instant,
     ) -> Result<Ready, ServerError> {
         let asked = Instant::now();
+        let expected = {
+            let mut paces = locked(&self.paces);
+            let seconds = paces.seconds(kind, payload.len());
+            paces.ahead += seconds;
+            Expected { paces: self.paces.clone(), seconds }
+        };
         let worker = tokio::time::timeout_at(deadline.into(), self.workers.clone().acquire_owned());
         let worker = worker.await.map_err(|_| ServerError::Deadline("waiting for the decode pool"))?;
         let worker = worker.map_err(|_| ServerError::Draining)?;
@@ -58,7 +115,7 @@ impl Intake {
         let registry = registry.clone();
         let entry = entry.clone();
         let decoded = tokio::task::spawn_blocking(move || {
-            let _worker = worker;
+            let (_worker, expected, bytes) = (worker, expected, payload.len());
             let start = Instant::now();
             if start >= deadline {
                 return Err(ServerError::Deadline("waiting for the decode pool"));
@@ -72,6 +129,7 @@ impl Intake {
             };
             let took = start.elapsed();
             telemetry::decoded(kind, took);
+            locked(&expected.paces).learn(kind, bytes, took);
             Ok(Ready { stage, input, waited, took })
         });
         // a decoding cannot be stopped; it keeps its place in the pool, so no more than its worker is lost

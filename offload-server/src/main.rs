@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Parser;
 use isthmus_nets::process::{BOUNDED_SPINNING, REUSED_HEAP, with_environment};
+use isthmus_traces::Traces;
 use offload_server::{Config, start, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -13,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 #[derive(Parser)]
 #[command(version, about)]
 struct Cli {
-    /// TOML file; flags override it. configs/offload-server.toml explains every key.
+    /// TOML file; environment variables (ISTHMUS_SERVER_KEY, as ISTHMUS_SERVER_MAX_BATCH=8) override it, and flags those. configs/offload-server.toml explains every key.
     #[arg(long, env = "ISTHMUS_CONFIG")]
     config: Option<PathBuf>,
     /// Address of the gRPC listener.
@@ -58,6 +59,9 @@ struct Cli {
     /// Print what each layer of the models costs on this machine (multiply-accumulates, bytes, roofline), and stop.
     #[arg(long, conflicts_with = "print_config")]
     profile: bool,
+    /// Ask the server that runs on this machine with this configuration whether it is ready, and stop: exit status 0 if so.
+    #[arg(long, conflicts_with_all = ["print_config", "profile"])]
+    probe: bool,
 }
 
 impl Cli {
@@ -66,6 +70,8 @@ impl Cli {
             Some(path) => Config::open(path)?,
             None => Config::default(),
         };
+        // variables that are not UTF-8 are none of ours
+        c = c.with_environment(std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))))?;
         fn set<T>(target: &mut T, value: Option<T>) {
             if let Some(value) = value {
                 *target = value;
@@ -83,20 +89,22 @@ impl Cli {
         set(&mut c.tls_key, self.tls_key.map(Some));
         c.insecure |= self.insecure;
         c.check()?;
-        let instead = match (self.print_config, self.profile) {
-            (true, _) => Instead::Configuration,
-            (_, true) => Instead::Profile,
+        let instead = match (self.print_config, self.profile, self.probe) {
+            (true, ..) => Instead::Configuration,
+            (_, true, _) => Instead::Profile,
+            (.., true) => Instead::Probe,
             _ => Instead::Nothing,
         };
         Ok((c, instead, self.while_stdin))
     }
 }
 
-/// What to print instead of serving.
+/// What to do instead of serving.
 enum Instead {
     Nothing,
     Configuration,
     Profile,
+    Probe,
 }
 
 fn main() -> std::process::ExitCode {
@@ -118,12 +126,18 @@ async fn run() -> Result<()> {
         Instead::Nothing => None,
         Instead::Configuration => Some(toml::to_string(&config).context("configuration")?),
         Instead::Profile => Some(offload_server::profile::report(&config)?),
+        Instead::Probe => {
+            let admin = config.admin_listen.context("admin_listen is not set: there is nobody to ask")?;
+            isthmus_listen::admin::probe(admin).with_context(|| format!("admin listener {admin}"))?;
+            Some("ready\n".into())
+        }
     };
     if let Some(text) = text {
         use std::io::Write;
         return Ok(std::io::stdout().write_all(text.as_bytes())?);
     }
-    telemetry::install_logs(config.log_format);
+    let traces = Traces::from_environment("offload-server")?;
+    telemetry::install_logs(config.log_format, traces.as_ref());
     let metrics = telemetry::install_metrics()?;
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut running = start(config, metrics).await?;

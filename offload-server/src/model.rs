@@ -9,14 +9,13 @@ use isthmus_codec::{Bundle, BundleHash};
 use isthmus_nets::profile::LayerCost;
 use isthmus_nets::weights::Weights;
 use isthmus_nets::{Backbone, BackboneKind, Decoder, DecoderSpec, Layer, NetError};
-use tch::{Device, Tensor, nn};
+use tch::{Device, Kind, Tensor, nn};
 
 use crate::ServerError;
+use crate::placement::{Instance, Precision};
 
 /// Runs from which the time of one is taken.
 const TIMED: usize = 5;
-/// Golden logits may differ by this much between machines.
-const GOLDEN_TOLERANCE: f32 = 2e-2;
 
 /// One decoder blueprint: from a bundle's latents to the backbone's features.
 struct Blueprint {
@@ -44,6 +43,7 @@ pub struct Model {
     backbone: Backbone,
     blueprints: Vec<Blueprint>,
     device: Device,
+    precision: Precision,
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, ServerError> {
@@ -56,15 +56,17 @@ impl Model {
     ///
     /// # Errors
     /// If a file is missing or differs from the manifest, or a golden test fails.
-    pub fn load(name: &str, path: &Path, bundles: &[Arc<Bundle>], device: Device, sole: bool) -> Result<Self, ServerError> {
+    pub fn load(name: &str, path: &Path, bundles: &[Arc<Bundle>], instance: Instance, sole: bool) -> Result<Self, ServerError> {
+        let Instance { device, precision, .. } = instance;
         let kind = BackboneKind::from_name(name).ok_or_else(|| {
             let known: Vec<_> = BackboneKind::ALL.iter().map(|k| k.name()).collect();
             ServerError::Config(format!("model {name:?} is unknown; known: {}", known.join(", ")))
         })?;
         let bytes = read(path).map_err(|e| ServerError::Config(format!("{e}; `make setup` imports the backbones")))?;
         let digest = isthmus_codec::bundle::sha256(&bytes);
-        let backbone = Backbone::new(kind, &Weights::from_safetensors(&bytes, &path.display().to_string(), device)?)?;
-        let mut model = Self { kind, backbone, blueprints: Vec::new(), device };
+        let weights = Weights::from_safetensors(&bytes, &path.display().to_string(), device)?;
+        let backbone = Backbone::new(kind, &weights)?.to_kind(precision.kind());
+        let mut model = Self { kind, backbone, blueprints: Vec::new(), device, precision };
         for bundle in bundles {
             let Some(at) = bundle.manifest.decoders.iter().position(|d| d.backbone == name) else { continue };
             let entry = &bundle.manifest.decoders[at];
@@ -85,16 +87,23 @@ impl Model {
     fn add(&mut self, bundle: &Bundle, entry: &DecoderEntry) -> Result<(), ServerError> {
         let l = bundle.manifest.latent;
         let split = Layer::from_block(entry.split_block);
-        let produced = [entry.features[0], i64::from(l.height) * entry.upsample, i64::from(l.width) * entry.upsample];
-        if self.kind.layer_shape(split) != Some(entry.features) || produced != entry.features {
+        // a layer that is no multiple of the latent is resized from the next smaller one that is
+        let [_, height, width] = entry.features;
+        let scales = |side: i64, latent: u16| latent > 0 && entry.upsample > 0 && side / i64::from(latent) == entry.upsample;
+        if self.kind.layer_shape(split) != Some(entry.features) || !scales(height, l.height) || !scales(width, l.width) || height != width {
             let why = format!("bundle {}: {:?} is not the shape of {split:?}", bundle.manifest.name, entry.features);
             return Err(ServerError::Config(why));
         }
-        let spec = DecoderSpec::from_entry(entry);
+        let spec = DecoderSpec::from_entry(entry, l);
         let weights = Weights::from_safetensors(bundle.file(&entry.weights)?, &entry.weights, self.device)?;
-        let vs = nn::VarStore::new(self.device);
+        let mut vs = nn::VarStore::new(self.device);
         let decoder = Decoder::new(&vs.root(), &spec);
         weights.copy_to(&vs)?;
+        match self.precision {
+            Precision::Float => {}
+            Precision::Half => vs.half(),
+            Precision::Bfloat16 => vs.bfloat16(),
+        }
         let latent = [l.channels.into(), l.height.into(), l.width.into()];
         self.blueprints.push(Blueprint { hash: bundle.hash, decoder, split, latent, spec });
         Ok(())
@@ -109,7 +118,7 @@ impl Model {
         let logits = self.run(stage, &[latent.as_slice()])?;
         let expected = bundle.manifest.golden.logits.get(decoder).map(Vec::as_slice).unwrap_or_default();
         // written so that a NaN fails
-        let close = |(a, b): (&f32, &f32)| (a - b).abs() <= GOLDEN_TOLERANCE;
+        let close = |(a, b): (&f32, &f32)| (a - b).abs() <= self.precision.tolerance();
         if expected.is_empty() || !expected.iter().zip(&logits[0]).all(close) {
             let found = &logits[0][..expected.len().min(logits[0].len())];
             let why = format!("bundle {}: golden logits are {found:?}, the manifest says {expected:?}", bundle.manifest.name);
@@ -179,6 +188,20 @@ impl Model {
         Ok(least)
     }
 
+    /// Shape (C, H, W) of an input at `stage`.
+    fn shape(&self, stage: Stage) -> Option<[i64; 3]> {
+        match stage {
+            Stage::Pixels => self.kind.layer_shape(Layer::Input),
+            Stage::Features(layer) => self.kind.layer_shape(layer),
+            Stage::Latent(i) => self.blueprints.get(i).map(|b| b.latent),
+        }
+    }
+
+    /// Values of an input at `stage`; 0 if there is no such stage.
+    pub fn input_len(&self, stage: Stage) -> usize {
+        self.shape(stage).map_or(0, |s| s.iter().product::<i64>() as usize)
+    }
+
     /// Logits of a batch that enters at `stage`.
     ///
     /// # Errors
@@ -186,15 +209,8 @@ impl Model {
     pub fn run(&self, stage: Stage, inputs: &[&[f32]]) -> Result<Vec<Vec<f32>>, ServerError> {
         let _inference = tch::no_grad_guard();
         let failed = |e: tch::TchError| ServerError::Network(e.to_string());
-        let side = i64::from(self.input_size());
-        let (shape, blueprint) = match stage {
-            Stage::Pixels => ([3, side, side], None),
-            Stage::Features(layer) => (self.kind.layer_shape(layer).ok_or_else(|| ServerError::Network(format!("no {layer:?}")))?, None),
-            Stage::Latent(i) => {
-                let b = self.blueprints.get(i).ok_or_else(|| ServerError::Network("no such blueprint".into()))?;
-                (b.latent, Some(b))
-            }
-        };
+        let shape = self.shape(stage).ok_or_else(|| ServerError::Network(format!("no {stage:?}")))?;
+        let blueprint = if let Stage::Latent(i) = stage { self.blueprints.get(i) } else { None };
         let wanted = shape.iter().product::<i64>() as usize;
         if inputs.iter().any(|i| i.len() != wanted) {
             return Err(ServerError::Network(format!("an input has not {wanted} values")));
@@ -202,13 +218,13 @@ impl Model {
         let flat = inputs.concat();
         let batch =
             Tensor::f_from_slice(&flat).map_err(failed)?.f_view([inputs.len() as i64, shape[0], shape[1], shape[2]]).map_err(failed)?;
-        let batch = batch.to_device(self.device);
+        let batch = batch.to_device(self.device).to_kind(self.precision.kind());
         let logits = match (stage, blueprint) {
             (Stage::Features(layer), _) => self.backbone.tail(&batch, layer),
             (_, None) => self.backbone.forward(&batch),
             (_, Some(b)) => self.backbone.tail(&b.decoder.forward(&batch), b.split),
         };
-        let logits = logits.to_device(Device::Cpu).contiguous();
+        let logits = logits.to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
         let classes = logits.size().last().copied().unwrap_or(1).max(1) as usize;
         let flat = Vec::<f32>::try_from(logits.view(-1)).map_err(failed)?;
         if flat.len() != classes * inputs.len() {

@@ -8,6 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tonic::metadata::MetadataMap;
 
+use crate::admission::Admitted;
 use crate::intake::Intake;
 use crate::registry::{Entry, Registry};
 use crate::repository::Repository;
@@ -27,7 +28,9 @@ pub struct Pipeline {
     pub tenants: Tenants,
     /// Latencies of the last minute.
     pub latencies: Latencies,
-    /// Stops new work; what is in flight goes on.
+    /// Health says no more: balancers look elsewhere. What comes is answered.
+    pub leaving: CancellationToken,
+    /// Connections and streams take nothing new; what is in flight goes on.
     pub draining: CancellationToken,
     /// Requests of one stream under way.
     pub window: usize,
@@ -75,12 +78,13 @@ pub struct Answer {
 
 impl Pipeline {
     /// With the limits of `config`.
-    pub fn new(repository: Arc<Repository>, config: &Config, tenants: Tenants, draining: CancellationToken) -> Self {
+    pub fn new(repository: Arc<Repository>, config: &Config, tenants: Tenants) -> Self {
         Self {
             repository,
             tenants,
             latencies: Latencies::default(),
-            draining,
+            leaving: CancellationToken::new(),
+            draining: CancellationToken::new(),
             window: config.stream_window,
             stream_idle: config.stream_idle,
             intake: Intake::new(config.decode_workers()),
@@ -132,11 +136,17 @@ impl Pipeline {
     ///
     /// # Errors
     /// Why there is no answer.
-    #[tracing::instrument(level = "debug", skip_all, fields(model = %ask.model))]
+    #[tracing::instrument(level = "debug", skip_all, fields(model = %ask.model, kind, queue_ms, network_ms, batch_size))]
     pub async fn infer(&self, ask: Ask<'_>) -> Result<Answer, ServerError> {
         let (kind, bytes, arrived) = (ask.kind, ask.payload.len(), ask.arrived);
         let tenant = ask.tenant;
         let result = self.admit(ask).await;
+        let span = tracing::Span::current();
+        span.record("kind", kind.label());
+        if let Ok(Answer { times, .. }) = &result {
+            span.record("queue_ms", 1e3 * times.queue.as_secs_f64()).record("network_ms", 1e3 * times.network.as_secs_f64());
+            span.record("batch_size", times.batch_size);
+        }
         telemetry::tenant(&tenant.name, result.as_ref().err());
         telemetry::answered(kind, bytes, arrived.elapsed(), result.as_ref().err());
         if let Err(error) = &result {
@@ -146,23 +156,16 @@ impl Pipeline {
     }
 
     async fn admit(&self, ask: Ask<'_>) -> Result<Answer, ServerError> {
-        if self.draining.is_cancelled() {
-            return Err(ServerError::Draining);
-        }
         let _place = self.in_flight.try_acquire().map_err(|_| ServerError::Busy("too many requests in flight"))?;
         let _quota = ask.tenant.enter()?;
         let _counted = InFlight::enter();
         let registry = self.repository.current();
         let entry = registry.model(ask.model, ask.version)?.clone();
         let deadline = ask.arrived + ask.budget;
-        let admitted = entry.admission.enter(deadline.saturating_duration_since(Instant::now()))?;
+        let decoded_by = deadline.checked_sub(self.intake.expected(ask.kind, ask.payload.len())).unwrap_or(ask.arrived);
+        let admitted = entry.batcher.admit(entry.likely_stage(ask.kind), decoded_by, ask.priority)?;
         let arrived = ask.arrived;
-        let answer = self.compute(ask, &registry, &entry, deadline).await;
-        match &answer {
-            Err(ServerError::Busy(_) | ServerError::Draining) => {}
-            Err(ServerError::Deadline(_)) => admitted.leave(false),
-            _ => admitted.leave(true),
-        }
+        let answer = self.compute(ask, &registry, &entry, admitted, deadline).await;
         match &answer {
             Ok(answer) => {
                 entry.statistics.answered(&answer.times);
@@ -173,12 +176,21 @@ impl Pipeline {
         answer
     }
 
-    async fn compute(&self, ask: Ask<'_>, registry: &Arc<Registry>, entry: &Arc<Entry>, deadline: Instant) -> Result<Answer, ServerError> {
+    async fn compute(
+        &self,
+        ask: Ask<'_>,
+        registry: &Arc<Registry>,
+        entry: &Arc<Entry>,
+        admitted: Admitted<'_>,
+        deadline: Instant,
+    ) -> Result<Answer, ServerError> {
         let ready = self.intake.decode(registry, entry, ask.kind, ask.payload, deadline).await?;
         if Instant::now() >= deadline {
             return Err(ServerError::Deadline("being decoded"));
         }
-        let computed = entry.batcher.submit(ready.stage, ready.input, deadline, ask.priority, ask.tenant)?.answer(deadline).await?;
+        let pending = entry.batcher.submit(ready.stage, ready.input, deadline, ask.priority, ask.tenant)?;
+        drop(admitted);
+        let computed = pending.answer(deadline).await?;
         let queue = ready.waited + computed.waited;
         telemetry::queued(queue);
         let times =

@@ -1,44 +1,87 @@
-//! `offload-server --profile`: what each layer costs, before anything runs.
+//! `offload-server --profile`: what each layer costs before anything runs, and what batches take.
 
 use std::fmt::Write;
+use std::sync::Arc;
+use std::time::Instant;
 
-use isthmus_nets::device::parse_device;
 use isthmus_nets::profile::{LayerCost, Machine};
-use isthmus_nets::{BackboneKind, DecoderSpec, Layer};
 
-use crate::repository::open_all_bundles;
-use crate::{Config, ServerError};
+use crate::model::{Model, Stage};
+use crate::repository::{backbone_path, open_all_bundles};
+use crate::{Config, ServerError, placement};
 
-/// A table for each model and each way into it: multiply-accumulates, bytes moved, operations for each byte, and the roofline's time,
-/// for one photo and in a batch of the largest size.
+/// Batches of each size that are timed.
+const TIMED: usize = 7;
+
+/// For each model, where it runs and what that can do; a table for each way into it (multiply-accumulates, bytes moved, operations for each byte, and
+/// the roofline's time, for one photo and in a batch of the largest size); and what batches take when run.
 ///
 /// # Errors
-/// If a model is unknown or a bundle cannot be read.
+/// If a model is unknown, its device is not there, or a bundle cannot be read.
 pub fn report(config: &Config) -> Result<String, ServerError> {
-    let device = parse_device(&config.device).map_err(ServerError::Config)?;
-    tch::set_num_threads(config.network_threads() as i32);
-    let machine = Machine::measure(device);
-    let bundles = open_all_bundles(config)?;
-    let mut text = format!(
-        "machine: {:.1} GFLOP/s (product of matrices), {:.1} GB/s (copy), {device:?}, {} threads\n",
-        machine.flops / 1e9,
-        machine.bytes_per_second / 1e9,
-        config.network_threads()
-    );
+    let bundles: Vec<_> = open_all_bundles(config)?.into_iter().map(Arc::new).collect();
+    let mut text = String::new();
     for name in &config.models {
-        let kind = BackboneKind::from_name(name).ok_or_else(|| ServerError::Config(format!("model {name:?} is unknown")))?;
-        table(&mut text, &format!("{name}, pixels"), &kind.layers(Layer::Input), machine, config.max_batch as u64);
-        for bundle in &bundles {
-            for entry in bundle.manifest.decoders.iter().filter(|d| d.backbone == *name) {
-                let latent = bundle.manifest.latent;
-                let mut layers = DecoderSpec::from_entry(entry).layers(latent.height.into(), latent.width.into());
-                layers.extend(kind.layers(Layer::from_block(entry.split_block)));
-                let title = format!("{name}, bitstreams of {} {}", bundle.manifest.name, bundle.manifest.version);
-                table(&mut text, &title, &layers, machine, config.max_batch as u64);
+        let mut instances = placement::instances(config, name)?;
+        instances.dedup();
+        for instance in instances {
+            tch::set_num_threads(instance.threads as i32);
+            let machine = Machine::measure(instance.device);
+            let model = Model::load(name, &backbone_path(config, name), &bundles, instance, true)?;
+            let _ = writeln!(
+                text,
+                "{name} on {}, {:?}, {} threads: {:.1} GFLOP/s (product of matrices), {:.1} GB/s (copy)",
+                instance.device_name(),
+                instance.precision,
+                instance.threads,
+                machine.flops / 1e9,
+                machine.bytes_per_second / 1e9
+            );
+            let ways = std::iter::once((Stage::Pixels, "pixels".to_owned())).chain(bundles.iter().filter_map(|b| {
+                let title = format!("bitstreams of {} {}", b.manifest.name, b.manifest.version);
+                model.stage(&b.hash).map(|stage| (stage, title))
+            }));
+            for (stage, title) in ways {
+                let layers = model.layers(stage);
+                table(&mut text, &format!("{name}, {title}"), &layers, machine, config.max_batch as u64);
+                measured(&mut text, &model, stage, &layers, machine, config.max_batch)?;
             }
         }
     }
     Ok(text)
+}
+
+/// Median time of batches of 1, 2, 4, ... photos, and the share of the machine's peak that they reach.
+fn measured(
+    text: &mut String,
+    model: &Model,
+    stage: Stage,
+    layers: &[LayerCost],
+    machine: Machine,
+    max_batch: usize,
+) -> Result<(), ServerError> {
+    let input = vec![0.0; model.input_len(stage)];
+    let macs: u64 = layers.iter().map(|l| l.macs).sum();
+    let _ = writeln!(text, "\n{:<8} {:>10} {:>10} {:>10}", "batch", "ms", "photos/s", "% of peak");
+    let mut sizes: Vec<usize> = std::iter::successors(Some(1), |n| Some(2 * n)).take_while(|n| *n < max_batch).collect();
+    sizes.push(max_batch);
+    for n in sizes {
+        let batch = vec![input.as_slice(); n];
+        let mut times = Vec::with_capacity(TIMED);
+        for _ in 0..=TIMED {
+            let start = Instant::now();
+            model.run(stage, &batch)?;
+            times.push(start.elapsed().as_secs_f64());
+        }
+        // the first one warms up
+        times.remove(0);
+        times.sort_by(f64::total_cmp);
+        let median = times[TIMED / 2];
+        let (rate, reached) = (n as f64 / median, 2.0 * (n as u64 * macs) as f64 / median / machine.flops);
+        let _ = writeln!(text, "{n:<8} {:>10.2} {rate:>10.1} {:>10.1}", 1e3 * median, 100.0 * reached);
+    }
+    let _ = writeln!(text);
+    Ok(())
 }
 
 fn table(text: &mut String, title: &str, layers: &[LayerCost], machine: Machine, batch: u64) {

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use isthmus_codec::{Bundle, BundleHash, CodecError};
-use isthmus_nets::BackboneKind;
+use isthmus_nets::{BackboneKind, Layer};
 
 use crate::ServerError;
-use crate::admission::Admission;
 use crate::batcher::Batcher;
 use crate::model::Stage;
+use crate::placement::Instance;
 use crate::statistics::Statistics;
+use crate::telemetry::Kind;
 
 /// One version of a model: how to reach its network, and what it accepts.
 pub struct Entry {
@@ -21,10 +22,8 @@ pub struct Entry {
     pub kind: BackboneKind,
     /// Side of the square input.
     pub input_size: u32,
-    /// Where it runs.
-    pub device: String,
-    /// Who may come in.
-    pub admission: Arc<Admission>,
+    /// Its copies.
+    pub instances: Vec<Instance>,
     /// Its queue and network thread.
     pub batcher: Batcher,
     /// What it has done.
@@ -36,6 +35,22 @@ impl Entry {
     /// The stage at which latents of a bundle enter this model.
     pub fn stage(&self, hash: &BundleHash) -> Option<Stage> {
         self.stages.iter().find(|(h, _)| h == hash).map(|(_, s)| *s)
+    }
+
+    /// Where it runs, as the configuration names it.
+    pub fn device(&self) -> String {
+        let mut names: Vec<String> = self.instances.iter().map(Instance::device_name).collect();
+        names.dedup();
+        names.join(", ")
+    }
+
+    /// Where a payload of this kind will enter, as far as that is known before it is decoded. Bundles' decoders differ little in cost.
+    pub fn likely_stage(&self, kind: Kind) -> Stage {
+        match kind {
+            Kind::Bitstream => self.stages.first().map_or(Stage::Pixels, |(_, stage)| *stage),
+            Kind::Features(map) => Stage::Features(Layer::Block(map.block as usize)),
+            Kind::Image | Kind::Pixels { .. } | Kind::Normalised => Stage::Pixels,
+        }
     }
 }
 

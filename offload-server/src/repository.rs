@@ -6,20 +6,19 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use isthmus_batcher::Limits;
 use isthmus_codec::{Bundle, CodecError, Trust, folder};
 use isthmus_nets::BackboneKind;
 use isthmus_nets::backbone::CLASSES;
-use isthmus_nets::device::parse_device;
 use isthmus_nets::profile::Machine;
 use tch::Device;
 
-use crate::admission::Admission;
 use crate::batcher::{Batcher, Serving};
 use crate::model::{Model, Stage};
+use crate::placement::{self, Cores};
 use crate::registry::{Entry, Registry};
 use crate::statistics::Statistics;
 use crate::{Config, ServerError, labels};
@@ -36,8 +35,8 @@ const THREAD_END: Duration = Duration::from_millis(500);
 /// Models on disk and in memory.
 pub struct Repository {
     config: Config,
-    device: Device,
-    machine: OnceLock<Machine>,
+    cores: Arc<Cores>,
+    machines: Mutex<Vec<(Device, Machine)>>,
     current: RwLock<Arc<Registry>>,
     /// Held while models are read: one change at a time.
     changing: Mutex<()>,
@@ -83,6 +82,13 @@ pub(crate) fn open_all_bundles(config: &Config) -> Result<Vec<Bundle>, ServerErr
     Ok(bundles)
 }
 
+/// The file of the newest version of the backbone `name`.
+pub(crate) fn backbone_path(config: &Config, name: &str) -> PathBuf {
+    let newest = versions(&config.backbones, name).into_iter().next();
+    // the error names this file
+    newest.map_or_else(|| config.backbones.join(format!("{name}.safetensors")), |(_, path)| path)
+}
+
 /// Takes all versions of a model out.
 fn take(models: &mut Vec<Arc<Entry>>, name: &str) -> Vec<Arc<Entry>> {
     let (gone, stay) = std::mem::take(models).into_iter().partition(|m| m.name == name);
@@ -111,14 +117,13 @@ impl Repository {
     /// # Errors
     /// Names the file or key that is wrong.
     pub fn open(config: &Config) -> Result<Self, ServerError> {
-        let device = parse_device(&config.device).map_err(ServerError::Config)?;
         tch::set_num_threads(config.network_threads() as i32);
         let labels = Arc::new(labels::open(&config.backbones.join("labels.json"), CLASSES as usize)?);
         let empty = Arc::new(Registry { models: Vec::new(), bundles: Vec::new(), labels });
         let repository = Self {
             config: config.clone(),
-            device,
-            machine: OnceLock::new(),
+            cores: Cores::new(config.network_threads()),
+            machines: Mutex::default(),
             current: RwLock::new(empty),
             changing: Mutex::default(),
             failures: Mutex::default(),
@@ -264,21 +269,22 @@ impl Repository {
     }
 
     fn entry(&self, name: &str, version: u64, path: &Path, bundles: &[Arc<Bundle>], sole: bool) -> Result<Arc<Entry>, ServerError> {
-        let load = || Model::load(name, path, bundles, self.device, sole);
-        let model = load()?;
+        let instances = placement::instances(&self.config, name)?;
+        let mut models = Vec::with_capacity(instances.len());
+        for instance in &instances {
+            models.push(Model::load(name, path, bundles, *instance, sole)?);
+        }
+        let (Some(model), Some(first)) = (models.first(), instances.first()) else {
+            return Err(ServerError::Config(format!("placements: no instance of {name}")));
+        };
         let stages: Vec<_> = model.bundles().copied().filter_map(|h| model.stage(&h).map(|s| (h, s))).collect();
         let alone = model.time_alone()?;
-        let machine = *self.machine.get_or_init(|| {
-            let machine = Machine::measure(self.device);
-            // its large copy would otherwise count as the server's memory for ever
-            isthmus_nets::process::return_memory();
-            machine
-        });
+        let machine = self.machine(first.device);
         let costs: Vec<_> = model.stages().into_iter().map(|s| (s, machine.time(&model.layers(s), 1))).collect();
         let whole = machine.time(&model.layers(Stage::Pixels), 1);
         let factor = alone.as_secs_f64() / whole.as_secs_f64().max(1e-9);
         let (name, kind, input_size) = (model.name(), model.kind(), model.input_size());
-        tracing::info!(model = name, version, device = ?self.device, bundles = stages.len(), ?alone, roofline = ?whole, "model loaded");
+        tracing::info!(model = name, version, device = first.device_name(), instances = instances.len(), bundles = stages.len(), ?alone, roofline = ?whole, "model loaded");
         let statistics = Arc::new(Statistics::default());
         let config = &self.config;
         let limits = Limits {
@@ -286,20 +292,25 @@ impl Repository {
             max_delay: config.queue_delay,
             preferred: config.preferred_batch_sizes.clone(),
             max_entries: config.max_queue,
-            max_cost: None,
-            workers: config.instances,
+            max_cost: Some(config.max_queue_cost),
+            workers: instances.len(),
         };
-        let mut instances = vec![model];
-        for _ in 1..config.instances {
-            instances.push(load()?);
+        let serving = Serving { limits, costs, factor };
+        let runners = models.into_iter().zip(instances.iter().copied()).collect();
+        let batcher = Batcher::start(runners, name, &serving, &self.cores, &statistics)?;
+        Ok(Arc::new(Entry { name, version, kind, input_size, instances, batcher, statistics, stages }))
+    }
+
+    /// What a device can do, measured once.
+    fn machine(&self, device: Device) -> Machine {
+        let mut machines = self.machines.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, machine)) = machines.iter().find(|(d, _)| *d == device) {
+            return *machine;
         }
-        let serving = Serving { limits, threads: config.network_threads() / config.instances, costs, factor };
-        let batcher = Batcher::start(instances, name, &serving, &statistics)?;
-        let device = match self.device {
-            Device::Cuda(n) => format!("cuda:{n}"),
-            _ => "cpu".to_owned(),
-        };
-        let admission = Admission::new(self.config.max_batch, alone);
-        Ok(Arc::new(Entry { name, version, kind, input_size, device, admission, batcher, statistics, stages }))
+        let machine = Machine::measure(device);
+        // its large copy would otherwise count as the server's memory for ever
+        isthmus_nets::process::return_memory();
+        machines.push((device, machine));
+        machine
     }
 }

@@ -9,13 +9,15 @@ use isthmus_proto::inference::grpc_inference_service_server::GrpcInferenceServic
 use isthmus_proto::offload_v1::offload_service_server::OffloadServiceServer;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic_health::server::HealthReporter;
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::util::MapResponseLayer;
 
+use crate::limits::PerMethod;
 use crate::pipeline::Pipeline;
 use crate::repository::Repository;
 use crate::services::inference::Inference;
@@ -25,10 +27,11 @@ use crate::{Config, ServerError, status, telemetry};
 
 /// A TLS handshake that takes longer is given up.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-const KEEPALIVE: Duration = Duration::from_secs(30);
 const MAX_HEADERS: u32 = 16 << 10;
 /// Of one connection.
 const LEAST_STREAMS: u32 = 64;
+/// Different ages of connections.
+const AGES: u32 = 8;
 /// Calls beside the requests in flight: health, Describe, reflection.
 const SPARE_CALLS: usize = 16;
 
@@ -38,27 +41,34 @@ pub struct Running {
     pub address: SocketAddr,
     /// Address of the admin listener.
     pub admin_address: Option<SocketAddr>,
-    draining: CancellationToken,
+    pipeline: Arc<Pipeline>,
+    health: HealthReporter,
     served: JoinHandle<Result<(), ServerError>>,
+    drain_delay: Duration,
     drain_limit: Duration,
     background: CancellationToken,
-    idle: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
 impl Running {
-    /// Stops taking requests, finishes what is in flight, and ends; at most `drain_limit` later.
+    /// Ends in this order: health and readiness say no, and balancers have `drain_delay` to look elsewhere while everything is still answered; the
+    /// listener closes and connections and streams take nothing new; what is in flight is finished, for at most `drain_limit`; the admin
+    /// listener ends.
     ///
     /// # Errors
     /// If the transport failed or the limit passed.
     pub async fn stop(self) -> Result<(), ServerError> {
-        self.draining.cancel();
+        self.pipeline.leaving.cancel();
+        self.health.set_not_serving::<OffloadServiceServer<Offload>>().await;
+        self.health.set_not_serving::<GrpcInferenceServiceServer<Inference>>().await;
+        tokio::time::sleep(self.drain_delay).await;
+        self.pipeline.draining.cancel();
         let limit = self.drain_limit;
         let ended = tokio::time::timeout(limit, self.served).await;
         self.background.cancel();
         match ended {
             Ok(ended) => ended.map_err(|e| ServerError::Transport(e.to_string()))?,
             // health watches and idle connections have nothing to finish
-            Err(_) if (self.idle)() => Ok(()),
+            Err(_) if self.pipeline.is_idle() => Ok(()),
             Err(_) => Err(ServerError::Transport(format!("requests were still in flight after {limit:?}"))),
         }
     }
@@ -71,6 +81,15 @@ impl Running {
         let ended = (&mut self.served).await;
         ended.map_err(|e| ServerError::Transport(e.to_string()))?
     }
+}
+
+/// Ages that connections may reach; each server has one, and connections go to them in turn. tonic knows no jitter, and those that came
+/// together, when a fleet started or a server died, would come back together for ever (gRPC proposal A9: a tenth to either side).
+fn connection_ages(age: Duration) -> Vec<Option<Duration>> {
+    if age.is_zero() {
+        return vec![None];
+    }
+    (0..AGES).map(|i| Some(age.mul_f64(0.9 + 0.2 * f64::from(i) / f64::from(AGES - 1)))).collect()
 }
 
 /// A PEM file that holds something of the wanted kind.
@@ -101,26 +120,30 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     };
     let listener = bind(config.listen).await?;
     let address = listener.local_addr().map_err(|e| ServerError::Transport(e.to_string()))?;
-    let (draining, background) = (CancellationToken::new(), CancellationToken::new());
+    let background = CancellationToken::new();
     tokio::spawn(isthmus_listen::admin::upkeep(metrics.clone(), background.clone()));
     let tenants = Tenants::new(&config.tenants)?;
-    let pipeline = Arc::new(Pipeline::new(Arc::new(repository), &config, tenants.clone(), draining.clone()));
+    let pipeline = Arc::new(Pipeline::new(Arc::new(repository), &config, tenants.clone()));
+    let draining = pipeline.draining.clone();
     let mut admin_address = None;
     if let Some(wanted) = config.admin_listen {
         let listener = bind(wanted).await?;
         admin_address = listener.local_addr().ok();
         tokio::spawn(status::serve(listener, pipeline.clone(), metrics, background.clone()));
     }
-    let watched = pipeline.clone();
-    let idle = Box::new(move || watched.is_idle());
-    let inference = GrpcInferenceServiceServer::new(Inference::new(pipeline.clone(), &config))
-        .max_decoding_message_size(config.max_request_bytes)
-        .max_encoding_message_size(1 << 20);
-    let offload =
-        OffloadServiceServer::new(Offload(pipeline)).max_decoding_message_size(config.max_request_bytes).max_encoding_message_size(1 << 20);
-    let known = tenants.clone();
-    let inference = InterceptedService::new(inference, move |request| known.intercept(request));
-    let offload = InterceptedService::new(offload, move |request| tenants.intercept(request));
+    let (unary, streamed, answers) = (config.max_request_bytes, config.max_stream_message_bytes, config.max_response_bytes);
+    let service = Inference::new(pipeline.clone(), &config);
+    let inference = PerMethod::new(unary, streamed, |most| {
+        let server = GrpcInferenceServiceServer::new(service.clone()).max_decoding_message_size(most).max_encoding_message_size(answers);
+        let known = tenants.clone();
+        InterceptedService::new(server, move |request| known.intercept(request))
+    });
+    let service = Offload(pipeline.clone());
+    let offload = PerMethod::new(unary, streamed, |most| {
+        let server = OffloadServiceServer::new(service.clone()).max_decoding_message_size(most).max_encoding_message_size(answers);
+        let known = tenants.clone();
+        InterceptedService::new(server, move |request| known.intercept(request))
+    });
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<OffloadServiceServer<Offload>>().await;
     health.set_serving::<GrpcInferenceServiceServer<Inference>>().await;
@@ -130,8 +153,8 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         .build_v1()
         .map_err(|e| ServerError::Transport(e.to_string()))?;
     let mut server = Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE))
-        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .http2_keepalive_interval(Some(config.keepalive_interval))
+        .http2_keepalive_timeout(Some(config.keepalive_timeout))
         // until the response starts, so uploads that stall end too; streams have their own limits
         .timeout(config.max_deadline)
         // above what is taken: a call that has to wait in its client's transport for a place comes with a time limit that has
@@ -141,6 +164,7 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         .load_shed(true)
         .http2_max_header_list_size(MAX_HEADERS)
         .tcp_nodelay(true)
+        .trace_fn(telemetry::call)
         .layer(MapResponseLayer::new(telemetry::call_ended))
         .layer(GlobalConcurrencyLimitLayer::new(config.max_in_flight + SPARE_CALLS));
     if let (Some(cert), Some(key)) = (&config.tls_cert, &config.tls_key) {
@@ -151,19 +175,26 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         }
         server = server.tls_config(tls).map_err(|e| ServerError::Config(format!("tls_cert, tls_key: {e}")))?;
     }
-    let router = server.add_service(health_service).add_service(reflection).add_service(offload).add_service(inference);
-    let stopping = draining.clone();
-    let shutdown = async move {
-        stopping.cancelled().await;
-        // balancers look away before connections close
-        health.set_not_serving::<OffloadServiceServer<Offload>>().await;
-        health.set_not_serving::<GrpcInferenceServiceServer<Inference>>().await;
-    };
     let incoming = isthmus_listen::at_most(config.max_connections, listener, telemetry::connection_refused);
+    let ages = connection_ages(config.max_connection_age);
+    let lanes = isthmus_listen::in_turn(incoming, ages.len(), draining.clone());
+    let mut servers = JoinSet::new();
+    for (age, incoming) in ages.into_iter().zip(lanes) {
+        let mut server = server.clone();
+        if let Some(age) = age {
+            server = server.max_connection_age(age).max_connection_age_grace(config.max_deadline.max(config.stream_idle));
+        }
+        let router = server.add_service(health_service.clone()).add_service(reflection.clone());
+        let router = router.add_service(offload.clone()).add_service(inference.clone());
+        servers.spawn(router.serve_with_incoming_shutdown(incoming, draining.clone().cancelled_owned()));
+    }
     let served = tokio::spawn(async move {
-        let served = router.serve_with_incoming_shutdown(incoming, shutdown).await;
-        served.map_err(|e| ServerError::Transport(e.to_string()))
+        while let Some(ended) = servers.join_next().await {
+            ended.map_err(|e| ServerError::Transport(e.to_string()))?.map_err(|e| ServerError::Transport(e.to_string()))?;
+        }
+        Ok(())
     });
     tracing::info!(%address, admin = ?admin_address, tls = config.tls_cert.is_some(), "serving");
-    Ok(Running { address, admin_address, draining, served, drain_limit: config.drain_limit, background, idle })
+    let (drain_delay, drain_limit) = (config.drain_delay, config.drain_limit);
+    Ok(Running { address, admin_address, pipeline, health, served, drain_delay, drain_limit, background })
 }

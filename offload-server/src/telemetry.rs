@@ -4,9 +4,15 @@ use std::io::IsTerminal;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use isthmus_traces::Traces;
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tracing_subscriber::EnvFilter;
+use tonic::codegen::http;
+use tracing::{Level, Span};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::ServerError;
 use crate::config::LogFormat;
@@ -89,26 +95,33 @@ type SetFilter = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>;
 
 static FILTER: OnceLock<(SetFilter, Mutex<String>)> = OnceLock::new();
 
-/// Starts logging to standard error; `RUST_LOG` filters (default `info`).
-pub fn install_logs(format: LogFormat) {
+/// Starts logging to standard error, `RUST_LOG` filters (default `info`), and sending spans to `traces`.
+pub fn install_logs(format: LogFormat, traces: Option<&Traces>) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     let text = Mutex::new(filter.to_string());
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr);
+    let (filter, handle) = tracing_subscriber::reload::Layer::new(filter);
+    let lines = tracing_subscriber::fmt::layer().with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr);
+    let lines = match format {
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().boxed(),
+    };
+    // what a request does is a trace, whatever the logs say
+    let spans = Targets::new().with_target("offload_server", Level::DEBUG);
+    let spans = traces.map(|t| t.layer().with_filter(spans));
     // a second call (tests) keeps the first subscriber
-    macro_rules! install {
-        ($builder:expr) => {{
-            let builder = $builder.with_filter_reloading();
-            let handle = builder.reload_handle();
-            if builder.try_init().is_ok() {
-                let set: SetFilter = Box::new(move |f| handle.reload(f).map_err(|e| e.to_string()));
-                let _ = FILTER.set((set, text));
-            }
-        }};
+    if tracing_subscriber::registry().with(lines.with_filter(filter)).with(spans).try_init().is_ok() {
+        let set: SetFilter = Box::new(move |f| handle.reload(f).map_err(|e| e.to_string()));
+        let _ = FILTER.set((set, text));
     }
-    match format {
-        LogFormat::Text => install!(builder),
-        LogFormat::Json => install!(builder.json()),
+}
+
+/// The span of a call, part of its caller's trace if that has one.
+pub fn call(request: &http::Request<()>) -> Span {
+    let span = tracing::debug_span!("call", otel.name = request.uri().path(), otel.kind = "server", rpc.system = "grpc");
+    if !span.is_disabled() {
+        isthmus_traces::join(&span, request.headers());
     }
+    span
 }
 
 /// Which events are logged from now on, as in `RUST_LOG`.

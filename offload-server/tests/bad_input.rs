@@ -6,7 +6,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use common::{assert_healthy, client, code_of, options, sample};
+use common::{assert_healthy, client, code_of, configured, options, sample};
 use edge_client::{Client, ClientError, Endpoint, InferOptions, Payload};
 use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
 use isthmus_proto::offload_v1::{Features, InferRequest, infer_request};
@@ -237,14 +237,6 @@ async fn streams_that_stop_or_never_read() {
     assert_healthy(&mut good_client, &good).await;
     drop(answers);
     assert_healthy(&mut good_client, &good).await;
-}
-
-/// A server with this configuration file.
-fn configured(toml: &str) -> Server {
-    let folder = tempfile::tempdir().unwrap();
-    let config = folder.path().join("server.toml");
-    std::fs::write(&config, toml).unwrap();
-    Server::start(&["--config", config.to_str().unwrap()])
 }
 
 /// Connections, streams and half-sent messages are bounded, and what the transport refuses is counted.

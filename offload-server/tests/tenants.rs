@@ -11,7 +11,7 @@ use edge_client::{Client, ClientError, Endpoint, Payload};
 use isthmus_codec::bundle::sha256;
 use isthmus_proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
 use isthmus_proto::inference::{ModelInferRequest, RepositoryModelUnloadRequest, ServerLiveRequest};
-use isthmus_testkit::{Server, backbones, bundle};
+use isthmus_testkit::{Authority, Server, Signed, backbones, bundle};
 use tonic::Code;
 
 fn start(folder: &Path, more: &str) -> Server {
@@ -76,62 +76,35 @@ async fn only_tenants_are_answered_and_within_their_quotas() {
     assert_eq!(tonic_health::pb::health_client::HealthClient::new(channel).check(ask).await.unwrap().into_inner().status, 1);
 }
 
-/// An authority, and a certificate with its key that it signed.
-struct Authority {
-    params: rcgen::CertificateParams,
-    key: rcgen::KeyPair,
-    pem: String,
-}
-
-impl Authority {
-    fn new() -> Self {
-        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        let key = rcgen::KeyPair::generate().unwrap();
-        let pem = params.self_signed(&key).unwrap().pem();
-        Self { params, key, pem }
-    }
-
-    /// Certificate in PEM and DER, key in PEM.
-    fn sign(&self, name: &str) -> (String, Vec<u8>, String) {
-        let params = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
-        let key = rcgen::KeyPair::generate().unwrap();
-        let issuer = rcgen::Issuer::from_params(&self.params, &self.key);
-        let certificate = params.signed_by(&key, &issuer).unwrap();
-        (certificate.pem(), certificate.der().to_vec(), key.serialize_pem())
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn certificates_name_tenants_and_strangers_do_not_get_in() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let (servers, clients) = (Authority::new(), Authority::new());
-    let (cert, _, key) = servers.sign("localhost");
-    for (name, text) in [("server.pem", &cert), ("server.key", &key), ("clients.pem", &clients.pem)] {
+    let own = servers.sign(&["localhost"]);
+    for (name, text) in [("server.pem", &own.pem), ("server.key", &own.key), ("clients.pem", &clients.pem)] {
         std::fs::write(at(name), text).unwrap();
     }
-    let (known, der, known_key) = clients.sign("camera");
-    let (other, _, other_key) = clients.sign("visitor");
-    let (forged, _, forged_key) = Authority::new().sign("camera");
+    let (known, other, forged) = (clients.sign(&["camera"]), clients.sign(&["visitor"]), Authority::new().sign(&["camera"]));
     let config = format!(
         "tls_cert = {:?}\ntls_key = {:?}\ntls_client_ca = {:?}\n[[tenants]]\nname = \"camera\"\ncertificate_sha256 = {:?}\n",
         at("server.pem"),
         at("server.key"),
         at("clients.pem"),
-        sha256(&der)
+        sha256(&known.der)
     );
     let server = start(folder.path(), &config);
     let url = format!("https://localhost:{}", server.address.port());
     let endpoint = || Endpoint::new(&url).unwrap().with_ca(servers.pem.clone().into_bytes());
+    let with = |signed: &Signed| endpoint().with_identity(signed.pem.as_bytes(), signed.key.as_bytes());
     let (container, _) = sample();
-    let mut camera = Client::connect(&endpoint().with_identity(known.as_bytes(), known_key.as_bytes())).await.unwrap();
+    let mut camera = Client::connect(&with(&known)).await.unwrap();
     camera.infer(Payload::Bitstream(container.clone()), &options()).await.unwrap();
     // signed by the right authority, but nobody's
-    let mut visitor = Client::connect(&endpoint().with_identity(other.as_bytes(), other_key.as_bytes())).await.unwrap();
+    let mut visitor = Client::connect(&with(&other)).await.unwrap();
     assert_eq!(code_of(&mut visitor, Payload::Bitstream(container.clone())).await.0, Code::Unauthenticated);
     // no certificate, or one of another authority: the handshake fails
-    for endpoint in [endpoint(), endpoint().with_identity(forged.as_bytes(), forged_key.as_bytes())] {
+    for endpoint in [endpoint(), with(&forged)] {
         let answer = match Client::connect(&endpoint).await {
             Ok(mut client) => client.infer(Payload::Bitstream(container.clone()), &options()).await.map(drop),
             Err(error) => Err(error),

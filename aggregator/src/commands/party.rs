@@ -21,6 +21,9 @@ pub struct Args {
     /// Print the configuration that would be used, and stop.
     #[arg(long)]
     print_config: bool,
+    /// Ask the party that runs on this machine with this configuration whether it is ready, and stop: exit status 0 if so.
+    #[arg(long, conflicts_with = "print_config")]
+    probe: bool,
 }
 
 pub async fn run(args: Args) -> Result<()> {
@@ -28,6 +31,10 @@ pub async fn run(args: Args) -> Result<()> {
     if args.print_config {
         use std::io::Write;
         return Ok(std::io::stdout().write_all(toml::to_string(&config).context("configuration")?.as_bytes())?);
+    }
+    if args.probe {
+        let admin = config.admin_listen.context("admin_listen is not set: there is nobody to ask")?;
+        return isthmus_listen::admin::probe(admin).with_context(|| format!("admin listener {admin}"));
     }
     telemetry::install_logs(config.log_format);
     let metrics = telemetry::install_metrics()?;

@@ -110,5 +110,5 @@ fn status(party: &Party, metrics: &str) -> Status {
 
 /// Serves the admin listener until `stop`.
 pub async fn serve(listener: TcpListener, party: Arc<Party>, metrics: PrometheusHandle, stop: CancellationToken) {
-    admin::serve(listener, PAGE, move |metrics| status(&party, metrics), metrics, stop).await;
+    admin::serve(listener, PAGE, move |metrics| status(&party, metrics), || true, metrics, stop).await;
 }

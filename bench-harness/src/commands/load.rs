@@ -20,9 +20,12 @@ const MOST: usize = 4096;
 pub struct LoadArgs {
     /// Photo, or folder with photos, to encode and send in turn.
     photos: PathBuf,
-    /// Server, http://HOST:PORT or https://HOST:PORT.
-    #[arg(long, default_value = "http://127.0.0.1:50051")]
-    server: String,
+    /// Server, http://HOST:PORT or https://HOST:PORT; several, separated by commas, are balanced by each client.
+    #[arg(long, default_value = "http://127.0.0.1:50051", value_delimiter = ',')]
+    server: Vec<String>,
+    /// PEM file with the CA certificate of the server (default: the public CAs).
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
     /// Allow plain HTTP to another machine.
     #[arg(long)]
     insecure: bool,
@@ -151,10 +154,18 @@ pub async fn run(args: &LoadArgs) -> Result<()> {
         (None, true) => concurrency.into_iter().map(Arrivals::Closed).collect(),
     };
     let payloads = Arc::new(payloads(args)?);
-    let endpoint = Endpoint::new(&args.server)?.allow_insecure(args.insecure);
+    let ca = args.ca.as_ref().map(|p| std::fs::read(p).with_context(|| p.display().to_string())).transpose()?;
+    let mut endpoints = Vec::new();
+    for url in &args.server {
+        let endpoint = Endpoint::new(url.trim())?.allow_insecure(args.insecure);
+        endpoints.push(match &ca {
+            Some(pem) => endpoint.with_ca(pem.clone()),
+            None => endpoint,
+        });
+    }
     let mut clients = Vec::new();
     for _ in 0..args.connections {
-        clients.push(Client::connect(&endpoint).await?);
+        clients.push(Client::connect_any(&endpoints).await?);
     }
     let target = Target { clients, payloads, deadline: args.deadline };
     let plan = Plan {

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::queue::{Batch, Entry, Limits, Queue, Refused, Ticket};
+use crate::queue::{Asked, Batch, Entry, Limits, Queue, Refused, Ticket};
 
 /// What a worker thread does. It owns whatever cannot be shared, such as a network.
 pub trait Work<K, T>: Send + 'static {
@@ -50,6 +50,14 @@ impl<K: Clone + PartialEq + Send + 'static, T: Send + 'static> Pool<K, T> {
             std::thread::Builder::new().name(format!("{name}-{i}")).spawn(move || work(&shared, make()))?;
         }
         Ok(pool)
+    }
+
+    /// Whether an entry would be taken that has yet to be made, with this predicted cost of others that were told so and have not come.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn would_take(&self, asked: &Asked, ahead: Duration) -> Result<(), Refused> {
+        self.shared.queue().would_take(asked, ahead, Instant::now())
     }
 
     /// Queues an entry.

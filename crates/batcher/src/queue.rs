@@ -41,6 +41,19 @@ pub struct Entry<K, T> {
     pub value: T,
 }
 
+/// What is known of an entry before it is made.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Asked {
+    /// 0 is the most urgent.
+    pub priority: u8,
+    /// When the result must be there.
+    pub deadline: Instant,
+    /// Predicted time of a worker for it as a member of a full batch.
+    pub cost: Duration,
+    /// Predicted time of a worker for it by itself.
+    pub alone: Duration,
+}
+
 /// Names an entry that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(u64);
@@ -183,24 +196,35 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
         (running + before) / self.limits.workers as u32
     }
 
-    /// Takes an entry. Where nothing waits or runs every entry is taken, however wrong the prediction may be.
+    /// Whether an entry would be taken that has yet to be made, such as one whose payload must be decoded first. `ahead` is the predicted
+    /// cost of those that were told so before and have not come. Where nothing waits or runs every entry is taken, however wrong the
+    /// prediction may be.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn would_take(&self, asked: &Asked, ahead: Duration, now: Instant) -> Result<(), Refused> {
+        let idle = self.waiting.is_empty() && self.running.is_empty() && ahead.is_zero();
+        // its batch ends for all of its members at once, and those that come later fill it
+        let company = asked.cost * (self.waiting.len() + 1).min(self.limits.max_batch) as u32;
+        let wait = self.predicted_wait(asked.priority, now) + ahead / self.limits.workers as u32;
+        let late = now + wait + asked.alone.max(company) > asked.deadline;
+        let too_much = self.limits.max_cost.is_some_and(|most| self.cost + ahead + asked.cost > most);
+        match () {
+            () if self.closed => Err(Refused::Closed),
+            () if self.waiting.len() >= self.limits.max_entries => Err(Refused::Full),
+            () if too_much && !idle => Err(Refused::Cost),
+            () if late && !idle => Err(Refused::Late),
+            () => Ok(()),
+        }
+    }
+
+    /// Takes an entry, as [`Self::would_take`] says.
     ///
     /// # Errors
     /// Why not, with the entry.
     pub fn offer(&mut self, entry: Entry<K, T>, now: Instant) -> Result<Ticket, (Refused, Entry<K, T>)> {
-        let idle = self.waiting.is_empty() && self.running.is_empty();
-        // its batch ends for all of its members at once, and those that come later fill it
-        let company = entry.cost * (self.waiting.len() + 1).min(self.limits.max_batch) as u32;
-        let late = now + self.predicted_wait(entry.priority, now) + entry.alone.max(company) > entry.deadline;
-        let too_much = self.limits.max_cost.is_some_and(|most| self.cost + entry.cost > most);
-        let refused = match () {
-            () if self.closed => Some(Refused::Closed),
-            () if self.waiting.len() >= self.limits.max_entries => Some(Refused::Full),
-            () if too_much && !idle => Some(Refused::Cost),
-            () if late && !idle => Some(Refused::Late),
-            () => None,
-        };
-        if let Some(refused) = refused {
+        let asked = Asked { priority: entry.priority, deadline: entry.deadline, cost: entry.cost, alone: entry.alone };
+        if let Err(refused) = self.would_take(&asked, Duration::ZERO, now) {
             return Err((refused, entry));
         }
         let ticket = Ticket(self.next);

@@ -1,5 +1,7 @@
 //! The admin listener of a server: status page, its data, Prometheus metrics, liveness.
 
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use axum::Router;
@@ -13,17 +15,25 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+const PROBE_LIMIT: Duration = Duration::from_secs(2);
+const PROBE_BYTES: u64 = 4096;
 /// A page may run what it holds and ask its own server, nothing else.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'";
 
-/// Serves `page` at `/`, what `status` makes of the rendered metrics at `/status.json`, `/metrics` and `/healthz`, until `stop`.
+/// Serves `page` at `/`, what `status` makes of the rendered metrics at `/status.json`, `/metrics`, `/healthz` and, as `ready` says,
+/// `/readyz`, until `stop`.
 pub async fn serve<S: Serialize>(
     listener: TcpListener,
     page: &'static str,
     status: impl Fn(&str) -> S + Clone + Send + Sync + 'static,
+    ready: impl Fn() -> bool + Clone + Send + Sync + 'static,
     metrics: PrometheusHandle,
     stop: CancellationToken,
 ) {
+    let readiness = move || {
+        let answer = if ready() { (StatusCode::OK, "ready\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "not ready\n") };
+        std::future::ready(answer)
+    };
     let page = move || async move { ([(CONTENT_TYPE, "text/html; charset=utf-8"), (CONTENT_SECURITY_POLICY, POLICY)], page) };
     let rendered = metrics.clone();
     let data = move || {
@@ -37,11 +47,32 @@ pub async fn serve<S: Serialize>(
         .route("/", get(page))
         .route("/status.json", get(data))
         .route("/metrics", get(move || std::future::ready(metrics.render())))
+        .route("/readyz", get(readiness))
         .route("/healthz", get(|| std::future::ready("ok\n")));
     let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
     if let Err(error) = served {
         tracing::error!(%error, "admin listener failed");
     }
+}
+
+/// Asks a server's admin listener on this machine whether it is ready: for health checks in containers, which hold no other program.
+///
+/// # Errors
+/// If it is not, or nothing answers in time.
+pub fn probe(listener: SocketAddr) -> io::Result<()> {
+    let ip = match listener.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    let mut stream = TcpStream::connect_timeout(&SocketAddr::new(ip, listener.port()), PROBE_LIMIT)?;
+    stream.set_read_timeout(Some(PROBE_LIMIT))?;
+    stream.set_write_timeout(Some(PROBE_LIMIT))?;
+    write!(stream, "GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.take(PROBE_BYTES).read_to_end(&mut answer)?;
+    let status = String::from_utf8_lossy(&answer).lines().next().unwrap_or_default().to_owned();
+    if status.contains(" 200 ") { Ok(()) } else { Err(io::Error::other(format!("not ready ({status})"))) }
 }
 
 /// Names and values of the counters in rendered metrics.

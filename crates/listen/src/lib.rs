@@ -11,9 +11,11 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Sleep, sleep};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
+use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
 /// A connection that says nothing for so long after it was opened is closed: it would hold its place for ever.
@@ -41,6 +43,26 @@ pub fn at_most(most: usize, listener: TcpListener, refused: fn()) -> impl Stream
         },
         Err(e) => Some(Err(e)),
     })
+}
+
+/// Spreads connections over `n` servers in turn, until `stop`: the servers differ in the age that they let connections reach, so that those
+/// that came together do not come back together.
+pub fn in_turn<C: Send + 'static>(
+    incoming: impl Stream<Item = io::Result<C>> + Send + 'static,
+    n: usize,
+    stop: CancellationToken,
+) -> Vec<ReceiverStream<io::Result<C>>> {
+    let (senders, receivers): (Vec<_>, Vec<_>) = (0..n.max(1)).map(|_| mpsc::channel(1)).unzip();
+    tokio::spawn(async move {
+        let mut incoming = std::pin::pin!(incoming);
+        for turn in senders.iter().cycle() {
+            let Some(Some(connection)) = stop.run_until_cancelled(incoming.next()).await else { return };
+            if turn.send(connection).await.is_err() {
+                return;
+            }
+        }
+    });
+    receivers.into_iter().map(ReceiverStream::new).collect()
 }
 
 impl Connected for Counted {

@@ -6,7 +6,7 @@
 //! load.
 
 use serde::{Deserialize, Serialize};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::profile::LayerCost;
 use crate::{NetError, weights::Weights};
@@ -29,6 +29,12 @@ pub enum BackboneKind {
     /// EfficientNet-Lite2, 260 px, 6.09 M parameters.
     #[serde(rename = "efficientnet-lite2")]
     Lite2,
+}
+
+/// Pixels (N, 3, S, S) at the size that a backbone takes.
+pub fn at_size(pixels: &Tensor, kind: BackboneKind) -> Tensor {
+    let side = i64::from(kind.input_size());
+    if pixels.size()[2] == side { pixels.shallow_clone() } else { pixels.upsample_bicubic2d([side, side], false, None, None) }
 }
 
 impl BackboneKind {
@@ -332,6 +338,22 @@ impl Backbone {
     /// As [`Weights::open`] and [`Backbone::new`].
     pub fn open(kind: BackboneKind, path: &std::path::Path, device: Device) -> Result<Self, NetError> {
         Self::new(kind, &Weights::open(path, device)?)
+    }
+
+    /// The network with weights of this type: it takes and gives values of the same.
+    #[must_use]
+    pub fn to_kind(self, kind: Kind) -> Self {
+        let of = |t: Tensor| t.to_kind(kind);
+        let conv = |c: Conv| Conv { weight: of(c.weight), bias: of(c.bias), ..c };
+        let block = |b: Block| Block { expand: b.expand.map(conv), depthwise: conv(b.depthwise), project: conv(b.project), ..b };
+        Self {
+            stem: conv(self.stem),
+            blocks: self.blocks.into_iter().map(block).collect(),
+            head: conv(self.head),
+            fc_weight: of(self.fc_weight),
+            fc_bias: of(self.fc_bias),
+            kind: self.kind,
+        }
     }
 
     /// Which backbone this is.

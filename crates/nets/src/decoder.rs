@@ -6,6 +6,7 @@
 //! the backbone's frozen blocks know already. The output is produced per-channel normalised and scaled back
 //! with statistics of the teacher.
 
+use isthmus_codec::LatentShape;
 use isthmus_codec::manifest::DecoderEntry;
 use serde::{Deserialize, Serialize};
 use tch::{Tensor, nn};
@@ -26,12 +27,17 @@ pub struct DecoderSpec {
     pub output: i64,
     /// Positions of that layer per position of the latent, each way.
     pub upsample: i64,
+    /// Side to which the rebuilt layer is resized (bilinear), where the backbone wants another than the latent's times `upsample`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resize: Option<i64>,
 }
 
 impl DecoderSpec {
-    /// The decoder that a manifest describes.
-    pub fn from_entry(entry: &DecoderEntry) -> Self {
-        Self { width: entry.width, hidden: entry.hidden, blocks: entry.blocks, output: entry.features[0], upsample: entry.upsample }
+    /// The decoder that a manifest describes, for its latent.
+    pub fn from_entry(entry: &DecoderEntry, latent: LatentShape) -> Self {
+        let [output, side, _] = entry.features;
+        let resize = (i64::from(latent.height) * entry.upsample != side).then_some(side);
+        Self { width: entry.width, hidden: entry.hidden, blocks: entry.blocks, output, upsample: entry.upsample, resize }
     }
 
     /// Trainable parameters.
@@ -78,6 +84,7 @@ pub struct Decoder {
     blocks: Vec<Residual>,
     output: nn::Conv2D,
     upsample: i64,
+    resize: Option<i64>,
     mean: Tensor,
     std: Tensor,
 }
@@ -102,6 +109,7 @@ impl Decoder {
             blocks,
             output: conv("output", spec.width, spec.output * spec.upsample * spec.upsample, 3),
             upsample: spec.upsample,
+            resize: spec.resize,
             mean: path.zeros_no_train("feature_mean", &[spec.output]),
             std: path.ones_no_train("feature_std", &[spec.output]),
         }
@@ -140,7 +148,8 @@ impl Decoder {
             x = &x + y.apply(&b.expand);
         }
         let out = leaky(x).apply(&self.output);
-        if self.upsample == 1 { out } else { out.pixel_shuffle(self.upsample) }
+        let out = if self.upsample == 1 { out } else { out.pixel_shuffle(self.upsample) };
+        self.resize.map_or(out.shallow_clone(), |side| out.upsample_bilinear2d([side, side], false, None, None))
     }
 
     /// De-quantised, gain-corrected latent (N, 48, h, w) to the rebuilt layer of the backbone.

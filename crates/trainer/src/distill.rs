@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use isthmus_codec::{Bundle, ChannelTable};
+use isthmus_nets::backbone::at_size;
 use isthmus_nets::weights::{Weights, to_safetensors};
 use isthmus_nets::{Backbone, Bottleneck, Layer};
 use serde::{Deserialize, Serialize};
@@ -62,6 +64,15 @@ pub struct Run {
     measure: Measure,
     lambdas: Vec<f64>,
     folder: PathBuf,
+    frozen: Option<Frozen>,
+}
+
+/// What stays as it is in a bundle whose encoder is used and not trained here.
+struct Frozen {
+    /// Of all levels (levels, C).
+    medians: Tensor,
+    /// A photo's at each level, as measured when the bundle was made.
+    bytes: Vec<f64>,
 }
 
 /// How errors at the measured layer count: statistics of the teacher's features there, and channel weights.
@@ -103,7 +114,7 @@ impl Run {
         let channels = recipe.backbone.layer_shape(recipe.measure()).map_or(1, |s| s[0]);
         let measure = Measure::new(channels, device);
         let lambdas = recipe.lambdas.clone();
-        let mut run = Self { recipe, net, teacher, step: 0, adam, measure, lambdas, folder: folder.into() };
+        let mut run = Self { recipe, net, teacher, step: 0, adam, measure, lambdas, folder: folder.into(), frozen: None };
         let saved = checkpoint(folder);
         match (saved.exists(), resume) {
             (true, true) => {
@@ -199,6 +210,64 @@ impl Run {
         Ok(taken)
     }
 
+    /// Takes encoder, gains and medians of a bundle, which this run then leaves as they are, and for a new run what fits of its first
+    /// decoder.
+    ///
+    /// # Errors
+    /// If the recipe would change them, or the bundle's have other shapes.
+    pub fn freeze(&mut self, bundle: &Bundle, device: Device) -> Result<(), TrainError> {
+        let (manifest, levels) = (&bundle.manifest, &bundle.tables.levels);
+        let recipe = &self.recipe;
+        let fits = manifest.encoder.kind == recipe.encoder.name() && manifest.input.size == recipe.input_size();
+        if !recipe.decoder_only || !fits || levels.len() != recipe.lambdas.len() {
+            let why = "the recipe must say decoder_only = true and have the bundle's encoder, input and number of lambdas";
+            return Err(TrainError::data(format!("bundle {}", manifest.name), why));
+        }
+        let encoder = Weights::from_safetensors(bundle.file(&manifest.encoder.weights)?, &manifest.encoder.weights, device)?;
+        let first = manifest.decoders.first().filter(|_| self.step == 0);
+        let decoder = match first {
+            Some(d) => Some(Weights::from_safetensors(bundle.file(&d.weights)?, &d.weights, device)?),
+            None => None,
+        };
+        let table = |of: &dyn Fn(&ChannelTable) -> f32| {
+            let all: Vec<f32> = levels.iter().flat_map(|l| l.channels.iter().map(of)).collect();
+            Tensor::from_slice(&all).view([levels.len() as i64, -1]).to_device(device)
+        };
+        for (name, mut variable) in self.net.vs.variables() {
+            let size = variable.size();
+            let saved = match name.split_once('.') {
+                Some(("encoder", rest)) => Some(encoder.get(rest, &size)?),
+                Some(("decoder", rest)) => decoder.as_ref().and_then(|d| d.get(rest, &size).ok()),
+                _ if name == "gain" => Some(table(&|c| c.gain.ln())),
+                _ if name == "inverse" => Some(table(&|c| c.inverse.ln())),
+                _ => None,
+            };
+            if let Some(saved) = saved {
+                tch::no_grad(|| variable.copy_(&saved));
+            }
+        }
+        self.frozen = Some(Frozen { medians: table(&|c| c.median), bytes: manifest.quality.iter().map(|q| q.bytes).collect() });
+        if self.step == 0 {
+            self.adam.restart();
+        }
+        Ok(())
+    }
+
+    /// Medians of all levels (levels, C).
+    pub fn medians(&self) -> Tensor {
+        self.frozen.as_ref().map_or_else(|| self.net.medians(), |f| f.medians.shallow_clone())
+    }
+
+    /// A photo's bytes at each level, if they are a bundle's and no longer change.
+    pub fn frozen_bytes(&self) -> Option<&[f64]> {
+        self.frozen.as_ref().map(|f| f.bytes.as_slice())
+    }
+
+    /// Pixels for the encoder (N, 3, S, S) as the teacher sees them, at its own size.
+    pub fn seen_by_teacher(&self, pixels: &Tensor) -> Tensor {
+        at_size(pixels, self.recipe.backbone)
+    }
+
     /// Runs `f` with the moving average in place of the weights.
     pub fn with_average<T>(&mut self, f: impl FnOnce(&Self) -> T) -> T {
         self.adam.swap_average();
@@ -213,7 +282,7 @@ impl Run {
     }
 
     fn batch_tensors(&self, batch: &loader::Batch) -> (Tensor, Tensor) {
-        let side = i64::from(self.recipe.backbone.input_size());
+        let side = i64::from(self.recipe.input_size());
         let device = self.net.vs.device();
         let pixels = Tensor::from_slice(&batch.pixels).view([-1, 3, side, side]).to_device(device);
         (pixels, Tensor::from_slice(&batch.levels).to_device(device))
@@ -228,7 +297,7 @@ impl Run {
             // streams from the far end, so that training never repeats them
             let batch = loader::make(pack, &Plan::of(&r), u64::MAX - i)?;
             let (pixels, _) = self.batch_tensors(&batch);
-            let layer = tch::no_grad(|| self.teacher.between(&pixels, Layer::Input, r.split()));
+            let layer = tch::no_grad(|| self.teacher.between(&self.seen_by_teacher(&pixels), Layer::Input, r.split()));
             rebuilt.add(&layer);
             let features = tch::no_grad(|| self.teacher.between(&layer, r.split(), r.measure())).set_requires_grad(true);
             let log_p = self.teacher.tail(&features, r.measure()).log_softmax(-1, Kind::Float);
@@ -302,7 +371,7 @@ impl Run {
         let device = self.net.vs.device();
         let as_tensor = |v: &[f64]| Tensor::from_slice(v).to_kind(Kind::Float).to_device(device);
         let balance = as_tensor(&r.level_weights());
-        let medians = r.decoder_only.then(|| self.net.medians());
+        let medians = r.decoder_only.then(|| self.medians());
         let batches = loader::start(pack, Plan::of(&r), self.step);
         let log_path = self.folder.join("log.jsonl");
         let mut log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path).map_err(|e| TrainError::io(&log_path, e))?;
@@ -316,7 +385,7 @@ impl Run {
             let (pixels, level) = self.batch_tensors(&batch);
             tch::manual_seed((r.seed << 32 | self.step) as i64);
 
-            let layer = tch::no_grad(|| self.teacher.between(&pixels, Layer::Input, r.split()));
+            let layer = tch::no_grad(|| self.teacher.between(&self.seen_by_teacher(&pixels), Layer::Input, r.split()));
             let target = tch::no_grad(|| self.teacher.between(&layer, r.split(), r.measure()));
             let passed = match &medians {
                 Some(medians) => self.net.round_pass(&pixels, &level, medians),
@@ -358,7 +427,10 @@ impl Run {
 
             if self.step.is_multiple_of(LOG_EVERY) {
                 let seconds = since.elapsed().as_secs_f64();
-                let line = totals.line(self.step, r.batch as u64, seconds, norm);
+                let mut line = totals.line(self.step, r.batch as u64, seconds, norm);
+                if let Some(bytes) = self.frozen_bytes() {
+                    line.bytes = bytes.to_vec();
+                }
                 bar.set_message(format!(
                     "{:.1} crops/s, {:?} bytes",
                     line.crops_per_s,

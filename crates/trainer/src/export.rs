@@ -29,7 +29,7 @@ const GRAPH: &str = "encoder.onnx";
 const ENCODER: &str = "encoder.safetensors";
 const GOLDEN: &str = "golden.isth";
 
-fn values(t: &Tensor) -> Result<Vec<f32>, TrainError> {
+pub(crate) fn values(t: &Tensor) -> Result<Vec<f32>, TrainError> {
     Ok(Vec::<f32>::try_from(t.to_device(tch::Device::Cpu).contiguous().view(-1))?)
 }
 
@@ -65,7 +65,7 @@ pub fn latent_shape(side: u32) -> LatentShape {
 /// If a photo cannot be coded.
 pub fn coded_bytes(run: &Run, tables: &Tables, photos: &[Rgb]) -> Result<Vec<f64>, TrainError> {
     let _frozen = tch::no_grad_guard();
-    let shape = latent_shape(run.recipe.backbone.input_size());
+    let shape = latent_shape(run.recipe.input_size());
     let mut sums = vec![0usize; tables.levels.len()];
     for photo in photos {
         let y = values(&run.net.encoder.forward(&quick::stack(std::slice::from_ref(photo), run.net.vs.device())))?;
@@ -77,7 +77,7 @@ pub fn coded_bytes(run: &Run, tables: &Tables, photos: &[Rgb]) -> Result<Vec<f64
 }
 
 /// Tensors under `prefix.` of the run's variables, without the prefix, sorted.
-fn part(run: &Run, prefix: &str) -> BTreeMap<String, Tensor> {
+pub(crate) fn part(run: &Run, prefix: &str) -> BTreeMap<String, Tensor> {
     let of = |(name, t): (String, Tensor)| name.strip_prefix(prefix).map(|rest| (rest.to_owned(), t));
     run.net.vs.variables().into_iter().filter_map(of).collect()
 }
@@ -123,7 +123,7 @@ pub struct Origin<'a> {
 pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, folder: &Path) -> Result<Manifest, TrainError> {
     let _frozen = tch::no_grad_guard();
     let r = &run.recipe;
-    let side = r.backbone.input_size();
+    let side = r.input_size();
     let latent = latent_shape(side);
     let extent = latent.height;
 

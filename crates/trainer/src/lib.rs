@@ -3,6 +3,7 @@
 pub mod adam;
 pub mod adapt;
 pub mod augment;
+pub mod blueprint;
 pub mod contexts;
 pub mod crops;
 pub mod curves;

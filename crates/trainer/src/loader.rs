@@ -42,7 +42,7 @@ pub struct Plan {
 impl Plan {
     /// The batches of a recipe.
     pub fn of(r: &Recipe) -> Self {
-        Self { batch: r.batch, side: r.backbone.input_size(), levels: r.lambdas.len() as i64, augment: r.augment, seed: r.seed }
+        Self { batch: r.batch, side: r.input_size(), levels: r.lambdas.len() as i64, augment: r.augment, seed: r.seed }
     }
 }
 

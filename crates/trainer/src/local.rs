@@ -7,6 +7,7 @@ use bench_harness::compare::Backend;
 use bench_harness::error::HarnessError;
 use edge_client::Payload;
 use isthmus_codec::Bundle;
+use isthmus_nets::backbone::at_size;
 use isthmus_nets::weights::Weights;
 use isthmus_nets::{Backbone, BackboneKind, Decoder, DecoderSpec, Layer};
 use tch::{Device, Tensor, nn};
@@ -26,7 +27,7 @@ pub struct Direct {
     pub photos_per_second: f64,
 }
 
-/// Decoder and backbone of a bundle's first blueprint.
+/// Decoder and backbone of one of a bundle's blueprints.
 pub struct Local {
     bundle: Bundle,
     backbone: Backbone,
@@ -35,17 +36,20 @@ pub struct Local {
 }
 
 impl Local {
-    /// Opens a bundle folder with its decoder, and the backbone from `backbones`.
+    /// Opens a bundle folder with its decoder for `model` (its first if none), and the backbone from `backbones`.
     ///
     /// # Errors
     /// If a file is missing or inconsistent.
-    pub fn open(folder: &Path, backbones: &Path) -> Result<Self, TrainError> {
+    pub fn open(folder: &Path, backbones: &Path, model: Option<&str>) -> Result<Self, TrainError> {
         let bundle = Bundle::load(|name| std::fs::read(folder.join(name)), |name| name.starts_with("decoder"))?;
-        let entry = bundle.manifest.decoders.first().cloned().ok_or_else(|| TrainError::data("bundle", "has no decoder"))?;
+        let mut decoders = bundle.manifest.decoders.iter();
+        let entry = decoders.find(|d| model.is_none_or(|m| d.backbone == m)).cloned().ok_or_else(|| {
+            TrainError::data("bundle", model.map_or_else(|| "has no decoder".into(), |m| format!("has no decoder for {m}")))
+        })?;
         let kind = BackboneKind::from_name(&entry.backbone)
             .ok_or_else(|| TrainError::data("bundle", format!("unknown backbone {}", entry.backbone)))?;
         let backbone = Backbone::open(kind, &backbones.join(format!("{}.safetensors", kind.name())), Device::Cpu)?;
-        let spec = DecoderSpec::from_entry(&entry);
+        let spec = DecoderSpec::from_entry(&entry, bundle.manifest.latent);
         let weights = Weights::from_safetensors(bundle.file(&entry.weights)?, &entry.weights, Device::Cpu)?;
         let vs = nn::VarStore::new(Device::Cpu);
         let decoder = Decoder::new(&vs.root(), &spec);
@@ -85,10 +89,11 @@ impl Local {
             }
             Payload::Features(_) => return Err(TrainError::data("features", "are not evaluated here")),
             Payload::Image(bytes) => {
-                let side = self.backbone.kind().input_size();
+                let side = i64::from(self.bundle.manifest.input.size);
                 let mut pixels = Vec::new();
-                isthmus_pixels::decode(bytes)?.network_input(side)?.normalise_into(&mut pixels);
-                self.backbone.forward(&Tensor::from_slice(&pixels).view([1, 3, i64::from(side), i64::from(side)]))
+                isthmus_pixels::decode(bytes)?.network_input(self.bundle.manifest.input.size)?.normalise_into(&mut pixels);
+                let pixels = Tensor::from_slice(&pixels).view([1, 3, side, side]);
+                self.backbone.forward(&at_size(&pixels, self.backbone.kind()))
             }
         };
         Ok(Vec::<f32>::try_from(logits.view(-1))?)

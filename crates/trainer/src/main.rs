@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use bench_harness::photos::PhotoSet;
 use bench_harness::{compare, report};
 use clap::{Parser, Subcommand};
+use isthmus_codec::{Trust, folder};
 use isthmus_nets::process::{BOUNDED_SPINNING, KEPT_HEAP, with_environment};
 use isthmus_nets::{Backbone, EncoderKind, device};
 use isthmus_pixels::Rgb;
@@ -15,7 +16,7 @@ use isthmus_trainer::history::History;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
-use isthmus_trainer::{adapt, contexts, crops, curves, domain, export, gain, import, local, quick};
+use isthmus_trainer::{adapt, blueprint, contexts, crops, curves, domain, export, gain, import, local, quick};
 use tch::Device;
 
 /// Side of the evaluation crops: that of the Lite0 teacher.
@@ -70,6 +71,24 @@ enum Command {
         #[arg(long, default_value = "data/backbones")]
         backbones: PathBuf,
     },
+    /// Add a decoder for another backbone to a bundle: that of a run of `distill --bundle`.
+    Blueprint {
+        /// Folder of the run.
+        #[arg(long)]
+        run: PathBuf,
+        /// The bundle whose encoder it used.
+        #[arg(long)]
+        bundle: PathBuf,
+        /// Folder of the new bundle.
+        #[arg(long)]
+        out: PathBuf,
+        /// Version of the new bundle.
+        #[arg(long)]
+        version: String,
+        /// Folder with imported backbones.
+        #[arg(long, default_value = "data/backbones")]
+        backbones: PathBuf,
+    },
     /// Compare a bundle with WebP and JPEG on folders of photos, in this process.
     Evaluate {
         /// Bundle folder.
@@ -78,6 +97,9 @@ enum Command {
         /// Folders with imported backbones.
         #[arg(long, default_value = "data/backbones")]
         backbones: PathBuf,
+        /// Which of the bundle's backbones answers; absent: its first.
+        #[arg(long)]
+        backbone: Option<String>,
         /// Folders with photos (and optionally labels.json), one table each.
         #[arg(required = true)]
         photos: Vec<PathBuf>,
@@ -183,6 +205,9 @@ enum Command {
         /// Go on from the checkpoint in the run folder.
         #[arg(long)]
         resume: bool,
+        /// Train a decoder for another backbone on the encoder of this bundle, which stays as it is (the recipe says decoder_only).
+        #[arg(long, conflicts_with = "warm_start")]
+        bundle: Option<PathBuf>,
         /// Start from the weights of this other run, as far as they fit (a resumed run has them already).
         #[arg(long)]
         warm_start: Option<PathBuf>,
@@ -245,6 +270,19 @@ fn run(cli: Cli) -> Result<()> {
         Command::Fetch { ref freeze, offline, only } => fetch(&cli, freeze.as_deref(), offline, only),
         Command::Import { ref out } => Ok(import::run(&cli.third_party, out)?),
         Command::Export { ref run, ref out, ref version, ref backbones } => export_run(&cli, run, out, version, backbones),
+        Command::Blueprint { ref run, ref bundle, ref out, ref version, ref backbones } => {
+            let recipe = Recipe::open(&run.join("recipe.toml"))?;
+            let path = backbones.join(format!("{}.safetensors", recipe.backbone.name()));
+            let teacher = Backbone::open(recipe.backbone, &path, Device::Cpu).context("run `make setup` first")?;
+            let sha256 = photos::sha256(&std::fs::read(&path)?);
+            let opened = folder::open(bundle, |_| true, &Trust::all())?;
+            let mut active = Run::open(recipe, run, teacher, Device::Cpu, true)?;
+            active.freeze(&opened, Device::Cpu)?;
+            let manifest = active.with_average(|r| blueprint::add(r, &opened, bundle, version, &sha256, out))?;
+            let backbones: Vec<_> = manifest.decoders.iter().map(|d| d.backbone.as_str()).collect();
+            println!("{} {} for {} written to {}", manifest.name, manifest.version, backbones.join(" and "), out.display());
+            Ok(())
+        }
         Command::Graph { ref encoder, ref out } => {
             let kind = EncoderKind::from_name(encoder)
                 .with_context(|| format!("encoder {encoder:?} is unknown: use patch-stem or frankensplit"))?;
@@ -254,7 +292,7 @@ fn run(cli: Cli) -> Result<()> {
             if threads > 0 {
                 tch::set_num_threads(threads);
             }
-            println!("{}", serde_json::to_string(&local::Local::open(bundle, backbones)?.time(batch.into(), rounds as usize))?);
+            println!("{}", serde_json::to_string(&local::Local::open(bundle, backbones, None)?.time(batch.into(), rounds as usize))?);
             Ok(())
         }
         Command::Adapt { ref bundle, ref backbones, ref model, ref photos, ref version, ref out, ref key } => {
@@ -293,8 +331,10 @@ fn run(cli: Cli) -> Result<()> {
             println!("{train} crops in {}, {held_out} in its folder held-out", out.display());
             Ok(())
         }
-        Command::Evaluate { ref bundle, ref backbones, ref photos, ref out } => evaluate(bundle, backbones, photos, out),
-        Command::Distill { ref recipe, ref run, resume, ref warm_start, until, every, ref device, threads } => {
+        Command::Evaluate { ref bundle, ref backbones, ref backbone, ref photos, ref out } => {
+            evaluate(bundle, backbones, backbone.as_deref(), photos, out)
+        }
+        Command::Distill { ref recipe, ref run, resume, ref warm_start, ref bundle, until, every, ref device, threads } => {
             if threads > 0 {
                 tch::set_num_threads(threads);
             }
@@ -302,13 +342,16 @@ fn run(cli: Cli) -> Result<()> {
             let recipe = Recipe::open(recipe)?;
             let teacher = Backbone::open(recipe.backbone, &import::weights_path(&cli.third_party, recipe.backbone)?, device)?;
             let pack = Arc::new(Pack::open(&cli.data.join("train.pack"))?);
-            let side = recipe.backbone.input_size();
+            let side = recipe.input_size();
             let watched = watched(&cli.third_party, side)?;
             let until = until.unwrap_or(recipe.steps);
             let mut active = Run::open(recipe, run, teacher, device, resume)?;
             if let Some(other) = warm_start.as_ref().filter(|_| active.step == 0) {
                 let taken = active.warm_start(other, device)?;
                 println!("{taken} tensors taken from {}", other.display());
+            }
+            if let Some(folder) = bundle {
+                active.freeze(&folder::open(folder, |_| true, &Trust::all())?, device)?;
             }
             let curve = run.join("curve.jsonl");
             active.train(pack, until, every, |run| {
@@ -370,7 +413,7 @@ fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path
     let recipe = Recipe::open(&run.join("recipe.toml"))?;
     let path = backbones.join(format!("{}.safetensors", recipe.backbone.name()));
     let teacher = Backbone::open(recipe.backbone, &path, Device::Cpu).context("run `make setup` first")?;
-    let side = recipe.backbone.input_size();
+    let side = recipe.input_size();
     let held_out = crops::held_out(&photos::load(&cli.third_party, &[Set::HeldOut])?, side)?;
     let backbone_sha256 = photos::sha256(&std::fs::read(&path)?);
     let history = History::open(run)?;
@@ -396,9 +439,9 @@ fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path
     Ok(())
 }
 
-fn evaluate(bundle: &Path, backbones: &Path, photos: &[PathBuf], out: &Path) -> Result<()> {
+fn evaluate(bundle: &Path, backbones: &Path, backbone: Option<&str>, photos: &[PathBuf], out: &Path) -> Result<()> {
     let opened = edge_client::open_bundle(bundle)?;
-    let mut backend = local::Local::open(bundle, backbones)?;
+    let mut backend = local::Local::open(bundle, backbones, backbone)?;
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let sets = photos.iter().map(|p| PhotoSet::open(p, opened.manifest.input.size)).collect::<Result<Vec<_>, _>>()?;
     runtime.block_on(async {

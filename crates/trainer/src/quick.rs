@@ -54,11 +54,11 @@ pub fn score(run: &Run, photos: &[Rgb]) -> Result<CurvePoint, TrainError> {
     let _frozen = tch::no_grad_guard();
     let levels = run.recipe.lambdas.len();
     let (split, measure) = (run.recipe.split(), run.recipe.measure());
-    let medians = run.net.medians();
+    let medians = run.medians();
     let mut sums = vec![[0f64; 4]; levels];
     for chunk in photos.chunks(BATCH) {
         let pixels = stack(chunk, run.net.vs.device());
-        let target = run.teacher.between(&pixels, Layer::Input, measure);
+        let target = run.teacher.between(&run.seen_by_teacher(&pixels), Layer::Input, measure);
         let wanted = run.teacher.tail(&target, measure).log_softmax(-1, Kind::Float);
         for (l, sum) in sums.iter_mut().enumerate() {
             let level = run.net.level_tensor(l as i64, chunk.len() as i64);
@@ -74,10 +74,11 @@ pub fn score(run: &Run, photos: &[Rgb]) -> Result<CurvePoint, TrainError> {
         }
     }
     let n = photos.len().max(1) as f64;
+    let bytes = |l: usize| run.frozen_bytes().and_then(|b| b.get(l).copied()).unwrap_or(sums[l][0] / n);
     let levels = sums
         .iter()
         .enumerate()
-        .map(|(l, s)| LevelScore { level: l + 1, bytes: s[0] / n, agreement: s[1] / n, kl: s[2] / n, error: s[3] / n })
+        .map(|(l, s)| LevelScore { level: l + 1, bytes: bytes(l), agreement: s[1] / n, kl: s[2] / n, error: s[3] / n })
         .collect();
     Ok(CurvePoint { crops: run.step * run.recipe.batch as u64, photos: photos.len(), levels })
 }

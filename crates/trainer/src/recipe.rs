@@ -19,6 +19,9 @@ pub struct Recipe {
     pub encoder: EncoderKind,
     /// Teacher and server backbone.
     pub backbone: BackboneKind,
+    /// Side of the square that the encoder takes, if it is not the backbone's: the teacher sees the same crop, resized.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<u32>,
     /// The decoder rebuilds the output of this block of the backbone, or its input if absent; the server's
     /// tail starts there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -121,9 +124,13 @@ impl Recipe {
         if self.split() > self.measure() {
             return Err("measure_block: must not come before split_block".into());
         }
-        let latent = i64::from(self.backbone.input_size()) / LATENT_STRIDE;
-        if latent * LATENT_STRIDE != i64::from(self.backbone.input_size()) || shape[1] % latent != 0 {
-            return Err(format!("split_block: {} x {} is no multiple of the latent's {latent}", shape[1], shape[2]));
+        let side = i64::from(self.input_size());
+        if side < LATENT_STRIDE || side % LATENT_STRIDE != 0 {
+            return Err(format!("input: the encoder takes sides that are multiples of {LATENT_STRIDE}, not {side}"));
+        }
+        let latent = side / LATENT_STRIDE;
+        if shape[1] < latent {
+            return Err(format!("split_block: {} x {} is coarser than the latent's {latent}", shape[1], shape[2]));
         }
         if self.batch == 0 || self.steps == 0 {
             return Err("batch and steps must be positive".into());
@@ -147,8 +154,15 @@ impl Recipe {
     /// The decoder for this recipe's backbone and split.
     pub fn decoder(&self) -> DecoderSpec {
         let [output, height, _] = self.backbone.layer_shape(self.split()).unwrap_or_default();
-        let upsample = height * LATENT_STRIDE / i64::from(self.backbone.input_size());
-        DecoderSpec { width: self.decoder_width, hidden: self.decoder_hidden, blocks: self.decoder_blocks, output, upsample }
+        let latent = i64::from(self.input_size()) / LATENT_STRIDE;
+        let upsample = height / latent;
+        let resize = (latent * upsample != height).then_some(height);
+        DecoderSpec { width: self.decoder_width, hidden: self.decoder_hidden, blocks: self.decoder_blocks, output, upsample, resize }
+    }
+
+    /// Side of the square that the encoder takes.
+    pub fn input_size(&self) -> u32 {
+        self.input.unwrap_or_else(|| self.backbone.input_size())
     }
 
     /// Learning rate at `step`.

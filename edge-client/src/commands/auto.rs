@@ -15,7 +15,7 @@ use crate::{AimKind, AskArgs, EncodingArgs, LocalKind, PolicyArgs, ServerArgs};
 
 async fn client(server: &ServerArgs, encoding: &EncodingArgs, policy: &PolicyArgs, ask: &AskArgs) -> Result<AutoClient> {
     ensure!(encoding.quality.is_none(), "--policy auto chooses the quality level; leave out --quality");
-    let endpoint = super::endpoint(server)?.with_connect_timeout(ask.deadline);
+    let endpoints: Arc<[_]> = super::endpoints(server)?.into_iter().map(|e| e.with_connect_timeout(ask.deadline)).collect();
     let (encoder, _) = super::encoder(encoding)?;
     let side = encoder.bundle().manifest.input.size;
     let local = match policy.local {
@@ -38,8 +38,8 @@ async fn client(server: &ServerArgs, encoding: &EncodingArgs, policy: &PolicyArg
     };
     let options = InferOptions { model: ask.model.clone(), top_k: ask.top_k, ..InferOptions::default() };
     let connector = Arc::new(move || {
-        let endpoint = endpoint.clone();
-        Box::pin(async move { Client::connect(&endpoint).await }) as _
+        let endpoints = endpoints.clone();
+        Box::pin(async move { Client::connect_any(&endpoints).await }) as _
     });
     Ok(AutoClient::new(encoder, local, connector, goal, options, 1.0).await?)
 }

@@ -10,9 +10,9 @@ use super::output::{Line, Printer};
 use crate::{AskArgs, EncodingArgs, ServerArgs};
 
 pub async fn run(files: &[PathBuf], server: &ServerArgs, encoding: &EncodingArgs, whole_image: bool, ask: &AskArgs) -> Result<bool> {
-    let endpoint = super::endpoint(server)?;
+    let endpoints = super::endpoints(server)?;
     let mut encoder = if whole_image { None } else { Some(super::encoder(encoding)?) };
-    let mut client = Client::connect(&endpoint).await?;
+    let mut client = Client::connect_any(&endpoints).await?;
     if let Some(newest) = encoder.take() {
         encoder = Some(super::served(newest, &mut client, encoding, ask.deadline).await?);
     }

@@ -9,7 +9,7 @@ use anyhow::Result;
 use crate::ServerArgs;
 
 pub async fn run(server: &ServerArgs, bundle: &Path, deadline: Duration, json: bool) -> Result<bool> {
-    let checks = edge_client::doctor::run(bundle, &super::endpoint(server)?, deadline).await;
+    let checks = edge_client::doctor::run(bundle, &super::endpoints(server)?, deadline).await;
     for check in &checks {
         if json || !std::io::stdout().is_terminal() {
             writeln!(std::io::stdout(), "{}", serde_json::to_string(check)?)?;

@@ -18,19 +18,29 @@ pub mod files;
 pub mod output;
 pub mod stream;
 
-pub fn endpoint(args: &ServerArgs) -> Result<Endpoint, ClientError> {
-    let mut endpoint = Endpoint::new(&args.server)?.allow_insecure(args.insecure);
-    if let Some(path) = &args.ca {
-        endpoint = endpoint.with_ca(read(path)?);
-    }
-    if let Some(path) = &args.token {
-        let token = String::from_utf8(read(path)?).map_err(|_| ClientError::Usage(format!("{}: no text", path.display())))?;
-        endpoint = endpoint.with_token(&token)?;
-    }
-    if let (Some(cert), Some(key)) = (&args.cert, &args.key) {
-        endpoint = endpoint.with_identity(&read(cert)?, &read(key)?);
-    }
-    Ok(endpoint)
+/// The servers that `args` name, each with its credentials.
+pub fn endpoints(args: &ServerArgs) -> Result<Vec<Endpoint>, ClientError> {
+    let ca = args.ca.as_deref().map(read).transpose()?;
+    let token = args.token.as_deref().map(|path| {
+        String::from_utf8(read(path)?).map_err(|_| ClientError::Usage(format!("{}: no text", path.display())))
+    });
+    let token = token.transpose()?;
+    let identity = args.cert.as_deref().zip(args.key.as_deref()).map(|(cert, key)| Ok::<_, ClientError>((read(cert)?, read(key)?)));
+    let identity = identity.transpose()?;
+    let with_credentials = |url: &String| {
+        let mut endpoint = Endpoint::new(url.trim())?.allow_insecure(args.insecure);
+        if let Some(pem) = &ca {
+            endpoint = endpoint.with_ca(pem.clone());
+        }
+        if let Some(token) = &token {
+            endpoint = endpoint.with_token(token)?;
+        }
+        if let Some((certificate, key)) = &identity {
+            endpoint = endpoint.with_identity(certificate, key);
+        }
+        Ok(endpoint)
+    };
+    args.server.iter().map(with_credentials).collect()
 }
 
 /// The encoder and the quality level to use, of the newest version.

@@ -1,13 +1,16 @@
 //! `stream`: the photos of a folder over one bidirectional stream, at a steady rate.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use edge_client::stream::{Answer, open};
+use bytes::Bytes;
+use edge_client::stream::{Answer, Receiver, Sender, open};
 use edge_client::{Client, ClientError, EncodeTiming, InferOptions, Payload};
+
+use tonic::Status;
 
 use super::output::{Line, Printer};
 use crate::{AskArgs, EncodingArgs, ServerArgs};
@@ -20,8 +23,36 @@ pub struct Pace {
 
 struct Sent {
     file: String,
-    bytes: usize,
+    container: Bytes,
     timing: EncodeTiming,
+    at: Instant,
+}
+
+/// Photos that were sent and not answered, by the id of their answer.
+type UnderWay = BTreeMap<u64, Sent>;
+
+/// First pause before a broken stream is opened again; each further one is twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Opens a stream in place of a broken one, and sends what was not answered again (an inference changes nothing). Tries as long as a photo may take.
+async fn reopen(client: &mut Client, window: usize, options: &InferOptions, under_way: &mut UnderWay) -> Result<(Sender, Receiver), ClientError> {
+    let (began, mut pause) = (Instant::now(), FIRST_PAUSE);
+    loop {
+        match open(client, window, options.clone()).await {
+            Ok((mut sender, receiver)) => {
+                for (_, sent) in std::mem::take(under_way) {
+                    let id = sender.send(Payload::Bitstream(sent.container.clone())).await?;
+                    under_way.insert(id, sent);
+                }
+                return Ok((sender, receiver));
+            }
+            Err(error) if began.elapsed() + pause >= options.deadline => return Err(error),
+            Err(error) => tracing::debug!(%error, "the stream could not be opened"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (2 * pause).min(LONGEST_PAUSE);
+    }
 }
 
 pub fn photos(folder: &Path) -> Result<Vec<PathBuf>> {
@@ -48,14 +79,15 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
     let mut tick = ticks(pace.fps)?;
     let files = photos(folder)?;
     let newest = super::encoder(encoding)?;
-    let mut client = Client::connect(&super::endpoint(server)?).await?;
+    let mut client = Client::connect_any(&super::endpoints(server)?).await?;
     let (mut encoder, quality) = super::served(newest, &mut client, encoding, ask.deadline).await?;
     let options = InferOptions { model: ask.model.clone(), top_k: ask.top_k, logits: false, deadline: ask.deadline };
-    let (sender, mut receiver) = open(&mut client, pace.window, options).await?;
+    let (sender, mut receiver) = open(&mut client, pace.window, options.clone()).await?;
     let mut sender = Some(sender);
+    let mut ending = false;
     let total = files.len() as u64 * u64::from(pace.repeat);
     let mut printer = Printer::new(ask.json, total);
-    let mut under_way: HashMap<u64, Sent> = HashMap::new();
+    let mut under_way = UnderWay::new();
     let mut queue = (0..pace.repeat).flat_map(|_| files.iter());
     let interrupted = tokio::signal::ctrl_c();
     tokio::pin!(interrupted);
@@ -64,20 +96,22 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
             _ = tick.tick(), if sender.is_some() && receiver.pending() < pace.window.max(1) => {
                 let Some(path) = queue.next() else {
                     sender = None; // half-close: the answers under way still come
+                    ending = true;
                     continue;
                 };
                 let name = path.display().to_string();
                 let encoded = super::read(path).and_then(|file| encoder.encode(&file, quality));
                 match (encoded, sender.as_mut()) {
                     (Ok(encoded), Some(open)) => {
-                        let bytes = encoded.container.len();
-                        match open.send(Payload::Bitstream(encoded.container.into())).await {
+                        let container = Bytes::from(encoded.container);
+                        let sent = Sent { file: name, container: container.clone(), timing: encoded.timing, at: Instant::now() };
+                        match open.send(Payload::Bitstream(container)).await {
                             Ok(id) => {
-                                under_way.insert(id, Sent { file: name, bytes, timing: encoded.timing });
+                                under_way.insert(id, sent);
                             }
-                            // the receiving half tells why the stream has ended
-                            Err(e) => {
-                                printer.print(&Line::failed(name, &e))?;
+                            // the receiving half tells why the stream has ended; there is no answer of this id
+                            Err(_) => {
+                                under_way.insert(u64::MAX, sent);
                                 sender = None;
                             }
                         }
@@ -88,10 +122,17 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
             }
             answer = receiver.next() => match answer {
                 Ok(Some(answer)) => print(&mut printer, &mut under_way, answer, quality)?,
-                Ok(None) => break,
-                Err(error) => {
-                    give_up(&mut printer, under_way, &error)?;
-                    return Err(error.into());
+                Ok(None) if under_way.is_empty() && ending => break,
+                broken => {
+                    let error = broken.err().unwrap_or_else(|| Status::unavailable("the stream has ended").into());
+                    let again = if error.is_transient() { reopen(&mut client, pace.window, &options, &mut under_way).await } else { Err(error) };
+                    match again {
+                        Ok((open, answers)) => (sender, receiver) = ((!ending).then_some(open), answers),
+                        Err(error) => {
+                            give_up(&mut printer, under_way, &error)?;
+                            return Err(error.into());
+                        }
+                    }
                 }
             },
             _ = &mut interrupted => {
@@ -109,20 +150,18 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
 }
 
 /// Every photo that was sent gets its line, answered or not.
-fn give_up(printer: &mut Printer, under_way: HashMap<u64, Sent>, error: &ClientError) -> Result<()> {
-    let mut left: Vec<(u64, Sent)> = under_way.into_iter().collect();
-    left.sort_by_key(|(id, _)| *id);
-    for (_, sent) in left {
+fn give_up(printer: &mut Printer, under_way: UnderWay, error: &ClientError) -> Result<()> {
+    for (_, sent) in under_way {
         printer.print(&Line::failed(sent.file, error))?;
     }
     printer.finish();
     Ok(())
 }
 
-fn print(printer: &mut Printer, under_way: &mut HashMap<u64, Sent>, answer: Answer, quality: u8) -> Result<()> {
+fn print(printer: &mut Printer, under_way: &mut UnderWay, answer: Answer, quality: u8) -> Result<()> {
     let Some(sent) = under_way.remove(&answer.id) else { return Ok(()) };
     let line = match answer.result {
-        Ok(response) => Line::answered(sent.file, Some(quality), sent.bytes, Some(sent.timing), answer.elapsed, response),
+        Ok(response) => Line::answered(sent.file, Some(quality), sent.container.len(), Some(sent.timing), sent.at.elapsed(), response),
         Err(status) => Line::failed(sent.file, &ClientError::from(status)),
     };
     Ok(printer.print(&line)?)

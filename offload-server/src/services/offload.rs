@@ -76,7 +76,7 @@ impl OffloadService for Offload {
             name: m.name.into(),
             input_size: m.input_size,
             classes: registry.labels.len() as u32,
-            device: m.device.clone(),
+            device: m.device(),
             bundles: registry
                 .bundles
                 .iter()

@@ -59,7 +59,7 @@ fn model(registry: &Registry, entry: &Entry) -> ShownModel {
     ShownModel {
         name: entry.name,
         version: entry.version,
-        device: entry.device.clone(),
+        device: entry.device(),
         bundles: bundles.map(|b| format!("{} {}", b.manifest.name, b.manifest.version)).collect(),
         answered: totals.success.count,
         failed: totals.fail.count,
@@ -79,7 +79,7 @@ fn status(pipeline: &Pipeline, started: Instant, metrics: &str) -> Status {
     Status {
         version: env!("CARGO_PKG_VERSION"),
         uptime_s: started.elapsed().as_secs_f64(),
-        draining: pipeline.draining.is_cancelled(),
+        draining: pipeline.leaving.is_cancelled(),
         in_flight: pipeline.in_flight(),
         max_in_flight: pipeline.max_in_flight(),
         latency: pipeline.latencies.read(Instant::now()),
@@ -92,5 +92,7 @@ fn status(pipeline: &Pipeline, started: Instant, metrics: &str) -> Status {
 /// Serves the admin listener until `stop`.
 pub async fn serve(listener: TcpListener, pipeline: Arc<Pipeline>, metrics: PrometheusHandle, stop: CancellationToken) {
     let started = Instant::now();
-    admin::serve(listener, PAGE, move |metrics| status(&pipeline, started, metrics), metrics, stop).await;
+    let watched = pipeline.clone();
+    let ready = move || !watched.leaving.is_cancelled() && watched.repository.is_ready();
+    admin::serve(listener, PAGE, move |metrics| status(&pipeline, started, metrics), ready, metrics, stop).await;
 }

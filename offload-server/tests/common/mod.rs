@@ -16,6 +16,14 @@ pub async fn client(server: &Server) -> Client {
     Client::connect(&Endpoint::new(&server.url()).unwrap()).await.unwrap()
 }
 
+/// A server with the default bundle and this configuration.
+pub fn configured(toml: &str) -> Server {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("server.toml");
+    std::fs::write(&config, toml).unwrap();
+    Server::start(&["--config", config.to_str().unwrap()])
+}
+
 pub fn options() -> InferOptions {
     InferOptions { deadline: Duration::from_secs(20), ..InferOptions::default() }
 }

@@ -12,6 +12,7 @@ use isthmus_proto::inference::{
     DataType, InferBatchStatistics, InferStatistics, ModelConfig, ModelDynamicBatching, ModelInput, ModelInstanceGroup,
     ModelMetadataResponse, ModelOutput, ModelParameter, ModelQueuePolicy, ModelStatistics, ModelVersionPolicy, StatisticDuration,
 };
+use tch::Device;
 
 use crate::Config;
 use crate::registry::{Entry, Registry};
@@ -55,13 +56,16 @@ pub fn config(registry: &Registry, entry: &Entry, config: &Config) -> ModelConfi
         dims: dims.into(),
         optional: true,
     };
-    let cuda = entry.device.strip_prefix("cuda:").and_then(|n| n.parse().ok());
-    let group = ModelInstanceGroup {
-        name: format!("{}_0", entry.name),
-        kind: if cuda.is_some() { InstanceKind::Gpu } else { InstanceKind::Cpu }.into(),
-        count: config.instances as i32,
-        gpus: cuda.into_iter().collect(),
-    };
+    let mut groups: Vec<ModelInstanceGroup> = Vec::new();
+    for same in entry.instances.chunk_by(|a, b| a.device == b.device) {
+        let cuda = same.first().and_then(|i| if let Device::Cuda(n) = i.device { i32::try_from(n).ok() } else { None });
+        groups.push(ModelInstanceGroup {
+            name: format!("{}_{}", entry.name, groups.len()),
+            kind: if cuda.is_some() { InstanceKind::Gpu } else { InstanceKind::Cpu }.into(),
+            count: same.len() as i32,
+            gpus: cuda.into_iter().collect(),
+        });
+    }
     let queue = ModelQueuePolicy {
         default_timeout_microseconds: config.max_deadline.as_micros() as u64,
         allow_timeout_override: true,
@@ -99,11 +103,8 @@ pub fn config(registry: &Registry, entry: &Entry, config: &Config) -> ModelConfi
             default_queue_policy: Some(queue),
             ..ModelDynamicBatching::default()
         })),
-        instance_group: vec![group],
-        parameters: HashMap::from([
-            ("device".into(), parameter(entry.device.clone())),
-            ("side".into(), parameter(entry.input_size.to_string())),
-        ]),
+        instance_group: groups,
+        parameters: HashMap::from([("device".into(), parameter(entry.device())), ("side".into(), parameter(entry.input_size.to_string()))]),
     }
 }
 

@@ -74,14 +74,14 @@ impl GrpcInferenceService for Inference {
     }
 
     async fn server_ready(&self, _: Request<ServerReadyRequest>) -> Result<Response<ServerReadyResponse>, Status> {
-        let ready = !self.pipeline.draining.is_cancelled() && self.pipeline.repository.is_ready();
+        let ready = !self.pipeline.leaving.is_cancelled() && self.pipeline.repository.is_ready();
         Ok(Response::new(ServerReadyResponse { ready }))
     }
 
     async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Result<Response<ModelReadyResponse>, Status> {
         let request = request.into_inner();
         let loaded = self.pipeline.repository.current().model(&request.name, &request.version).is_ok();
-        Ok(Response::new(ModelReadyResponse { ready: loaded && !self.pipeline.draining.is_cancelled() }))
+        Ok(Response::new(ModelReadyResponse { ready: loaded && !self.pipeline.leaving.is_cancelled() }))
     }
 
     async fn server_metadata(&self, _: Request<ServerMetadataRequest>) -> Result<Response<ServerMetadataResponse>, Status> {

@@ -1,0 +1,206 @@
+//! Where copies of a model run: device, threads, precision; and the cores that all of them share.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use isthmus_nets::device::parse_device;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind};
+
+use crate::{Config, ServerError};
+
+/// Copies of a model on one device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Placement {
+    /// Whose; absent: every model's that no other placement names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// `auto`, `cpu` or `cuda:N`.
+    pub device: String,
+    /// Copies.
+    pub instances: usize,
+    /// Threads of libtorch of each copy; 0: an equal part of `network_threads`.
+    pub threads: usize,
+    /// Of weights and activations.
+    pub precision: Precision,
+}
+
+impl Default for Placement {
+    fn default() -> Self {
+        Self { model: None, device: "auto".into(), instances: 1, threads: 0, precision: Precision::Float }
+    }
+}
+
+/// Type of weights and activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32 bits.
+    #[default]
+    Float,
+    /// 16 bits (IEEE), for GPUs.
+    Half,
+    /// 16 bits with the exponent of 32.
+    Bfloat16,
+}
+
+impl Precision {
+    /// libtorch's type.
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::Float => Kind::Float,
+            Self::Half => Kind::Half,
+            Self::Bfloat16 => Kind::BFloat16,
+        }
+    }
+
+    /// How far golden logits may lie from the manifest's.
+    pub fn tolerance(self) -> f32 {
+        match self {
+            Self::Float => 2e-2,
+            Self::Half => 0.2,
+            Self::Bfloat16 => 1.0,
+        }
+    }
+}
+
+/// One copy of a model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Instance {
+    /// Where it runs.
+    pub device: Device,
+    /// Threads of libtorch.
+    pub threads: usize,
+    /// Of weights and activations.
+    pub precision: Precision,
+}
+
+impl Instance {
+    /// Name of its device, as in the configuration.
+    pub fn device_name(&self) -> String {
+        match self.device {
+            Device::Cuda(n) => format!("cuda:{n}"),
+            _ => "cpu".to_owned(),
+        }
+    }
+}
+
+/// The copies of `model` that `config` asks for.
+///
+/// # Errors
+/// If a device is unknown or not there, or its precision is not computed there.
+pub fn instances(config: &Config, model: &str) -> Result<Vec<Instance>, ServerError> {
+    let named: Vec<&Placement> = config.placements.iter().filter(|p| p.model.as_deref() == Some(model)).collect();
+    let of_all = || config.placements.iter().filter(|p| p.model.is_none()).collect();
+    let mut placements: Vec<&Placement> = if named.is_empty() { of_all() } else { named };
+    let plain = Placement { device: config.device.clone(), instances: config.instances, ..Placement::default() };
+    if placements.is_empty() {
+        placements.push(&plain);
+    }
+    let mut all = Vec::new();
+    for p in placements {
+        let device = parse_device(&p.device).map_err(ServerError::Config)?;
+        if device == Device::Cpu && p.precision == Precision::Half {
+            return Err(ServerError::Config("placements: half precision is for GPUs; a CPU takes float or bfloat16".into()));
+        }
+        all.extend(std::iter::repeat_n(Instance { device, threads: p.threads, precision: p.precision }, p.instances));
+    }
+    let on_cpu = all.iter().filter(|i| i.device == Device::Cpu).count().max(1);
+    for instance in all.iter_mut().filter(|i| i.threads == 0) {
+        // a GPU's thread only waits for it
+        instance.threads = if instance.device == Device::Cpu { (config.network_threads() / on_cpu).max(1) } else { 1 };
+    }
+    Ok(all)
+}
+
+/// The CPU threads that all networks share: a batch waits until as many are free as it uses. More would take turns on the cores, and
+/// libtorch's threads stall each other where they do.
+pub struct Cores {
+    all: usize,
+    free: Mutex<usize>,
+    changed: Condvar,
+}
+
+/// Threads in use; given back when dropped.
+pub struct Held<'a> {
+    cores: &'a Cores,
+    threads: usize,
+}
+
+impl Cores {
+    /// So many threads.
+    pub fn new(all: usize) -> Arc<Self> {
+        Arc::new(Self { all, free: Mutex::new(all), changed: Condvar::new() })
+    }
+
+    /// Waits for `threads` of them (at most for all there are). Whoever has some computes a batch, so they come back.
+    pub fn take(&self, threads: usize) -> Held<'_> {
+        let threads = threads.min(self.all);
+        let free = self.changed.wait_while(self.free(), |free| *free < threads);
+        *free.unwrap_or_else(PoisonError::into_inner) -= threads;
+        Held { cores: self, threads }
+    }
+
+    fn free(&self) -> MutexGuard<'_, usize> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        *self.cores.free() += self.threads;
+        self.cores.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    fn config(text: &str) -> Config {
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn threads_are_divided_among_the_copies_on_the_cpu() {
+        let c = config("network_threads = 8\ndevice = \"cpu\"\ninstances = 2");
+        let two = instances(&c, "a").unwrap();
+        assert_eq!(two.iter().map(|i| i.threads).collect::<Vec<_>>(), [4, 4]);
+        let c = config(
+            "network_threads = 8\n[[placements]]\ndevice = \"cpu\"\ninstances = 3\n[[placements]]\nmodel = \"b\"\ndevice = \"cpu\"\nthreads = 5\nprecision = \"bfloat16\"",
+        );
+        assert_eq!(instances(&c, "a").unwrap().iter().map(|i| i.threads).collect::<Vec<_>>(), [2, 2, 2]);
+        let b = instances(&c, "b").unwrap();
+        assert_eq!((b.len(), b[0].threads, b[0].precision), (1, 5, Precision::Bfloat16));
+    }
+
+    #[test]
+    fn what_a_device_cannot_do_is_refused() {
+        for bad in ["device = \"cpu\"\nprecision = \"half\"", "device = \"gpu\"", "device = \"cuda:99\""] {
+            assert!(matches!(instances(&config(&format!("[[placements]]\n{bad}")), "a"), Err(ServerError::Config(_))), "{bad}");
+        }
+        assert!(toml::from_str::<Config>("[[placements]]\nprecision = \"int8\"").is_err());
+    }
+
+    #[test]
+    fn no_more_threads_run_than_there_are() {
+        let (cores, running) = (Cores::new(3), AtomicUsize::new(0));
+        std::thread::scope(|s| {
+            for threads in [1, 2, 3, 1, 2, 9] {
+                let (cores, running) = (&cores, &running);
+                s.spawn(move || {
+                    for _ in 0..50 {
+                        let _held = cores.take(threads);
+                        let now = running.fetch_add(threads.min(3), Ordering::SeqCst) + threads.min(3);
+                        assert!(now <= 3, "{now} threads");
+                        std::thread::yield_now();
+                        running.fetch_sub(threads.min(3), Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert_eq!(*cores.free(), 3);
+    }
+}
