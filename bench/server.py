@@ -1,62 +1,91 @@
 #!/usr/bin/env python3
-"""Server throughput against calling the same decoder and tail directly in a loop.
+"""What serving costs: the server against calling the same decoder and tail directly in a loop, and what it adds to an answer at low load.
 
-usage: server.py [--rounds N]        run from the repository's root after `make build`
+usage: server.py [--rounds N]        run from the repository's root after `make build`; needs two cores
 
-Alternates, N times (default 5): the bare loop at batch 1 and 8, and the server under closed-loop load with 1
-and 8 requests under way (gRPC on loopback, real containers). The share outside the network is that of the wall time in
-which libtorch was not computing.
+Alternates, N times (default 5), for batches of 1 and 8:
+* one core each: the bare loop on core 0 with one thread of libtorch; then the server on core 0 with one thread and that largest batch, under a closed loop
+  with twice as many requests under way from a generator on core 1 (gRPC on loopback, real containers). Everything that the server does beside the network
+  is on the network's core: the ratio is what serving costs.
+* both cores for both, generator included, as many requests under way as the batch: what a user sees who does all on one machine.
+Last, one request every 200 ms: latency less the network's own time.
 """
 import argparse
 import json
 import os
 import statistics
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).absolute() / "release"
 PHOTO = ROOT / "third_party" / "foolbox" / "foolbox" / "data" / "imagenet_00_243.jpg"
-
-
-def run(*command):
-    return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def spread(values, unit=""):
-    return f"{statistics.median(values):8.1f}{unit} [{min(values):.1f}, {max(values):.1f}]"
-
-
+BOTH = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+ONE, OTHER = BOTH.split(",")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # for both, as the server sets it for itself
+
+
+def on(cores, *command):
+    return ["taskset", "-c", cores, *map(str, command)]
+
+
+def run(cores, *command):
+    return json.loads(subprocess.run(on(cores, *command), cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout)
+
+
+@contextmanager
+def serving(cores, threads, batch):
+    command = on(cores, BIN / "offload-server", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--threads", threads, "--max-batch", batch)
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "RUST_LOG": "warn"})
+    try:
+        yield "http://" + server.stdout.readline().split()[-1]
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def load(cores, url, *more):
+    point = run(cores, BIN / "bench-harness", "load", PHOTO, "--server", url, "--json", *more)["points"][0]
+    assert not point["failed"] and not point["unsent"], point
+    return point
+
+
+def direct(cores, threads, batch):
+    return run(cores, BIN / "trainer", "direct", "--threads", threads, "--batch", batch, "--rounds", 60 if batch == 1 else 20)["photos_per_second"]
+
+
+def spread(values):
+    return f"{statistics.median(values):.1f} [{min(values):.1f}, {max(values):.1f}]"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    server = subprocess.Popen([BIN / "offload-server", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"],
-                              cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "RUST_LOG": "warn"})
-    try:
-        url = "http://" + server.stdout.readline().split()[-1]
-        results = {}
+    results = {}
+    closed = ("--warm-up", "1s", "--window", "1s")
+    for _ in range(args.rounds):
+        for batch in (1, 8):
+            for name, server_cores, load_cores, threads, under_way in (
+                    ("one core each", ONE, OTHER, 1, 2 * batch), ("both cores shared", BOTH, BOTH, 2, batch)):
+                bare = direct(server_cores, threads, batch)
+                with serving(server_cores, threads, batch) as url:
+                    served = load(load_cores, url, "--concurrency", under_way, *closed)
+                r = results.setdefault((name, batch), ([], [], []))
+                for values, value in zip(r, (bare, served["per_second"], served["batch_size"])):
+                    values.append(value)
+    print(f"| {args.rounds} alternating rounds, median [least, most] | batch | bare loop, photos/s | served | ratio of medians | mean batch |\n|---|---:|---:|---:|---:|---:|")
+    for (name, batch), (bare, served, sizes) in results.items():
+        ratio = statistics.median(served) / statistics.median(bare)
+        print(f"| {name} | {batch} | {spread(bare)} | {spread(served)} | {ratio:.3f} | {statistics.median(sizes):.1f} |")
+    quiet = []
+    with serving(BOTH, 2, 16) as url:
         for _ in range(args.rounds):
-            for batch in (1, 8):
-                direct = run(BIN / "trainer", "direct", "--batch", str(batch), "--rounds", "60" if batch == 1 else "20")
-                load = run(BIN / "bench-harness", "load", PHOTO, "--server", url, "--concurrency", str(batch), "--json",
-                           "--warm-up", "500ms", "--window", "1s")["points"][0]
-                r = results.setdefault(batch, {"direct": [], "server": [], "outside": [], "batch": []})
-                r["direct"].append(direct["photos_per_second"])
-                r["server"].append(load["per_second"])
-                r["outside"].append(100 * load["outside_network"])
-                r["batch"].append(load["batch_size"])
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-    print(f"{args.rounds} alternating runs, median [min, max]; photos per second")
-    for batch, r in results.items():
-        ratio = statistics.median(r["server"]) / statistics.median(r["direct"])
-        print(f"batch {batch}: direct loop {spread(r['direct'])}   server, {batch} under way {spread(r['server'])}   ratio {ratio:.2f}   "
-              f"outside libtorch {spread(r['outside'], ' %')}   mean batch {statistics.median(r['batch']):.1f}")
+            quiet.append(load(BOTH, url, "--rate", 5, "--even", "--warm-up", "1s", "--window", "8s", "--most-windows", 3, "--stability", 1000))
+    of = lambda which: spread([p["overhead_ms"][which] for p in quiet])  # noqa: E731
+    n = sum(p["n"] for p in quiet)
+    print(f"\nbeside the network at 5 requests a second ({len(quiet)} runs, {n} answers), ms: median {of('p50')}, 99th percentile {of('p99')}")
 
 
 main()

@@ -31,7 +31,7 @@ fn openings(log: &str) -> BTreeMap<u64, BTreeSet<u64>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rounds_survive_kills() {
+async fn threat_replay_rounds_survive_kills_and_nobody_counts_twice() {
     let rounds: u64 = std::env::var("ISTHMUS_FAULT_ROUNDS").map_or(12, |n| n.parse().expect("a number of rounds"));
     let mut parties = Parties::start(CLIENTS);
     let mut rng = ChaCha20Rng::seed_from_u64(1);

@@ -68,7 +68,7 @@ const TRICKS: [Trick; 16] = [
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn hostile_uploads_are_refused() {
+async fn threat_replay_and_hostile_uploads_are_refused() {
     let total: usize = std::env::var("ISTHMUS_HOSTILE").map_or(320, |n| n.parse().expect("a number of uploads"));
     let parties = Parties::configured(HONEST + ENROLLED, |text| {
         text.replace("upload_idle = \"10s\"", "upload_idle = \"1s\"").replace("uploads_per_minute = 600", "uploads_per_minute = 1000000")

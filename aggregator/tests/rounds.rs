@@ -56,7 +56,7 @@ fn check_metrics(parties: &Parties) {
 }
 
 #[tokio::test]
-async fn clients_that_agree_least_are_left_out() {
+async fn threat_poisoning_clients_that_agree_least_are_left_out() {
     let parties = Parties::start(9);
     let (_, _, first) = parties.whole_round(request(9, 5000), 7).await;
     let mean = first.mean().unwrap();
@@ -98,7 +98,7 @@ async fn clients_that_agree_least_are_left_out() {
 }
 
 #[tokio::test]
-async fn too_few_clients_end_a_round_without_a_result() {
+async fn threat_small_rounds_end_without_a_result() {
     let parties = Parties::start(4);
     let mut operator = parties.operator().await;
     let round = operator.create(CreateRoundRequest { min_clients: 3, ..request(4, 100) }).await.unwrap().round;

@@ -86,7 +86,7 @@ fn in_memory(pid: u32, needles: &Needles) -> Vec<Kind> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_party_keeps_what_another_one_or_nobody_may_know() {
+async fn threat_secrets_no_party_keeps_what_another_one_or_nobody_may_know() {
     let parties = Parties::start(CLIENTS);
     let mut operator = parties.operator().await;
     // one more than come: the round stays open until it is sealed

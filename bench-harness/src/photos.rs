@@ -27,6 +27,24 @@ pub struct PhotoSet {
     pub photos: Vec<Photo>,
 }
 
+/// The JPEG, PNG and WebP files of a folder, by name.
+///
+/// # Errors
+/// If there are none or the folder cannot be read.
+pub fn files(folder: &Path) -> Result<Vec<PathBuf>, HarnessError> {
+    let entries = std::fs::read_dir(folder).map_err(|cause| HarnessError::Io { path: folder.into(), cause })?;
+    let known = |p: &Path| {
+        let extension = p.extension().map(|e| e.to_string_lossy().to_lowercase());
+        matches!(extension.as_deref(), Some("jpg" | "jpeg" | "png" | "webp"))
+    };
+    let mut files: Vec<PathBuf> = entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| known(p)).collect();
+    files.sort();
+    if files.is_empty() {
+        return Err(HarnessError::data(folder.display().to_string(), "holds no .jpg, .jpeg, .png or .webp files"));
+    }
+    Ok(files)
+}
+
 impl PhotoSet {
     /// Reads every JPEG, PNG and WebP file of `folder`, cropped and resized to `side`.
     ///
@@ -34,16 +52,7 @@ impl PhotoSet {
     /// If there are none or one cannot be read.
     pub fn open(folder: &Path, side: u32) -> Result<Self, HarnessError> {
         let io = |path: &Path, cause| HarnessError::Io { path: path.into(), cause };
-        let entries = std::fs::read_dir(folder).map_err(|e| io(folder, e))?;
-        let known = |p: &Path| {
-            let extension = p.extension().map(|e| e.to_string_lossy().to_lowercase());
-            matches!(extension.as_deref(), Some("jpg" | "jpeg" | "png" | "webp"))
-        };
-        let mut files: Vec<PathBuf> = entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| known(p)).collect();
-        files.sort();
-        if files.is_empty() {
-            return Err(HarnessError::data(folder.display().to_string(), "holds no .jpg, .jpeg, .png or .webp files"));
-        }
+        let files = files(folder)?;
         let labels_path = folder.join("labels.json");
         let labels: HashMap<String, Vec<usize>> = match std::fs::read(&labels_path) {
             Ok(text) => serde_json::from_slice(&text)

@@ -59,6 +59,9 @@ pub enum ServerError {
     /// The server is going down.
     #[error("the server is shutting down")]
     Draining,
+    /// A stream has lasted as long as a connection may.
+    #[error("the stream is as old as a connection may be; open it again")]
+    Aged,
     /// libtorch failed on a batch.
     #[error("the network failed: {0}")]
     Network(String),
@@ -79,6 +82,7 @@ impl ServerError {
             Self::Forbidden(_) => "forbidden",
             Self::Deadline(_) => "deadline",
             Self::Draining => "draining",
+            Self::Aged => "aged",
             Self::Network(_) => "network",
         }
     }
@@ -94,7 +98,7 @@ impl ServerError {
             Self::Unauthenticated => Code::Unauthenticated,
             Self::Forbidden(_) => Code::PermissionDenied,
             Self::Deadline(_) => Code::DeadlineExceeded,
-            Self::Draining => Code::Unavailable,
+            Self::Draining | Self::Aged => Code::Unavailable,
             Self::Config(_) | Self::Io { .. } | Self::Net(_) | Self::Transport(_) | Self::Network(_) => Code::Internal,
         }
     }

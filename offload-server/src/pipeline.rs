@@ -36,6 +36,8 @@ pub struct Pipeline {
     pub window: usize,
     /// A stream on which nothing moves for so long ends.
     pub stream_idle: Duration,
+    /// A stream that is older than this ends after what is under way: its connection could not otherwise. Zero: never.
+    pub stream_age: Duration,
     intake: Intake,
     in_flight: Arc<Semaphore>,
     max_in_flight: usize,
@@ -87,6 +89,7 @@ impl Pipeline {
             draining: CancellationToken::new(),
             window: config.stream_window,
             stream_idle: config.stream_idle,
+            stream_age: config.max_connection_age,
             intake: Intake::new(config.decode_workers()),
             in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
             max_in_flight: config.max_in_flight,

@@ -182,7 +182,8 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     for (age, incoming) in ages.into_iter().zip(lanes) {
         let mut server = server.clone();
         if let Some(age) = age {
-            server = server.max_connection_age(age).max_connection_age_grace(config.max_deadline.max(config.stream_idle));
+            // not tonic's grace: with it, connections are cut off without having been asked to end. Streams end by themselves
+            server = server.max_connection_age(age);
         }
         let router = server.add_service(health_service.clone()).add_service(reflection.clone());
         let router = router.add_service(offload.clone()).add_service(inference.clone());

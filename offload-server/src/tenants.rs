@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_name_tenants() {
+    fn threat_timing_tokens_are_compared_by_their_hash() {
         let tenants = Tenants::new(&[tenant("cameras", "one"), tenant("robots", "two")]).unwrap();
         assert_eq!(tenants.identify(&ask("Bearer two")).unwrap().name, "robots");
         assert_eq!(tenants.identify(&ask("bearer  one")).unwrap().name, "cameras");

@@ -55,7 +55,7 @@ fn png(width: u32, height: u32, extra: Vec<u8>) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn containers_of_every_kind_of_wrong() {
+async fn threat_bombs_containers_of_every_kind_of_wrong() {
     let server = Server::start(&[]);
     let mut client = client(&server).await;
     let (good, _) = sample();
@@ -145,7 +145,7 @@ fn reseal(bytes: &mut [u8]) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn images_of_every_kind_of_wrong() {
+async fn threat_bombs_images_of_every_kind_of_wrong() {
     let server = Server::start(&[]);
     let mut client = client(&server).await;
     let (good, photo) = sample();
@@ -194,7 +194,7 @@ async fn images_of_every_kind_of_wrong() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn streams_that_stop_or_never_read() {
+async fn threat_exhaustion_streams_that_stop_or_never_read() {
     // small batches: the memory in question is that of what waits, not of the network at work
     let server = Server::start(&["--max-batch", "1"]);
     let mut good_client = client(&server).await;
@@ -241,7 +241,7 @@ async fn streams_that_stop_or_never_read() {
 
 /// Connections, streams and half-sent messages are bounded, and what the transport refuses is counted.
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_streams_and_uploads_are_bounded() {
+async fn threat_exhaustion_connections_streams_and_uploads_are_bounded() {
     let server = configured("max_connections = 3\nmax_streams = 1\nmax_request_bytes = 100000\n");
     let mut first = client(&server).await;
     let (good, _) = sample();
@@ -273,7 +273,7 @@ async fn connections_streams_and_uploads_are_bounded() {
 /// A stream on which nothing moves ends with a status, as does one with a message that is too large; requests
 /// before it are still answered.
 #[tokio::test(flavor = "multi_thread")]
-async fn idle_and_oversized_streams_end_with_a_status() {
+async fn threat_slow_loris_idle_and_oversized_streams_end_with_a_status() {
     let server = configured("stream_idle = \"1s\"\nmax_request_bytes = 100000\n");
     let mut client = client(&server).await;
     let (good, _) = sample();
@@ -361,7 +361,7 @@ async fn a_client_that_reads_too_late_learns_that_answers_are_missing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_that_say_nothing_are_closed() {
+async fn threat_slow_loris_connections_that_say_nothing_are_closed() {
     use tokio::io::AsyncReadExt;
     let server = Server::start(&[]);
     let mut silent = tokio::net::TcpStream::connect(server.address).await.unwrap();

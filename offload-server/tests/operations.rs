@@ -128,6 +128,13 @@ async fn connections_end_of_age_spread_out_and_nobody_notices() {
     for task in asking {
         assert!(task.await.unwrap() > 2);
     }
+    // a stream would hold its connection: it ends too, after what is under way
+    let mut streaming = client(&server).await;
+    let (mut sender, mut receiver) = edge_client::stream::open(&mut streaming, 2, options()).await.unwrap();
+    sender.send(Payload::Bitstream(container.clone())).await.unwrap();
+    assert!(receiver.next().await.unwrap().unwrap().result.is_ok());
+    let ended = receiver.next().await;
+    assert!(matches!(&ended, Err(ClientError::Server(s)) if s.code() == Code::Unavailable && s.message().contains("old")), "{ended:?}");
     let connected = connected.load(Ordering::SeqCst);
     assert!((8..=24).contains(&connected), "four clients, four seconds, one second each: {connected} connections");
 }

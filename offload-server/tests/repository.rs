@@ -170,7 +170,7 @@ async fn memory_is_given_back_after_unloading() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_permission_nothing_changes() {
+async fn threat_authorisation_without_permission_nothing_changes() {
     let mut setup = Setup::new("").await;
     assert_eq!(setup.unload(LITE0).await.unwrap_err().code(), Code::PermissionDenied);
     let refused = setup.load(LITE2).await.unwrap_err();

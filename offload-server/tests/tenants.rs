@@ -25,7 +25,7 @@ async fn with_token(server: &Server, token: &str) -> Client {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_tenants_are_answered_and_within_their_quotas() {
+async fn threat_authorisation_only_tenants_are_answered_and_within_their_quotas() {
     let folder = tempfile::tempdir().unwrap();
     let tenant = |name: &str, more: &str| format!("[[tenants]]\nname = {name:?}\ntoken_sha256 = {:?}\n{more}", sha256(name.as_bytes()));
     let tenants = [tenant("cameras", ""), tenant("slow", "max_in_flight = 1\n"), tenant("boss", "operator = true\n")].concat();

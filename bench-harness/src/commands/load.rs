@@ -35,7 +35,7 @@ pub struct LoadArgs {
     /// Quality level of the bundle (default: the middle one).
     #[arg(long)]
     quality: Option<u8>,
-    /// Send image files instead: jpeg:50, webp:75, avif:50, png.
+    /// Send image files instead: jpeg:50, webp:75, avif:50, png; or file: the photos' files as they are.
     #[arg(long, conflicts_with = "quality")]
     image: Option<String>,
     /// Closed loop: so many requests under way, or several such numbers: 1,2,4 or 1:16 (doubling).
@@ -113,6 +113,11 @@ fn payloads(args: &LoadArgs) -> Result<Vec<Payload>> {
     let quality = args.quality.unwrap_or_else(|| encoder.default_quality());
     encoder.bundle().tables.level(quality)?;
     let side = encoder.bundle().manifest.input.size;
+    if args.image.as_deref() == Some("file") {
+        let files = if args.photos.is_dir() { bench_harness::photos::files(&args.photos)? } else { vec![args.photos.clone()] };
+        let read = |path: &PathBuf| Ok(Payload::Image(std::fs::read(path).with_context(|| path.display().to_string())?.into()));
+        return files.iter().map(read).collect();
+    }
     let set = if args.photos.is_dir() { PhotoSet::open(&args.photos, side)? } else { PhotoSet::one(&args.photos, side)? };
     let codec = match args.image.as_deref().map(|i| i.split_once(':').map_or((i, None), |(key, q)| (key, Some(q)))) {
         None => None,

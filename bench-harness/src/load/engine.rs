@@ -38,6 +38,8 @@ pub struct Window {
     pub server: Histogram<u64>,
     /// Of that, waiting.
     pub queue: Histogram<u64>,
+    /// Latency without the network's own time: transport, decoding, waiting, batching.
+    pub overhead: Histogram<u64>,
     /// Answers with a failure, by kind.
     pub failed: std::collections::BTreeMap<String, u64>,
     /// Never sent: too many were under way.
@@ -58,6 +60,7 @@ impl Window {
             lag: histogram()?,
             server: histogram()?,
             queue: histogram()?,
+            overhead: histogram()?,
             failed: Default::default(),
             unsent: 0,
             network: 0.0,
@@ -86,6 +89,7 @@ impl Window {
             (&mut self.lag, &other.lag),
             (&mut self.server, &other.server),
             (&mut self.queue, &other.queue),
+            (&mut self.overhead, &other.overhead),
         ];
         for (mine, theirs) in pairs {
             mine.add(theirs).map_err(|e| HarnessError::data("histogram", e.to_string()))?;
@@ -130,6 +134,7 @@ async fn one(target: Target, number: u64, intended: Instant, window: Arc<Mutex<W
             w.latency.saturating_record(micros(latency));
             w.server.saturating_record(t.total_us);
             w.queue.saturating_record(t.queue_us);
+            w.overhead.saturating_record(micros(latency).saturating_sub(t.network_us));
             w.network += t.network_us as f64 / f64::from(t.batch_size.max(1)) / 1e6;
             w.batches += f64::from(t.batch_size);
         }

@@ -60,6 +60,8 @@ pub struct Point {
     pub server_ms: Summary,
     /// Of that, waiting.
     pub queue_ms: Summary,
+    /// Latency without the network's own time: transport, decoding, waiting, batching.
+    pub overhead_ms: Summary,
     /// Mean requests computed together.
     pub batch_size: f64,
     /// Share of the wall time in which the server's network was not computing.
@@ -135,6 +137,7 @@ pub async fn measure(target: &Target, arrivals: &Arrivals, plan: &Plan) -> Resul
         lag_ms: Summary::of(&all.lag),
         server_ms: Summary::of(&all.server),
         queue_ms: Summary::of(&all.queue),
+        overhead_ms: Summary::of(&all.overhead),
         batch_size: all.batches / n.max(1) as f64,
         outside_network: (1.0 - all.network / all.seconds.max(1e-9)).clamp(0.0, 1.0),
         unsent: all.unsent,

@@ -16,6 +16,7 @@ pub fn markdown(points: &[Point]) -> String {
         "p99",
         "server p50",
         "queue p99",
+        "overhead p99",
         "lag p99",
         "batch",
         "n",
@@ -32,6 +33,7 @@ pub fn markdown(points: &[Point]) -> String {
             format!("{:.1}", p.latency_ms.p99),
             format!("{:.1}", p.server_ms.p50),
             format!("{:.1}", p.queue_ms.p99),
+            format!("{:.2}", p.overhead_ms.p99),
             format!("{:.1}", p.lag_ms.p99),
             format!("{:.1}", p.batch_size),
             p.n.to_string(),
@@ -47,7 +49,7 @@ pub fn markdown(points: &[Point]) -> String {
 
 /// One line a point, with a head.
 pub fn csv(points: &[Point]) -> String {
-    let names = ["latency", "lag", "server", "queue"];
+    let names = ["latency", "lag", "server", "queue", "overhead"];
     let columns: Vec<String> = names.iter().flat_map(|n| ["mean", "p50", "p95", "p99", "max"].map(|s| format!("{n}_{s}_ms"))).collect();
     let mut out =
         format!("load,n,per_second,percentile_ms,batch_size,outside_network,failed,unsent,windows,stable,{}\n", columns.join(","));
@@ -55,7 +57,7 @@ pub fn csv(points: &[Point]) -> String {
         let of = |s: &Summary| [s.mean, s.p50, s.p95, s.p99, s.max].map(|v| format!("{v:.3}")).join(",");
         let failed = p.failed.values().sum::<u64>();
         out += &format!(
-            "{},{},{:.3},{:.3},{:.3},{:.4},{failed},{},{},{},{},{},{},{}\n",
+            "{},{},{:.3},{:.3},{:.3},{:.4},{failed},{},{},{},{},{},{},{},{}\n",
             p.load,
             p.n,
             p.per_second,
@@ -68,7 +70,8 @@ pub fn csv(points: &[Point]) -> String {
             of(&p.latency_ms),
             of(&p.lag_ms),
             of(&p.server_ms),
-            of(&p.queue_ms)
+            of(&p.queue_ms),
+            of(&p.overhead_ms)
         );
     }
     out

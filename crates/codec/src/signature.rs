@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_signed_manifest_of_a_trusted_key_passes() {
+    fn threat_forged_bundles_only_the_signed_manifest_of_a_trusted_key_passes() {
         let (key, other) = ([1; 32], [2; 32]);
         let public = hex(SigningKey::from_bytes(&key).verifying_key().as_bytes());
         let trust = Trust::keys([public.as_str()]).unwrap();

@@ -41,7 +41,7 @@ fn decode(bytes: &[u8]) -> Result<Vec<i32>, CodecError> {
 }
 
 #[test]
-fn every_single_bit_flip_is_refused() {
+fn threat_corruption_every_single_bit_flip_is_refused() {
     let good = container::encode(&symbols(3, true), 1, &HASH, SHAPE, &tables()).unwrap();
     assert!(decode(&good).is_ok());
     for byte in 0..good.len() {
@@ -54,7 +54,7 @@ fn every_single_bit_flip_is_refused() {
 }
 
 #[test]
-fn every_truncation_and_extension_is_refused() {
+fn threat_corruption_every_truncation_and_extension_is_refused() {
     let good = container::encode(&symbols(4, true), 2, &HASH, SHAPE, &tables()).unwrap();
     for len in 0..good.len() {
         assert!(matches!(decode(&good[..len]), Err(CodecError::Malformed(_))), "length {len}");
@@ -85,7 +85,7 @@ fn resealed_garbage_never_passes_as_another_latent_of_other_size() {
 }
 
 #[test]
-fn four_gigabyte_claims_are_refused_before_any_allocation() {
+fn threat_bombs_claims_of_four_gigabytes_are_refused_before_any_allocation() {
     let good = container::encode(&symbols(6, false), 1, &HASH, SHAPE, &tables()).unwrap();
     for (at, what) in [(21, "symbol count"), (25, "payload length")] {
         let mut bad = good.clone();
@@ -199,5 +199,24 @@ proptest! {
         if let Ok(s) = decode(&bytes) {
             prop_assert_eq!(s.len(), SHAPE.symbols());
         }
+    }
+}
+
+/// File names of a manifest that leave its folder are refused, and nothing is read there.
+#[test]
+fn threat_path_traversal_in_a_manifest_is_refused() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../bundles/lite0-patch-stem");
+    let manifest = std::fs::read_to_string(folder.join("manifest.toml")).unwrap();
+    for name in ["../tables.istb", "/etc/passwd", ".hidden", "a/b", "a\\\\b", ".."] {
+        let altered = manifest.replace("tables.istb", name);
+        assert_ne!(altered, manifest);
+        let mut asked = Vec::new();
+        let read = |file: &str| {
+            asked.push(file.to_owned());
+            if file == "manifest.toml" { Ok(altered.clone().into_bytes()) } else { std::fs::read(folder.join(file)) }
+        };
+        let refused = isthmus_codec::Bundle::load(read, |_| true);
+        assert!(matches!(&refused, Err(e) if e.to_string().contains("leaves the folder")), "{name}: {:?}", refused.err());
+        assert!(asked.iter().all(|file| !file.contains(['/', '\\']) && !file.starts_with('.')), "{asked:?}");
     }
 }

@@ -71,7 +71,7 @@ fn golden_bytes() {
 const GOLDEN: (usize, &str) = (141, "85684c53a8ed300e26efd789bddf61801ea81feff117d642a25582f5e321b333");
 
 #[test]
-fn every_bit_flip_and_truncation_is_refused() {
+fn threat_corruption_every_bit_flip_and_truncation_is_refused() {
     let good = container::encode(&symbols(3), 1, &HASH, SHAPE, &tables()).unwrap();
     assert_eq!(good[5], CODEC_ANS_CONTEXT);
     assert_eq!(decode(&good).unwrap(), symbols(3));

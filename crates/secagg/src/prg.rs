@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn every_field_gives_another_stream() {
+    fn threat_reused_seeds_every_field_gives_another_stream() {
         let seed = Seed::from_bytes([7; 32]);
         let share = |change: fn(&mut ReportContext)| {
             let mut report = REPORT;
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_not_printed() {
+    fn threat_secrets_are_not_printed() {
         assert_eq!(format!("{:?}", Seed::from_bytes([171; 32])), "Seed(..)");
     }
 }

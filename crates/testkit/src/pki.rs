@@ -34,6 +34,8 @@ impl Authority {
     pub fn new() -> Self {
         let mut params = rcgen::CertificateParams::new(Vec::new()).expect("no names");
         params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        // the same name as those that it signs would make them look self-signed
+        params.distinguished_name.push(rcgen::DnType::CommonName, "authority of a test");
         let key = rcgen::KeyPair::generate().expect("a key");
         let pem = params.self_signed(&key).expect("a certificate").pem();
         Self { params, key, pem }
@@ -45,6 +47,7 @@ impl Authority {
     /// If a name is none.
     pub fn sign_between(&self, names: &[&str], years: [i32; 2]) -> Signed {
         let mut params = rcgen::CertificateParams::new(names.iter().map(ToString::to_string).collect::<Vec<_>>()).expect("names");
+        params.distinguished_name.push(rcgen::DnType::CommonName, names.first().copied().unwrap_or_default());
         [params.not_before, params.not_after] = years.map(|year| rcgen::date_time_ymd(year, 1, 1));
         let key = rcgen::KeyPair::generate().expect("a key");
         let issuer = rcgen::Issuer::from_params(&self.params, &self.key);

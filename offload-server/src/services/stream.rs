@@ -46,7 +46,7 @@ where
 }
 
 /// Reads requests while the window has room and answers each as it is ready. The stream ends with the client's
-/// half-close; with DEADLINE_EXCEEDED if nothing moves for too long, UNAVAILABLE when the server drains, or the
+/// half-close; with DEADLINE_EXCEEDED if nothing moves for too long, UNAVAILABLE when the server drains or the stream is old, or the
 /// transport's status for an unreadable message, after what is under way has been answered; with DEADLINE_EXCEEDED
 /// if the client does not read its answers. Dropping the set of tasks cancels what is under way.
 async fn pump<Q, A, F>(
@@ -62,12 +62,19 @@ where
     let mut tasks: JoinSet<Result<(), ()>> = JoinSet::new();
     let mut ending: Option<Result<(), Status>> = None;
     let idle = pipeline.stream_idle;
+    let mut aged = std::pin::pin!(async {
+        if pipeline.stream_age.is_zero() {
+            return std::future::pending().await;
+        }
+        tokio::time::sleep(pipeline.stream_age).await;
+    });
     while ending.is_none() || !tasks.is_empty() {
         let open = ending.is_none();
         let room = open && tasks.len() < pipeline.window;
         tokio::select! {
             () = answers.closed() => return None,
             () = pipeline.draining.cancelled(), if open => ending = Some(Err(ServerError::Draining.into())),
+            () = &mut aged, if open => ending = Some(Err(ServerError::Aged.into())),
             done = tasks.join_next(), if !tasks.is_empty() => {
                 if !matches!(done, Some(Ok(Ok(())))) {
                     return Some(ServerError::Deadline("waiting to be read by the client").into());

@@ -1,0 +1,215 @@
+//! What goes wrong around a server, and what clients see of it. Servers that die are in `fleet.rs`, clients that do not read in `bad_input.rs`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{assert_healthy, client, configured, options, sample};
+use edge_client::Payload;
+use isthmus_testkit::{Process, Server, backbones, binary, bundle, free_port};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tonic::codegen::http::{Method, Request};
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// An empty SETTINGS frame.
+const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+
+/// A frame of HTTP/2: type, flags, stream, payload.
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+    frame.extend([kind, flags]);
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
+/// A connection that greets as a client of HTTP/2 does.
+async fn greeted(server: &Server) -> TcpStream {
+    let mut connection = TcpStream::connect(server.address).await.unwrap();
+    connection.write_all(PREFACE).await.unwrap();
+    connection.write_all(&SETTINGS).await.unwrap();
+    connection
+}
+
+fn open_files(server: &Server) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", server.process.id())).unwrap().count()
+}
+
+/// A peer that vanished without a word (a phone without a link): its side answers nothing, not even pings.
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_half_open_connections_are_closed() {
+    let server = configured("keepalive_interval = \"500ms\"\nkeepalive_timeout = \"500ms\"\n");
+    let (container, _) = sample();
+    let mut asking = client(&server).await;
+    assert_healthy(&mut asking, &container).await;
+    let before = open_files(&server);
+    let mut silent = Vec::new();
+    for _ in 0..20 {
+        silent.push(greeted(&server).await);
+    }
+    for connection in &mut silent {
+        let mut received = Vec::new();
+        let closed = tokio::time::timeout(Duration::from_secs(20), connection.read_to_end(&mut received)).await;
+        assert!(closed.is_ok(), "a connection whose pings are not answered is still open");
+    }
+    drop(silent);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(open_files(&server) <= before + 1, "descriptors come back");
+    // a client that answers pings, as the transport does, keeps its connection
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_healthy(&mut asking, &container).await;
+}
+
+/// CVE-2023-44487: streams opened and reset as fast as they can be written.
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_rapid_reset_storm() {
+    const STREAMS: usize = 20_000;
+    let server = Server::start(&[]);
+    let (container, _) = sample();
+    let mut asking = client(&server).await;
+    assert_healthy(&mut asking, &container).await;
+    let before = server.process.memory_kb("VmRSS");
+    let mut ended_early = 0;
+    for _ in 0..3 {
+        let connection = TcpStream::connect(server.address).await.unwrap();
+        let (requests, driver) = h2::client::handshake(connection).await.unwrap();
+        let driver = tokio::spawn(driver);
+        for n in 0..STREAMS {
+            let Ok(mut ready) = requests.clone().ready().await else {
+                ended_early += 1;
+                break;
+            };
+            let uri = format!("http://{}/isthmus.offload.v1.OffloadService/Infer", server.address);
+            let request = Request::builder().method(Method::POST).uri(uri).header("content-type", "application/grpc").body(()).unwrap();
+            let Ok((_, mut stream)) = ready.send_request(request, false) else {
+                ended_early += 1;
+                break;
+            };
+            stream.send_reset(h2::Reason::CANCEL);
+            if n % 64 == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+        drop(requests);
+        let _ = tokio::time::timeout(Duration::from_secs(20), driver).await;
+    }
+    println!("{ended_early} of 3 connections were ended by the server");
+    assert_healthy(&mut asking, &container).await;
+    let grown = server.process.memory_kb("VmRSS").saturating_sub(before);
+    assert!(grown < 50_000, "memory grew by {grown} kB");
+}
+
+/// RUSTSEC-2024-0332: a header block that never ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_continuation_flood() {
+    let server = Server::start(&[]);
+    let (container, _) = sample();
+    let before = server.process.memory_kb("VmRSS");
+    let mut connection = greeted(&server).await;
+    let (mut reading, mut writing) = connection.split();
+    let flood = async {
+        // HEADERS without END_HEADERS, then CONTINUATION without end: a literal header of 8 kB each
+        let mut literal = vec![0x40, 1, b'x', 0x7f, 0x81, 0x3f];
+        literal.extend(vec![b'y'; 8192 + 127]);
+        if writing.write_all(&frame(1, 0, 1, &literal[..100])).await.is_err() {
+            return 0;
+        }
+        for sent in 0..20_000 {
+            if writing.write_all(&frame(9, 0, 1, &literal)).await.is_err() {
+                return sent;
+            }
+        }
+        20_000
+    };
+    let mut received = Vec::new();
+    let closed = async { tokio::time::timeout(Duration::from_secs(30), reading.read_to_end(&mut received)).await };
+    let (sent, closed) = tokio::join!(tokio::time::timeout(Duration::from_secs(30), flood), closed);
+    assert!(closed.is_ok() && sent.unwrap() < 20_000, "the server ends the connection");
+    let grown = server.process.memory_kb("VmRSS").saturating_sub(before);
+    assert!(grown < 50_000, "memory grew by {grown} kB");
+    assert_healthy(&mut client(&server).await, &container).await;
+}
+
+/// A server whose standard error and environment are the test's.
+fn server(stderr: Stdio, variables: &[(&str, String)]) -> Server {
+    let admin = free_port();
+    let mut command = Command::new(binary("offload-server"));
+    command.args(["--listen", "127.0.0.1:0", "--admin-listen", &admin.to_string()]).arg("--bundle").arg(bundle());
+    command.arg("--backbones").arg(backbones()).stderr(stderr).envs(variables.iter().map(|(k, v)| (k, v)));
+    let (process, line) = Process::spawn(&mut command);
+    let address = line.strip_prefix("listening on ").unwrap().parse().unwrap();
+    Server { process, address, admin }
+}
+
+/// Logs go to standard error, and what takes them has no room left.
+#[tokio::test(flavor = "multi_thread")]
+async fn chaos_a_full_disk_for_logs_stops_nothing() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut server = server(full.into(), &[("RUST_LOG", "debug".into())]);
+    let (container, photo) = sample();
+    let mut asking = client(&server).await;
+    for _ in 0..10 {
+        assert_healthy(&mut asking, &container).await;
+    }
+    asking.infer(Payload::Image(photo), &options()).await.unwrap();
+    let bad = common::code_of(&mut asking, Payload::Bitstream(vec![1; 50].into())).await;
+    assert_eq!(bad.0, tonic::Code::InvalidArgument);
+    drop(asking);
+    server.process.signal("TERM");
+    assert_eq!(server.process.wait(Duration::from_secs(30)), Some(0));
+}
+
+/// Debian's libfaketime.
+fn faketime() -> Option<PathBuf> {
+    let found = ["/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1", "/usr/lib/aarch64-linux-gnu/faketime/libfaketime.so.1"];
+    let found = found.iter().map(PathBuf::from).find(|p| p.exists());
+    if found.is_none() {
+        isthmus_testkit::skipped("a clock that steps: `apt-get install faketime`");
+    }
+    found
+}
+
+/// The wall clock is set back and forth by a day: deadlines, queues and streams go by the monotonic one.
+#[tokio::test(flavor = "multi_thread")]
+async fn chaos_clock_steps_are_not_noticed() {
+    let Some(library) = faketime() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let clock = folder.path().join("clock");
+    std::fs::write(&clock, "+0\n").unwrap();
+    let variables = [
+        ("LD_PRELOAD", library.display().to_string()),
+        ("FAKETIME_TIMESTAMP_FILE", clock.display().to_string()),
+        ("FAKETIME_NO_CACHE", "1".into()),
+        ("DONT_FAKE_MONOTONIC", "1".into()),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1".into()),
+    ];
+    let log = folder.path().join("log");
+    let server = server(std::fs::File::create(&log).unwrap().into(), &variables);
+    let (container, _) = sample();
+    let mut asking = client(&server).await;
+    let began = Instant::now();
+    for step in ["+0", "+86400", "-86400", "+3600", "+0"] {
+        std::fs::write(&clock, format!("{step}\n")).unwrap();
+        let bad = common::code_of(&mut asking, Payload::Bitstream(vec![1; 50].into())).await;
+        assert_eq!(bad.0, tonic::Code::InvalidArgument);
+        for _ in 0..10 {
+            let answer = asking.infer(Payload::Bitstream(container.clone()), &options()).await.unwrap();
+            assert!(answer.timing.unwrap().total_us < 20_000_000);
+        }
+    }
+    assert!(began.elapsed() < Duration::from_secs(60));
+    // the clock of the log's own lines did step: the test is real
+    let today = server_time(&std::fs::read_to_string(&log).unwrap());
+    println!("the server's clock showed {today:?}");
+    let page = server.metrics();
+    assert!(page.contains("isthmus_requests_total{payload=\"bitstream\",code=\"Ok\"} 50"), "{page}");
+}
+
+/// Dates of a log's lines.
+fn server_time(log: &str) -> std::collections::BTreeSet<String> {
+    log.lines().filter_map(|l| l.trim_start_matches(|c: char| !c.is_ascii_digit()).get(..10)).map(str::to_owned).collect()
+}
