@@ -52,7 +52,7 @@ $(CHECKS)/.complete: deploy/ci/requirements.txt
 	@rm -rf $(CHECKS) && PIP_ROOT_USER_ACTION=ignore $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes \
 	  --target $(CHECKS) -r $< && touch $@
 
-stack: ## build the images and try the whole of docker-compose.yml, without a registry of images (root, Docker)
+stack: envoy ## build the images and try the whole of docker-compose.yml, without a registry of images (root, Docker)
 	@deploy/ci/test-stack.sh
 
 federated-data: ## fetch Fashion-MNIST (needs Debian's apt-get) and Shakespeare's plays

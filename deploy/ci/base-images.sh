@@ -9,8 +9,10 @@ if ! docker image inspect debian:bookworm-slim >/dev/null 2>&1; then
   command -v debootstrap >/dev/null || apt-get install -qy debootstrap
   debootstrap --variant=minbase bookworm "$work/root" http://deb.debian.org/debian > "$work/log" 2>&1 || { tail -n 20 "$work/log"; exit 1; }
   rm -rf "$work/root/var/lib/apt/lists"/* "$work/root/var/cache/apt/archives"/*.deb "$work/root/usr/share/doc" "$work/root/usr/share/man"
-  # the authorities that this machine trusts
+  # the authorities that this machine trusts, also where the package ca-certificates is installed later
   install -D -m 644 /etc/ssl/certs/ca-certificates.crt "$work/root/etc/ssl/certs/ca-certificates.crt"
+  mkdir -p "$work/root/usr/local/share/ca-certificates"
+  (cd "$work/root/usr/local/share/ca-certificates" && awk '/BEGIN CERT/ {n++} {print > ("host-" n ".crt")}' /etc/ssl/certs/ca-certificates.crt)
   tar -C "$work/root" -c . | docker import --change 'ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin' --change 'CMD ["bash"]' - debian:bookworm-slim >/dev/null
   echo "debian:bookworm-slim made"
 fi

