@@ -76,7 +76,7 @@ def measure(folder, n, through_envoy):
                 except OSError:
                     pass
         load = [BIN / "bench-harness", "load", PHOTO, "--server", urls, "--ca", folder / "ca.pem", "--json", "--connections", "4", "--concurrency", str(8 * n),
-                "--warm-up", "2s", "--window", "2s", "--most-windows", "3", "--stability", "1000"]
+                "--warm-up", "1s", "--window", "3s", "--most-windows", "1"]
         point = json.loads(subprocess.run(load, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout)["points"][0]
         assert not point["failed"], point
         counts = [answered(i) for i in range(n)]

@@ -64,7 +64,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     results = {}
-    closed = ("--warm-up", "1s", "--window", "1s")
+    closed = ("--warm-up", "1s", "--window", "4s", "--most-windows", 1)
     for _ in range(args.rounds):
         for batch in (1, 8):
             for name, server_cores, load_cores, threads, under_way in (

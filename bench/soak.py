@@ -76,7 +76,7 @@ def steady(client, inputs, model, counts, rate, stop):
                 counts.add("failed", error)
             answered.set()
 
-        client.async_infer(model, [random.choice(inputs)], done, parameters={"timeout": LIMIT_US}, client_timeout=30)
+        client.async_infer(model, [random.choice(inputs)], done, timeout=LIMIT_US, client_timeout=30)
         if len(waiting) > 2000:
             waiting.popleft()
         waiting.append(answered)

@@ -281,7 +281,12 @@ impl Client {
     }
 
     /// A call within `deadline`, at another server too if there is one and the first cannot answer.
-    async fn repeated<M, T, F>(&self, deadline: Duration, message: M, call: impl Fn(RawClient, tonic::Request<M>) -> F) -> Result<T, ClientError>
+    async fn repeated<M, T, F>(
+        &self,
+        deadline: Duration,
+        message: M,
+        call: impl Fn(RawClient, tonic::Request<M>) -> F,
+    ) -> Result<T, ClientError>
     where
         M: Clone,
         F: Future<Output = Result<tonic::Response<T>, tonic::Status>>,

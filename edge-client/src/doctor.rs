@@ -58,7 +58,8 @@ pub async fn run(bundle: &Path, endpoints: &[Endpoint], deadline: Duration) -> V
                 }
                 Err(e) => {
                     let text = e.to_string();
-                    let hint = if text.contains("is the server running") { "" } else { "; is the server running, and is the address right?" };
+                    let hint =
+                        if text.contains("is the server running") { "" } else { "; is the server running, and is the address right?" };
                     Err(format!("{text}{hint}"))
                 }
             },

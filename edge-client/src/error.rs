@@ -61,7 +61,8 @@ impl ClientError {
             Self::Connect { .. } => true,
             // a broken connection has a source; a server's own word has none
             Self::Server(status) => {
-                matches!(status.code(), tonic::Code::Unavailable | tonic::Code::ResourceExhausted) || std::error::Error::source(&**status).is_some()
+                matches!(status.code(), tonic::Code::Unavailable | tonic::Code::ResourceExhausted)
+                    || std::error::Error::source(&**status).is_some()
             }
             _ => false,
         }

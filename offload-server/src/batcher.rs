@@ -2,7 +2,7 @@
 //!
 //! What waits together and enters at the same stage runs together. How long an entry takes is predicted from how long the last ones took.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use isthmus_batcher::{Asked, Batch, Closed, Entry, Limits, Pool, Refused, Ticket, Work};
@@ -169,6 +169,11 @@ impl Batcher {
     fn predicted(&self, stage: Stage) -> (Duration, Duration) {
         let (pace, cost) = (locked(&self.pace), roofline(&self.costs, stage));
         (Duration::from_secs_f64(cost * pace.alone), Duration::from_secs_f64(cost * pace.each))
+    }
+
+    /// Alive until the network's threads have ended.
+    pub fn at_work(&self) -> Weak<()> {
+        self.pool.at_work()
     }
 
     /// Entries waiting, by tenant.

@@ -136,7 +136,7 @@ impl Default for Config {
             network_threads: 0,
             instances: 1,
             placements: vec![],
-            max_batch: 16,
+            max_batch: 8,
             queue_delay: Duration::ZERO,
             preferred_batch_sizes: vec![],
             priority_levels: 3,
@@ -255,7 +255,9 @@ impl Config {
         let limits =
             [self.max_deadline, self.stream_idle, self.drain_limit, self.max_queue_cost, self.keepalive_interval, self.keepalive_timeout];
         if limits.iter().any(|d| d.is_zero() || *d > MAX_WAIT) {
-            return bad("max_deadline, stream_idle, drain_limit, max_queue_cost, keepalive_interval and keepalive_timeout must be positive and at most a day");
+            return bad(
+                "max_deadline, stream_idle, drain_limit, max_queue_cost, keepalive_interval and keepalive_timeout must be positive and at most a day",
+            );
         }
         Ok(())
     }

@@ -192,6 +192,14 @@ impl Repository {
         Ok(())
     }
 
+    /// Takes all models out. Their threads finish what they are at; what is returned is alive until they have.
+    pub fn close(&self) -> Vec<Weak<()>> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone = self.current();
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Registry { models: Vec::new(), ..Registry::clone(&gone) });
+        gone.models.iter().map(|model| model.batcher.at_work()).collect()
+    }
+
     /// All versions of all models, loaded or on disk.
     pub fn index(&self) -> Vec<Indexed> {
         let current = self.current();

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use isthmus_proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use isthmus_proto::offload_v1::offload_service_server::OffloadServiceServer;
@@ -28,6 +28,8 @@ use crate::{Config, ServerError, status, telemetry};
 /// A TLS handshake that takes longer is given up.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 const MAX_HEADERS: u32 = 16 << 10;
+/// Batches that nobody waits for any more are finished within this, or abandoned.
+const WORK_END: Duration = Duration::from_secs(5);
 /// Of one connection.
 const LEAST_STREAMS: u32 = 64;
 /// Different ages of connections.
@@ -65,6 +67,11 @@ impl Running {
         let limit = self.drain_limit;
         let ended = tokio::time::timeout(limit, self.served).await;
         self.background.cancel();
+        // libtorch must not compute for those that left while the process takes itself apart
+        let (at_work, began) = (self.pipeline.repository.close(), Instant::now());
+        while at_work.iter().any(|w| w.strong_count() > 0) && began.elapsed() < WORK_END {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         match ended {
             Ok(ended) => ended.map_err(|e| ServerError::Transport(e.to_string()))?,
             // health watches and idle connections have nothing to finish

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use common::{assert_healthy, client, code_of, configured, options, sample};
 use edge_client::{Client, ClientError, Endpoint, InferOptions, Payload};
 use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
+use isthmus_proto::offload_v1::offload_service_client::OffloadServiceClient;
 use isthmus_proto::offload_v1::{Features, InferRequest, infer_request};
 use isthmus_testkit::Server;
 use tokio_stream::wrappers::ReceiverStream;
@@ -274,7 +275,7 @@ async fn threat_exhaustion_connections_streams_and_uploads_are_bounded() {
 /// before it are still answered.
 #[tokio::test(flavor = "multi_thread")]
 async fn threat_slow_loris_idle_and_oversized_streams_end_with_a_status() {
-    let server = configured("stream_idle = \"1s\"\nmax_request_bytes = 100000\n");
+    let server = configured("stream_idle = \"1s\"\nmax_stream_message_bytes = 100000\n");
     let mut client = client(&server).await;
     let (good, _) = sample();
     let request =
@@ -334,10 +335,13 @@ async fn deadlines_are_kept() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_reads_too_late_learns_that_answers_are_missing() {
     let server = configured("stream_idle = \"1s\"\nstream_window = 2\n");
-    let mut late = client(&server).await;
+    // small windows of the transport: they are full soon on a busy machine too
+    let channel = tonic::transport::Channel::from_shared(server.url()).unwrap();
+    let channel = channel.initial_stream_window_size(65_535).initial_connection_window_size(65_535);
+    let mut late = OffloadServiceClient::new(channel.connect().await.unwrap());
     let (good, _) = sample();
     let (send, requests) = tokio::sync::mpsc::channel(1);
-    let mut answers = late.raw().infer_stream(ReceiverStream::new(requests)).await.unwrap().into_inner();
+    let mut answers = late.infer_stream(ReceiverStream::new(requests)).await.unwrap().into_inner();
     let flood = async {
         let mut sent = 0;
         loop {

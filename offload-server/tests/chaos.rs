@@ -163,6 +163,31 @@ async fn chaos_a_full_disk_for_logs_stops_nothing() {
     assert_eq!(server.process.wait(Duration::from_secs(30)), Some(0));
 }
 
+/// The process ends while the network computes for clients that have left: it ends in order all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn chaos_stopped_while_the_network_computes_for_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    for round in 0..5 {
+        let log = folder.path().join(format!("log-{round}"));
+        let mut server = server(std::fs::File::create(&log).unwrap().into(), &[]);
+        let (_, photo) = sample();
+        let asking = client(&server).await;
+        let leaving: Vec<_> = (0..16)
+            .map(|_| {
+                let (mut asking, photo) = (asking.clone(), photo.clone());
+                tokio::spawn(async move { asking.infer(Payload::Image(photo), &options()).await })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(60 + 20 * round)).await;
+        leaving.iter().for_each(tokio::task::JoinHandle::abort);
+        drop(asking);
+        server.process.signal("TERM");
+        assert_eq!(server.process.wait(Duration::from_secs(30)), Some(0));
+        let log = std::fs::read_to_string(&log).unwrap();
+        assert!(!log.contains("panicked") && !log.contains("ERROR"), "{log}");
+    }
+}
+
 /// Debian's libfaketime.
 fn faketime() -> Option<PathBuf> {
     let found = ["/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1", "/usr/lib/aarch64-linux-gnu/faketime/libfaketime.so.1"];

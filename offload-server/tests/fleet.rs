@@ -108,11 +108,8 @@ async fn chaos_kill_and_drain_behind_envoy() {
     let folder = tempfile::tempdir().unwrap();
     let authority = Authority::new();
     authority.write(folder.path(), &["offload-server", "envoy"]);
-    let tls = format!(
-        "tls_cert = {:?}\ntls_key = {:?}\n",
-        folder.path().join("offload-server.pem"),
-        folder.path().join("offload-server.key")
-    );
+    let tls =
+        format!("tls_cert = {:?}\ntls_key = {:?}\n", folder.path().join("offload-server.pem"), folder.path().join("offload-server.key"));
     let servers: Vec<Server> = (0..3).map(|_| start(folder.path(), &tls)).collect();
     let addresses: Vec<_> = servers.iter().map(|s| s.address).collect();
     let Some(envoy) = Envoy::start(&addresses, folder.path()) else { return };

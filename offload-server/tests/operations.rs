@@ -36,14 +36,25 @@ fn the_environment_overrides_the_file_and_flags_override_both() {
     let (_, plain, _) = run(&mut server());
     assert!(plain.contains("max_batch = 4\n") && plain.contains("max_queue = 50\n"), "{plain}");
     let with = |command: &mut Command| {
-        let variables =
-            [("MAX_BATCH", "8"), ("MODELS", "[\"efficientnet-lite2\"]"), ("QUEUE_DELAY", "3ms"), ("LOG_FORMAT", "json"), ("INSECURE", "true")];
+        let variables = [
+            ("MAX_BATCH", "8"),
+            ("MODELS", "[\"efficientnet-lite2\"]"),
+            ("QUEUE_DELAY", "3ms"),
+            ("LOG_FORMAT", "json"),
+            ("INSECURE", "true"),
+        ];
         command.envs(variables.map(|(k, v)| (format!("ISTHMUS_SERVER_{k}"), v)));
         run(command).1
     };
     let shown = with(&mut server());
-    for line in ["max_batch = 8", "max_queue = 50", "models = [\"efficientnet-lite2\"]", "queue_delay = \"3ms\"", "log_format = \"json\"", "insecure = true"]
-    {
+    for line in [
+        "max_batch = 8",
+        "max_queue = 50",
+        "models = [\"efficientnet-lite2\"]",
+        "queue_delay = \"3ms\"",
+        "log_format = \"json\"",
+        "insecure = true",
+    ] {
         assert!(shown.lines().any(|l| l == line), "{line}: {shown}");
     }
     let shown = with(server().args(["--max-batch", "16"]));
@@ -193,9 +204,11 @@ async fn copies_run_where_the_configuration_places_them() {
     assert_healthy(&mut asking, &container).await;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("server.toml");
-    for (placement, why) in [("device = \"cuda:7\"", "cuda:7"), ("device = \"cpu\"\nprecision = \"half\"", "bfloat16"), ("instances = 0", "instances")]
+    for (placement, why) in
+        [("device = \"cuda:7\"", "cuda:7"), ("device = \"cpu\"\nprecision = \"half\"", "bfloat16"), ("instances = 0", "instances")]
     {
-        std::fs::write(&file, format!("bundles = []\nbackbones = {:?}\n[[placements]]\n{placement}\n", isthmus_testkit::backbones())).unwrap();
+        std::fs::write(&file, format!("bundles = []\nbackbones = {:?}\n[[placements]]\n{placement}\n", isthmus_testkit::backbones()))
+            .unwrap();
         let mut command = Command::new(binary("offload-server"));
         let (ok, _, error) = run(command.arg("--config").arg(&file).args(["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]));
         assert!(!ok && error.contains(why), "{placement}: {error}");

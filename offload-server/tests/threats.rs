@@ -50,7 +50,15 @@ async fn threat_path_traversal_in_model_names_and_versions() {
     let server = configured("model_control = true\n", folder.path());
     let mut inference = GrpcInferenceServiceClient::connect(server.url()).await.unwrap();
     let (container, _) = sample();
-    let names = ["../backbones/efficientnet-lite0", "..", "/etc/passwd", "efficientnet-lite0/../efficientnet-lite2", "efficientnet-lite0\0", "%2e%2e", ""];
+    let names = [
+        "../backbones/efficientnet-lite0",
+        "..",
+        "/etc/passwd",
+        "efficientnet-lite0/../efficientnet-lite2",
+        "efficientnet-lite0\0",
+        "%2e%2e",
+        "",
+    ];
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let drawn = (0..50).map(|_| "[./%\\\\a-z0-9\\x00-\\x1f-]{1,80}".new_tree(&mut runner).unwrap().current());
     for name in names.iter().map(ToString::to_string).chain(drawn) {
@@ -117,7 +125,8 @@ async fn threat_wrong_tls_identity() {
     let start = |own: &Signed| {
         std::fs::write(at("server.pem"), &own.pem).unwrap();
         std::fs::write(at("server.key"), &own.key).unwrap();
-        let text = format!("tls_cert = {:?}\ntls_key = {:?}\ntls_client_ca = {:?}\n", at("server.pem"), at("server.key"), at("clients.pem"));
+        let text =
+            format!("tls_cert = {:?}\ntls_key = {:?}\ntls_client_ca = {:?}\n", at("server.pem"), at("server.key"), at("clients.pem"));
         configured(&text, folder.path())
     };
     let ask = async |server: &Server, ca: &Authority, own: Option<&Signed>| {
@@ -157,7 +166,11 @@ async fn threat_secrets_and_line_breaks_in_logs() {
     const TOKEN: &str = "a-very-secret-token-0123456789";
     let folder = tempfile::tempdir().unwrap();
     let (config, log) = (folder.path().join("server.toml"), folder.path().join("log"));
-    let text = format!("log_format = \"json\"\nbundles = [{:?}]\n[[tenants]]\nname = \"cameras\"\ntoken_sha256 = {:?}\n", bundle(), sha256(TOKEN.as_bytes()));
+    let text = format!(
+        "log_format = \"json\"\nbundles = [{:?}]\n[[tenants]]\nname = \"cameras\"\ntoken_sha256 = {:?}\n",
+        bundle(),
+        sha256(TOKEN.as_bytes())
+    );
     std::fs::write(&config, text).unwrap();
     let admin = free_port();
     let mut command = Command::new(binary("offload-server"));
@@ -244,7 +257,9 @@ fn threat_model_files_that_execute_code() {
     let marker = folder.path().join("executed");
     // a pickle whose loading would call os.system("touch executed")
     let pickle = format!("cos\nsystem\n(S'touch {}'\ntR.", marker.display());
-    for (name, content) in [("pickle", pickle.into_bytes()), ("a TorchScript archive", b"PK\x03\x04constants.pkl".to_vec()), ("nothing", vec![])] {
+    for (name, content) in
+        [("pickle", pickle.into_bytes()), ("a TorchScript archive", b"PK\x03\x04constants.pkl".to_vec()), ("nothing", vec![])]
+    {
         let backbones_here = folder.path().join(name.replace(' ', "-"));
         std::fs::create_dir(&backbones_here).unwrap();
         std::fs::copy(backbones().join("labels.json"), backbones_here.join("labels.json")).unwrap();

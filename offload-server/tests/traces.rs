@@ -77,7 +77,9 @@ async fn spans_of_client_and_server_are_one_trace() {
     assert_eq!(call.parent_span_id, asked.span_id, "the call is the client's child");
     let infer = server.iter().find(|s| s.name == "infer" && s.trace_id == asked.trace_id).unwrap();
     assert_eq!(infer.parent_span_id, call.span_id);
-    for (key, expected) in [("model", None), ("kind", Some("bitstream")), ("batch_size", Some("1")), ("network_ms", None), ("queue_ms", None)] {
+    for (key, expected) in
+        [("model", None), ("kind", Some("bitstream")), ("batch_size", Some("1")), ("network_ms", None), ("queue_ms", None)]
+    {
         let found = text(&infer.attributes, key);
         assert!(found.is_some() && expected.is_none_or(|e| found.as_deref() == Some(e)), "{key}: {found:?}");
     }

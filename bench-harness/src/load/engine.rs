@@ -38,7 +38,7 @@ pub struct Window {
     pub server: Histogram<u64>,
     /// Of that, waiting.
     pub queue: Histogram<u64>,
-    /// Latency without the network's own time: transport, decoding, waiting, batching.
+    /// From sending to the answer, without the network's own time: transport, decoding, waiting, batching.
     pub overhead: Histogram<u64>,
     /// Answers with a failure, by kind.
     pub failed: std::collections::BTreeMap<String, u64>,
@@ -123,9 +123,9 @@ async fn one(target: Target, number: u64, intended: Instant, window: Arc<Mutex<W
     let mut client = target.clients[number as usize % target.clients.len()].clone();
     let payload = target.payloads[number as usize % target.payloads.len()].clone();
     let options = InferOptions { top_k: 1, deadline: target.deadline, ..InferOptions::default() };
-    let lag = intended.elapsed();
+    let (lag, sent) = (intended.elapsed(), Instant::now());
     let answer = client.infer(payload, &options).await;
-    let latency = intended.elapsed();
+    let (latency, waited) = (intended.elapsed(), sent.elapsed());
     let mut w = window.lock().await;
     w.lag.saturating_record(micros(lag));
     match answer {
@@ -134,7 +134,7 @@ async fn one(target: Target, number: u64, intended: Instant, window: Arc<Mutex<W
             w.latency.saturating_record(micros(latency));
             w.server.saturating_record(t.total_us);
             w.queue.saturating_record(t.queue_us);
-            w.overhead.saturating_record(micros(latency).saturating_sub(t.network_us));
+            w.overhead.saturating_record(micros(waited).saturating_sub(t.network_us));
             w.network += t.network_us as f64 / f64::from(t.batch_size.max(1)) / 1e6;
             w.batches += f64::from(t.batch_size);
         }

@@ -60,7 +60,7 @@ pub struct Point {
     pub server_ms: Summary,
     /// Of that, waiting.
     pub queue_ms: Summary,
-    /// Latency without the network's own time: transport, decoding, waiting, batching.
+    /// From sending to the answer, without the network's own time: transport, decoding, waiting, batching.
     pub overhead_ms: Summary,
     /// Mean requests computed together.
     pub batch_size: f64,

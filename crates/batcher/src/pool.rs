@@ -1,7 +1,7 @@
 //! The queue with threads and the system's clock.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::queue::{Asked, Batch, Entry, Limits, Queue, Refused, Ticket};
@@ -29,6 +29,7 @@ impl<K, T> Shared<K, T> {
 /// A queue with its worker threads. They finish what waits and end once the pool is gone.
 pub struct Pool<K: Clone + PartialEq, T> {
     shared: Arc<Shared<K, T>>,
+    at_work: Weak<()>,
 }
 
 impl<K: Clone + PartialEq + Send + 'static, T: Send + 'static> Pool<K, T> {
@@ -44,12 +45,22 @@ impl<K: Clone + PartialEq + Send + 'static, T: Send + 'static> Pool<K, T> {
         let workers: Vec<_> = workers.into_iter().collect();
         limits.workers = workers.len();
         let shared = Arc::new(Shared { queue: Mutex::new(Queue::new(limits)), changed: Condvar::new() });
-        let pool = Self { shared };
+        let at_work = Arc::new(());
+        let pool = Self { shared, at_work: Arc::downgrade(&at_work) };
         for (i, make) in workers.into_iter().enumerate() {
-            let shared = pool.shared.clone();
-            std::thread::Builder::new().name(format!("{name}-{i}")).spawn(move || work(&shared, make()))?;
+            let (shared, at_work) = (pool.shared.clone(), at_work.clone());
+            let thread = move || {
+                work(&shared, make());
+                drop(at_work);
+            };
+            std::thread::Builder::new().name(format!("{name}-{i}")).spawn(thread)?;
         }
         Ok(pool)
+    }
+
+    /// Alive until the last worker thread has ended.
+    pub fn at_work(&self) -> Weak<()> {
+        self.at_work.clone()
     }
 
     /// Whether an entry would be taken that has yet to be made, with this predicted cost of others that were told so and have not come.

@@ -21,9 +21,10 @@ pub mod stream;
 /// The servers that `args` name, each with its credentials.
 pub fn endpoints(args: &ServerArgs) -> Result<Vec<Endpoint>, ClientError> {
     let ca = args.ca.as_deref().map(read).transpose()?;
-    let token = args.token.as_deref().map(|path| {
-        String::from_utf8(read(path)?).map_err(|_| ClientError::Usage(format!("{}: no text", path.display())))
-    });
+    let token = args
+        .token
+        .as_deref()
+        .map(|path| String::from_utf8(read(path)?).map_err(|_| ClientError::Usage(format!("{}: no text", path.display()))));
     let token = token.transpose()?;
     let identity = args.cert.as_deref().zip(args.key.as_deref()).map(|(cert, key)| Ok::<_, ClientError>((read(cert)?, read(key)?)));
     let identity = identity.transpose()?;

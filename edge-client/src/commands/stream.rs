@@ -36,7 +36,12 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Opens a stream in place of a broken one, and sends what was not answered again (an inference changes nothing). Tries as long as a photo may take.
-async fn reopen(client: &mut Client, window: usize, options: &InferOptions, under_way: &mut UnderWay) -> Result<(Sender, Receiver), ClientError> {
+async fn reopen(
+    client: &mut Client,
+    window: usize,
+    options: &InferOptions,
+    under_way: &mut UnderWay,
+) -> Result<(Sender, Receiver), ClientError> {
     let (began, mut pause) = (Instant::now(), FIRST_PAUSE);
     loop {
         match open(client, window, options.clone()).await {
