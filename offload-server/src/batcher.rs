@@ -18,11 +18,14 @@ use crate::telemetry;
 use crate::tenants::Tenant;
 
 /// Weight of the last batch in the predicted time of an entry, if it was slower, and if it was faster than predicted: one stall must not
-/// make the next hundred requests look hopeless.
+/// make the next hundred requests look hopeless. A batch that was too late for its members weighs more: what is let in by a prediction
+/// that is too short is computed in vain.
 const SLOWER: f64 = 0.1;
 const FASTER: f64 = 0.5;
-/// A batch counts as at most so many times as slow as predicted.
+const LATE: f64 = 0.5;
+/// A batch counts as at most so many times as slow as predicted; one that was too late may count for more.
 const STALL: f64 = 2.0;
+const STALL_LATE: f64 = 8.0;
 
 /// Runs batches; the seam between queueing and networks.
 pub trait Runner: Send + 'static {
@@ -57,6 +60,7 @@ type Answer = oneshot::Sender<Result<Computed, ServerError>>;
 struct Item {
     input: Vec<f32>,
     answer: Answer,
+    deadline: Instant,
 }
 
 /// How much longer than the roofline's time an entry takes: by itself, and as a member of the batches of late. The roofline knows the
@@ -117,10 +121,14 @@ fn roofline(costs: &[(Stage, Duration)], stage: Stage) -> f64 {
     costs.iter().find(|(s, _)| *s == stage).map_or(0.01, |(_, cost)| cost.as_secs_f64()).max(1e-6)
 }
 
-/// Moves a predicted factor towards the one that was seen.
-fn follow(predicted: &mut f64, seen: f64) {
-    let weight = if seen > *predicted { SLOWER } else { FASTER };
-    *predicted += weight * (seen.min(STALL * *predicted) - *predicted);
+/// Moves a predicted factor towards the one that was seen; `late` if a member's deadline passed meanwhile.
+fn follow(predicted: &mut f64, seen: f64, late: bool) {
+    let (weight, most) = match (seen > *predicted, late) {
+        (false, _) => (FASTER, 1.0),
+        (true, false) => (SLOWER, STALL),
+        (true, true) => (LATE, STALL_LATE),
+    };
+    *predicted += weight * (seen.min(most * *predicted) - *predicted);
 }
 
 fn locked(pace: &Mutex<Pace>) -> MutexGuard<'_, Pace> {
@@ -195,7 +203,7 @@ impl Batcher {
     ) -> Result<Pending<'_>, ServerError> {
         let (answer, receiver) = oneshot::channel();
         let (alone, cost) = self.predicted(stage);
-        let value = Item { input, answer };
+        let value = Item { input, answer, deadline };
         let entry = Entry { key: stage, priority, tenant: tenant.index, weight: tenant.weight, deadline, cost, alone, value };
         match self.pool.submit(entry) {
             Ok(ticket) => Ok(Pending { batcher: self, ticket, answer: receiver }),
@@ -241,12 +249,13 @@ impl<R: Runner> Work<Stage, Item> for Worker<R> {
         self.statistics.executed(batch_size, network);
         match result {
             Ok(logits) => {
+                let late = batch.members.iter().any(|(item, _)| item.deadline < start + network);
                 let mut pace = locked(&self.pace);
                 let factor = network.as_secs_f64() / (roofline(&self.costs, stage) * batch_size as f64);
                 let predicted = if batch_size == 1 { pace.alone } else { pace.each };
-                follow(&mut pace.each, factor);
+                follow(&mut pace.each, factor, late);
                 if batch_size == 1 {
-                    follow(&mut pace.alone, factor);
+                    follow(&mut pace.alone, factor, late);
                 }
                 drop(pace);
                 telemetry::predicted(factor / predicted.max(1e-9));
@@ -309,6 +318,19 @@ mod tests {
         let instance = Instance { device: Device::Cpu, threads: 1, precision: Precision::Float };
         let runners = vec![(Echo(Duration::from_millis(takes)), instance)];
         Batcher::start(runners, "test", &serving, &Cores::new(1), &Arc::default()).unwrap()
+    }
+
+    #[test]
+    fn late_batches_teach_fast_and_stalls_slowly() {
+        let after = |late, seen: &[f64]| {
+            let mut pace = 1.0;
+            seen.iter().for_each(|s| follow(&mut pace, *s, late));
+            pace
+        };
+        assert!((after(false, &[100.0]) - 1.1).abs() < 1e-9, "a stall that hurt nobody");
+        assert!(after(true, &[4.0, 4.0, 4.0]) > 3.5, "three late batches");
+        assert!(after(true, &[100.0]) < 4.6);
+        assert!(after(true, &[4.0, 1.0, 1.0, 1.0]) < 1.2, "forgotten as fast");
     }
 
     #[tokio::test]

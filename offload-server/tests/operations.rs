@@ -67,7 +67,7 @@ fn the_environment_overrides_the_file_and_flags_override_both() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn draining_goes_in_order_and_loses_nothing() {
-    let mut server = configured("drain_delay = \"1500ms\"\ndrain_limit = \"10s\"\nkeepalive_interval = \"1s\"\n");
+    let mut server = configured("drain_delay = \"4s\"\ndrain_limit = \"10s\"\nkeepalive_interval = \"1s\"\n");
     let probe = |server: &Server| {
         let mut command = Command::new(binary("offload-server"));
         run(command.args(["--probe", "--admin-listen", &server.admin.to_string()]))
@@ -94,10 +94,10 @@ async fn draining_goes_in_order_and_loses_nothing() {
     assert!(!ready && why.contains("503"), "{why}");
     let mut late = client(&server).await;
     assert_healthy(&mut late, &container).await;
-    assert!(began.elapsed() < Duration::from_millis(1400), "all of this within the delay");
+    assert!(began.elapsed() < Duration::from_millis(3800), "all of this within the delay");
     // what is in flight when connections are asked to end is answered
     let mut busy = Vec::new();
-    tokio::time::sleep(Duration::from_millis(1400).saturating_sub(began.elapsed())).await;
+    tokio::time::sleep(Duration::from_millis(3800).saturating_sub(began.elapsed())).await;
     for _ in 0..8 {
         let (mut late, photo) = (late.clone(), photo.clone());
         busy.push(tokio::spawn(async move { late.infer(Payload::Image(photo), &options()).await }));
@@ -107,7 +107,7 @@ async fn draining_goes_in_order_and_loses_nothing() {
     }
     drop((asking, late, health, inference));
     assert_eq!(server.process.wait(Duration::from_secs(15)), Some(0));
-    assert!(began.elapsed() >= Duration::from_millis(1500));
+    assert!(began.elapsed() >= Duration::from_secs(4));
     let gone = Client::connect(&Endpoint::new(&server.url()).unwrap()).await;
     assert!(matches!(gone, Err(ClientError::Connect { .. })));
 }
