@@ -107,7 +107,7 @@ impl Endpoint {
     }
 }
 
-/// Adds to calls the bearer token, if there is one, and the current span, if spans are collected.
+/// Adds to calls the bearer token, if there is one, and (feature `otel`) the current span, if spans are collected.
 #[derive(Debug, Clone, Default)]
 pub struct Bearer(Option<MetadataValue<Ascii>>);
 
@@ -116,6 +116,7 @@ impl Interceptor for Bearer {
         if let Some(token) = &self.0 {
             request.metadata_mut().insert("authorization", token.clone());
         }
+        #[cfg(feature = "otel")]
         isthmus_traces::name_to_server(request.metadata_mut());
         Ok(request)
     }

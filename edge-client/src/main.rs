@@ -8,18 +8,18 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use isthmus_traces::Traces;
-use tracing::Level;
+use tracing::{Level, Subscriber};
 use tracing_subscriber::Layer;
-use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
 /// Sends photos to an offload-server as small bitstreams and prints what they show.
 ///
-/// ISTHMUS_LOG=debug logs every step and its time to standard error; OTEL_EXPORTER_OTLP_ENDPOINT names an OpenTelemetry collector that gets them as
-/// spans, joined with the server's.
+/// ISTHMUS_LOG=debug logs every step and its time to standard error. Built with the feature otel, OTEL_EXPORTER_OTLP_ENDPOINT names an OpenTelemetry
+/// collector that gets them as spans, joined with the server's.
 #[derive(Parser)]
 #[command(version, about)]
 struct Cli {
@@ -217,15 +217,32 @@ struct AskArgs {
     json: bool,
 }
 
-/// Logs to standard error, if `ISTHMUS_LOG` names a level (error, warn, info, debug, trace), and sends spans to `traces`.
-fn install_logs(traces: Option<&Traces>) {
-    let level = std::env::var("ISTHMUS_LOG").ok().and_then(|l| l.parse::<Level>().ok());
-    let lines = level.map(|level| {
-        let lines = tracing_subscriber::fmt::layer().with_span_events(FmtSpan::CLOSE);
-        lines.with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).with_filter(LevelFilter::from_level(level))
-    });
-    let spans = traces.map(|t| t.layer().with_filter(Targets::new().with_target("edge_client", Level::DEBUG)));
-    tracing_subscriber::registry().with(lines).with(spans).init();
+/// What is logged to standard error, if `ISTHMUS_LOG` names a level (error, warn, info, debug, trace).
+fn lines<S: Subscriber + for<'a> LookupSpan<'a>>() -> Option<impl Layer<S>> {
+    let level = std::env::var("ISTHMUS_LOG").ok().and_then(|l| l.parse::<Level>().ok())?;
+    let lines = tracing_subscriber::fmt::layer().with_span_events(FmtSpan::CLOSE);
+    Some(lines.with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).with_filter(LevelFilter::from_level(level)))
+}
+
+/// Runs a command with logs, and with its spans sent to a collector if the environment names one.
+#[cfg(feature = "otel")]
+async fn observed(command: impl Future<Output = anyhow::Result<bool>>) -> anyhow::Result<bool> {
+    let traces = isthmus_traces::Traces::from_environment("edge-client")?;
+    let ours = tracing_subscriber::filter::Targets::new().with_target("edge_client", Level::DEBUG);
+    let spans = traces.as_ref().map(|t| t.layer().with_filter(ours));
+    tracing_subscriber::registry().with(lines()).with(spans).init();
+    let done = command.await;
+    if let Some(traces) = traces {
+        traces.finish().await;
+    }
+    done
+}
+
+/// Runs a command with logs.
+#[cfg(not(feature = "otel"))]
+async fn observed(command: impl Future<Output = anyhow::Result<bool>>) -> anyhow::Result<bool> {
+    tracing_subscriber::registry().with(lines()).init();
+    command.await
 }
 
 fn main() -> ExitCode {
@@ -238,10 +255,8 @@ fn main() -> ExitCode {
         }
         // one thread: a device has better uses for the others, and the encoder has its own pool
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(async {
-            let traces = Traces::from_environment("edge-client")?;
-            install_logs(traces.as_ref());
-            let done = match cli.command {
+        runtime.block_on(observed(async {
+            match cli.command {
                 Command::Classify { files, server, encoding, whole_image, policy, ask } => match policy.policy {
                     PolicyKind::Auto => commands::auto::classify(&files, &server, &encoding, whole_image, &policy, &ask).await,
                     PolicyKind::Fixed => commands::classify::run(&files, &server, &encoding, whole_image, &ask).await,
@@ -258,12 +273,8 @@ fn main() -> ExitCode {
                 Command::Doctor { server, bundle, deadline, json } => commands::doctor::run(&server, &bundle, deadline, json).await,
                 #[cfg(feature = "train")]
                 Command::Federate(args) => commands::federate::run(args).await,
-            };
-            if let Some(traces) = traces {
-                traces.finish().await;
             }
-            done
-        })
+        }))
     };
     match run() {
         Ok(true) => ExitCode::SUCCESS,
