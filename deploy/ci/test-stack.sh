@@ -15,6 +15,7 @@ work=$(mktemp -d)
 up=
 finish() {
   status=$?
+  set +e
   [ $status -eq 0 ] || [ -z "$up" ] || "${compose[@]}" logs --tail 30 2>&1 | tail -n 150
   [ -z "$up" ] || "${compose[@]}" --profile tools down --volumes --remove-orphans --timeout 5 >/dev/null 2>&1 || true
   [ -z "$daemon" ] || { kill "$daemon"; wait "$daemon" 2>/dev/null || true; }

@@ -18,6 +18,9 @@ use crate::telemetry::{self, Kind};
 /// Weight of the last decoding in the predicted speed, and how many times as slow as predicted it counts at most.
 const LAST: f64 = 0.1;
 const STALL: f64 = 4.0;
+/// Smaller payloads count as this many bytes, and nothing is predicted to take longer than so long.
+const LEAST_BYTES: usize = 2 << 10;
+const LONGEST: f64 = 0.5;
 
 /// The decode pool.
 pub struct Intake {
@@ -47,11 +50,12 @@ fn locked(paces: &Mutex<Paces>) -> MutexGuard<'_, Paces> {
 
 impl Paces {
     fn seconds(&self, kind: Kind, bytes: usize) -> f64 {
-        self.of.get(kind.label()).copied().unwrap_or(0.0) * bytes as f64
+        (self.of.get(kind.label()).copied().unwrap_or(0.0) * bytes as f64).min(LONGEST)
     }
 
     fn learn(&mut self, kind: Kind, bytes: usize, took: Duration) {
-        let seen = took.as_secs_f64() / bytes.max(1) as f64;
+        // every payload costs something whatever its size: tiny ones say nothing of a byte's price
+        let seen = took.as_secs_f64() / bytes.max(LEAST_BYTES) as f64;
         let pace = self.of.entry(kind.label()).or_insert(seen);
         *pace += LAST * (seen.min(STALL * *pace) - *pace);
     }

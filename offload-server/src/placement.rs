@@ -117,8 +117,15 @@ pub fn instances(config: &Config, model: &str) -> Result<Vec<Instance>, ServerEr
 /// libtorch's threads stall each other where they do.
 pub struct Cores {
     all: usize,
-    free: Mutex<usize>,
+    turns: Mutex<Turns>,
     changed: Condvar,
+}
+
+/// Free threads, and whose turn it is: who came first is served first, or a busy network would starve the others.
+struct Turns {
+    free: usize,
+    next: u64,
+    served: u64,
 }
 
 /// Threads in use; given back when dropped.
@@ -130,25 +137,33 @@ pub struct Held<'a> {
 impl Cores {
     /// So many threads.
     pub fn new(all: usize) -> Arc<Self> {
-        Arc::new(Self { all, free: Mutex::new(all), changed: Condvar::new() })
+        Arc::new(Self { all, turns: Mutex::new(Turns { free: all, next: 0, served: 0 }), changed: Condvar::new() })
     }
 
     /// Waits for `threads` of them (at most for all there are). Whoever has some computes a batch, so they come back.
     pub fn take(&self, threads: usize) -> Held<'_> {
         let threads = threads.min(self.all);
-        let free = self.changed.wait_while(self.free(), |free| *free < threads);
-        *free.unwrap_or_else(PoisonError::into_inner) -= threads;
+        let mut turns = self.turns();
+        let turn = turns.next;
+        turns.next += 1;
+        let waited = self.changed.wait_while(turns, |t| t.served != turn || t.free < threads);
+        let mut turns = waited.unwrap_or_else(PoisonError::into_inner);
+        turns.served += 1;
+        turns.free -= threads;
+        drop(turns);
+        // the next one may find enough as well
+        self.changed.notify_all();
         Held { cores: self, threads }
     }
 
-    fn free(&self) -> MutexGuard<'_, usize> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    fn turns(&self) -> MutexGuard<'_, Turns> {
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        *self.cores.free() += self.threads;
+        self.cores.turns().free += self.threads;
         self.cores.changed.notify_all();
     }
 }
@@ -201,6 +216,6 @@ mod tests {
                 });
             }
         });
-        assert_eq!(*cores.free(), 3);
+        assert_eq!(cores.turns().free, 3);
     }
 }

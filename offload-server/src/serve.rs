@@ -13,6 +13,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::util::MapResponseLayer;
@@ -62,13 +63,18 @@ impl Running {
         self.pipeline.leaving.cancel();
         self.health.set_not_serving::<OffloadServiceServer<Offload>>().await;
         self.health.set_not_serving::<GrpcInferenceServiceServer<Inference>>().await;
+        // the server as a whole, for probes that name no service
+        self.health.set_service_status("", ServingStatus::NotServing).await;
         tokio::time::sleep(self.drain_delay).await;
         self.pipeline.draining.cancel();
         let limit = self.drain_limit;
         let ended = tokio::time::timeout(limit, self.served).await;
         self.background.cancel();
         // libtorch must not compute for those that left while the process takes itself apart
-        let (at_work, began) = (self.pipeline.repository.close(), Instant::now());
+        let (repository, began) = (self.pipeline.repository.clone(), Instant::now());
+        // a model that is being loaded holds it up
+        let closing = tokio::time::timeout(WORK_END, tokio::task::spawn_blocking(move || repository.close())).await;
+        let at_work = closing.ok().and_then(Result::ok).unwrap_or_default();
         while at_work.iter().any(|w| w.strong_count() > 0) && began.elapsed() < WORK_END {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

@@ -34,6 +34,8 @@ type UnderWay = BTreeMap<u64, Sent>;
 /// First pause before a broken stream is opened again; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Ids from here on are no answer's.
+const UNSENT: u64 = 1 << 63;
 
 /// Opens a stream in place of a broken one, and sends what was not answered again (an inference changes nothing). Tries as long as a photo may take.
 async fn reopen(
@@ -46,12 +48,25 @@ async fn reopen(
     loop {
         match open(client, window, options.clone()).await {
             Ok((mut sender, receiver)) => {
-                for (_, sent) in std::mem::take(under_way) {
-                    let id = sender.send(Payload::Bitstream(sent.container.clone())).await?;
-                    under_way.insert(id, sent);
+                let mut again = std::mem::take(under_way).into_values();
+                let mut broken = None;
+                for sent in again.by_ref() {
+                    match sender.send(Payload::Bitstream(sent.container.clone())).await {
+                        Ok(id) => drop(under_way.insert(id, sent)),
+                        Err(error) => {
+                            broken = Some((error, sent));
+                            break;
+                        }
+                    }
                 }
-                return Ok((sender, receiver));
+                let Some((error, first)) = broken else { return Ok((sender, receiver)) };
+                // this one ended too: nothing is dropped
+                under_way.extend((UNSENT..).zip(std::iter::once(first).chain(again)));
+                if began.elapsed() + pause >= options.deadline {
+                    return Err(error);
+                }
             }
+            Err(error) if !error.is_transient() => return Err(error),
             Err(error) if began.elapsed() + pause >= options.deadline => return Err(error),
             Err(error) => tracing::debug!(%error, "the stream could not be opened"),
         }
@@ -116,7 +131,7 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
                             }
                             // the receiving half tells why the stream has ended; there is no answer of this id
                             Err(_) => {
-                                under_way.insert(u64::MAX, sent);
+                                under_way.insert(UNSENT, sent);
                                 sender = None;
                             }
                         }
