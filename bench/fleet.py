@@ -42,7 +42,8 @@ def envoy_config(folder, n):
     line = next(l for l in text.splitlines() if "offload-server-1" in l)
     hosts = "\n".join(line.replace("offload-server-1", "127.0.0.1").replace("50051", str(FIRST_PORT + i)) for i in range(n))
     text = re.sub(r".*offload-server-1.*\n.*offload-server-2.*", hosts, text)
-    text = text.replace("/etc/isthmus/pki", str(folder)).replace("0.0.0.0, port_value: 9901", f"127.0.0.1, port_value: {FIRST_PORT + 90}")
+    text = text.replace("/etc/isthmus/pki", str(folder)).replace("port_value: 9901", f"port_value: {FIRST_PORT + 90}")
+    text = text.replace("0.0.0.0, port_value: 9902", f"127.0.0.1, port_value: {FIRST_PORT + 92}")
     path = folder / f"envoy-{n}.yaml"
     path.write_text(text.replace("0.0.0.0, port_value: 50051", f"127.0.0.1, port_value: {FIRST_PORT + 91}"))
     return path

@@ -211,6 +211,7 @@ impl Client {
 
     /// Connects to several servers of which any may answer, and balances requests over them (power of two choices): what one cannot answer
     /// is tried at another, within a budget, and servers that fail are set aside for a while. Those that cannot be reached now are tried later.
+    /// All of them are sent the same token.
     ///
     /// # Errors
     /// As [`Client::connect`]; of unreachable servers only if none can be reached.
@@ -219,6 +220,9 @@ impl Client {
             return Self::connect(only).await;
         }
         let Some(first) = endpoints.first() else { return Err(ClientError::Usage("no server is named".into())) };
+        if endpoints.iter().any(|e| e.token.0 != first.token.0) {
+            return Err(ClientError::Usage("servers that stand for each other take the same token".into()));
+        }
         let builders = endpoints.iter().map(builder).collect::<Result<Vec<_>, _>>()?;
         let connecting = endpoints.iter().zip(&builders).map(|(endpoint, builder)| channel(endpoint, builder.connect()));
         let (mut members, mut failures) = (Vec::with_capacity(endpoints.len()), Vec::new());

@@ -235,10 +235,18 @@ struct Worker<R> {
 }
 
 impl<R: Runner> Work<Stage, Item> for Worker<R> {
-    fn run(&mut self, batch: Batch<Stage, Item>) {
+    fn run(&mut self, mut batch: Batch<Stage, Item>) {
         let (start, stage) = (Instant::now(), batch.key);
         // waiting for other networks is part of what a batch takes
-        let _held = self.cores.as_ref().map(|cores| cores.take(self.threads));
+        let cores = self.cores.clone();
+        let _held = cores.as_ref().map(|cores| cores.take(self.threads));
+        let now = Instant::now();
+        for (item, _) in batch.members.extract_if(.., |(item, _)| item.deadline <= now) {
+            self.expired(item);
+        }
+        if batch.members.is_empty() {
+            return;
+        }
         let inputs: Vec<&[f32]> = batch.members.iter().map(|(item, _)| item.input.as_slice()).collect();
         // libtorch's bindings panic on internal errors; one bad batch must not end the thread
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.runner.run(stage, &inputs)))
@@ -340,6 +348,27 @@ mod tests {
         assert!(matches!(bad, Err(ServerError::Network(_))));
         let good = batcher.submit(Stage::Pixels, vec![2.0], later, 0, &everybody()).unwrap().answer(later).await.unwrap();
         assert_eq!(good.logits, [2.0]);
+    }
+
+    #[tokio::test]
+    async fn what_expires_while_others_have_the_cores_is_not_computed() {
+        let limits = Limits { max_batch: 4, max_delay: Duration::ZERO, preferred: vec![], max_entries: 8, max_cost: None, workers: 1 };
+        let serving = Serving { limits, costs: vec![(Stage::Pixels, Duration::from_millis(1))], factor: 1.0 };
+        let instance = Instance { device: Device::Cpu, threads: 1, precision: Precision::Float };
+        let cores = Cores::new(1);
+        let statistics = Arc::new(Statistics::default());
+        // computing a negative one would panic and be counted
+        let batcher = Batcher::start(vec![(Echo(Duration::ZERO), instance)], "test", &serving, &cores, &statistics).unwrap();
+        let held = cores.take(1);
+        let (soon, later) = (Instant::now() + Duration::from_millis(100), Instant::now() + Duration::from_secs(5));
+        let short = batcher.submit(Stage::Pixels, vec![-1.0], soon, 0, &everybody()).unwrap();
+        let release = async {
+            tokio::time::sleep(Duration::from_millis(150)).await;
+            drop(held);
+        };
+        let (short, ()) = tokio::join!(short.answer(later), release);
+        assert!(matches!(short, Err(ServerError::Deadline(_))), "{short:?}");
+        assert!(statistics.read().batches.is_empty());
     }
 
     #[tokio::test]

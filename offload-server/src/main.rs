@@ -1,5 +1,7 @@
 //! `offload-server`: decodes bitstreams into a backbone's features and finishes the job.
 
+mod memory;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -108,8 +110,7 @@ enum Instead {
 }
 
 fn main() -> std::process::ExitCode {
-    let wanted = [&[BOUNDED_SPINNING][..], &REUSED_HEAP].concat();
-    let done = with_environment(&wanted).map_err(anyhow::Error::from).and_then(|()| run());
+    let done = with_environment(&[BOUNDED_SPINNING, REUSED_HEAP]).map_err(anyhow::Error::from).and_then(|()| run());
     match done {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(e) => {
@@ -139,6 +140,7 @@ async fn run() -> Result<()> {
     let traces = Traces::from_environment("offload-server")?;
     telemetry::install_logs(config.log_format, traces.as_ref());
     let metrics = telemetry::install_metrics()?;
+    tokio::spawn(memory::watch());
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut running = start(config, metrics).await?;
     // for scripts that let the system choose the port

@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
-use std::time::{Duration, Instant};
 
 use isthmus_batcher::Limits;
 use isthmus_codec::{Bundle, CodecError, Trust, folder};
@@ -25,12 +24,6 @@ use crate::{Config, ServerError, labels};
 
 /// Reason of a model that an operator unloaded.
 const UNLOADED: &str = "unloaded";
-
-/// Requests of a replaced model have their answers by then.
-const RETIRED_LIMIT: Duration = Duration::from_secs(120);
-const POLL: Duration = Duration::from_millis(50);
-/// A network's thread takes to end.
-const THREAD_END: Duration = Duration::from_millis(500);
 
 /// Models on disk and in memory.
 pub struct Repository {
@@ -174,7 +167,8 @@ impl Repository {
         next.bundles.retain(|old| bundles.iter().all(|b| b.hash != old.hash) && next.models.iter().any(|m| m.stage(&old.hash).is_some()));
         next.bundles.splice(0..0, bundles.iter().cloned());
         next.models.splice(at..at, entries);
-        self.replace(next, gone);
+        self.set(next);
+        drop(gone);
     }
 
     /// Unloads the model called `name`: no new requests; those that are in have their answers.
@@ -187,7 +181,8 @@ impl Repository {
         next.model(name, "")?;
         let gone = take(&mut next.models, name);
         self.failures().insert(name.to_owned(), UNLOADED.into());
-        self.replace(next, gone);
+        self.set(next);
+        drop(gone);
         tracing::info!(model = name, "model unloaded");
         Ok(())
     }
@@ -196,7 +191,7 @@ impl Repository {
     pub fn close(&self) -> Vec<Weak<()>> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let gone = self.current();
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Registry { models: Vec::new(), ..Registry::clone(&gone) });
+        self.set(Registry { models: Vec::new(), ..Registry::clone(&gone) });
         gone.models.iter().map(|model| model.batcher.at_work()).collect()
     }
 
@@ -230,24 +225,8 @@ impl Repository {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn replace(&self, next: Registry, gone: Vec<Arc<Entry>>) {
+    fn set(&self, next: Registry) {
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
-        if gone.is_empty() {
-            return;
-        }
-        let gone: Vec<Weak<Entry>> = gone.iter().map(Arc::downgrade).collect();
-        let returned = std::thread::Builder::new().name("return-memory".into()).spawn(move || {
-            let began = Instant::now();
-            while gone.iter().any(|e| e.strong_count() > 0) && began.elapsed() < RETIRED_LIMIT {
-                std::thread::sleep(POLL);
-            }
-            // what libtorch keeps for a thread is freed when that has ended
-            std::thread::sleep(THREAD_END);
-            isthmus_nets::process::return_memory();
-        });
-        if let Err(error) = returned {
-            tracing::warn!(%error, "memory of a replaced model stays with the process");
-        }
     }
 
     /// All bundles; those that are loaded already as they are.
@@ -316,8 +295,6 @@ impl Repository {
             return *machine;
         }
         let machine = Machine::measure(device);
-        // its large copy would otherwise count as the server's memory for ever
-        isthmus_nets::process::return_memory();
         machines.push((device, machine));
         machine
     }

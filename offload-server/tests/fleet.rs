@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use common::{assert_healthy, options, sample};
 use edge_client::{Client, ClientError, Endpoint, Payload};
-use isthmus_testkit::{Authority, Envoy, Server, backbones, bundle};
+use isthmus_testkit::{Authority, Envoy, Server, backbones, bundle, http_body};
 use tokio::task::JoinSet;
 
 /// How servers are run behind a balancer.
@@ -119,6 +119,11 @@ async fn chaos_kill_and_drain_behind_envoy() {
     killed_and_drained(servers, &client, "Envoy").await;
     println!("Envoy: {} requests tried again", envoy.statistic("cluster.offload.upstream_rq_retry"));
     assert_eq!(envoy.healthy(), 1);
+    // Prometheus, and whoever else shares a network with Envoy, sees its statistics and cannot stop it
+    assert!(http_body(envoy.statistics, "/stats/prometheus").unwrap().contains("envoy_cluster_upstream_rq_total"));
+    for path in ["/", "/quitquitquit", "/config_dump", "/stats/prometheus/../../certs"] {
+        assert!(http_body(envoy.statistics, path).is_none(), "{path}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -130,6 +135,8 @@ async fn servers_that_are_away_are_found_when_they_come_and_none_at_all_is_an_er
     let nobody = Client::connect_any(&endpoints).await;
     assert!(matches!(&nobody, Err(ClientError::Connect { why, .. }) if why.contains("is the server running")), "{nobody:?}");
     assert!(matches!(Client::connect_any(&[]).await, Err(ClientError::Usage(_))));
+    let tokens = [endpoints[0].clone().with_token("one").unwrap(), endpoints[1].clone()];
+    assert!(matches!(Client::connect_any(&tokens).await, Err(ClientError::Usage(_))), "a token goes only where it was meant for");
     // one is there, the other one comes later at its address
     let there = start(folder.path(), "");
     let endpoints = [Endpoint::new(&there.url()).unwrap(), endpoints[1].clone()];

@@ -12,7 +12,7 @@ use constriction::stream::{Decode, Encode};
 
 use crate::CodecError;
 use crate::contexts::Field;
-use crate::distribution::{Distribution, MAX_MAGNITUDE};
+use crate::distribution::{Distribution, MAX_MAGNITUDE, ModeFirst};
 use crate::pmf::PRECISION;
 use crate::tables::{LatentShape, LevelTables};
 
@@ -56,30 +56,36 @@ fn push(coder: &mut DefaultAnsCoder, distribution: &Distribution, symbol: i32) -
     coder.encode_symbol(index, distribution.model.as_view()).map_err(failed)
 }
 
+#[inline(always)]
 fn pop(coder: &mut DefaultAnsCoder, distribution: &Distribution) -> Result<i32, CodecError> {
-    let garbage = || CodecError::malformed("the payload does not decode");
+    let index = coder.decode_symbol(ModeFirst(distribution)).map_err(|_| garbage())?;
     let escape = distribution.escape();
-    let index = coder.decode_symbol(distribution.model.as_view()).map_err(|_| garbage())?;
-    let value = if index < escape {
-        index as i64
-    } else {
-        let nibble = uniform();
-        let count = coder.decode_symbol(nibble).map_err(|_| garbage())?;
-        if count > MAX_NIBBLES {
-            return Err(CodecError::malformed("an escape is longer than any symbol"));
-        }
-        let mut raw = 0i64;
-        for n in 0..count {
-            let digit = coder.decode_symbol(nibble).map_err(|_| garbage())?;
-            raw |= (digit as i64) << (4 * n);
-        }
-        if raw & 1 == 1 { -(raw >> 1) - 1 } else { (raw >> 1) + escape as i64 }
-    };
+    let value = if index < escape { index as i64 } else { pop_escaped(coder, escape)? };
     let symbol = value + i64::from(distribution.offset);
     if symbol.unsigned_abs() > u64::from(MAX_MAGNITUDE.unsigned_abs()) {
         return Err(CodecError::malformed("a symbol is out of range"));
     }
     Ok(symbol as i32)
+}
+
+#[cold]
+fn garbage() -> CodecError {
+    CodecError::malformed("the payload does not decode")
+}
+
+#[cold]
+fn pop_escaped(coder: &mut DefaultAnsCoder, escape: usize) -> Result<i64, CodecError> {
+    let nibble = uniform();
+    let count = coder.decode_symbol(nibble).map_err(|_| garbage())?;
+    if count > MAX_NIBBLES {
+        return Err(CodecError::malformed("an escape is longer than any symbol"));
+    }
+    let mut raw = 0i64;
+    for n in 0..count {
+        let digit = coder.decode_symbol(nibble).map_err(|_| garbage())?;
+        raw |= (digit as i64) << (4 * n);
+    }
+    Ok(if raw & 1 == 1 { -(raw >> 1) - 1 } else { (raw >> 1) + escape as i64 })
 }
 
 fn check(symbols: &[i32], level: &LevelTables, shape: LatentShape) -> Result<(), CodecError> {
@@ -146,8 +152,9 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
         let plane = &mut symbols[usize::from(channel) * positions..][..positions];
         match field.as_mut().filter(|_| !contexts.is_static()) {
             None => {
+                let distribution = &contexts.distributions()[0];
                 for symbol in plane.iter_mut() {
-                    *symbol = pop(&mut coder, &contexts.distributions()[0])?;
+                    *symbol = pop(&mut coder, distribution)?;
                 }
             }
             Some(field) => {
@@ -156,7 +163,7 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
                 for (y, row) in plane.chunks_exact_mut(shape.width.into()).enumerate() {
                     let start = field.index(channel.into(), y, 0);
                     for (x, symbol) in row.iter_mut().enumerate() {
-                        let at = y * usize::from(shape.width) + x;
+                        let at = field.place(y, x);
                         let bin = field.complete(contexts, &own, [magnitude[at], signed[at]], start + x);
                         *symbol = pop(&mut coder, &contexts.distributions()[bin])?;
                         field.put(start + x, *symbol);
@@ -164,9 +171,9 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
                 }
             }
         }
-        // predictors of later channels may read this one even if its own table is static
+        // predictors of later channels may read this one even if its own table is static; a new field is zero
         if let Some(field) = field.as_mut().filter(|_| contexts.is_static()) {
-            plane.iter().enumerate().for_each(|(at, &s)| field.set(channel.into(), at, s));
+            plane.iter().enumerate().filter(|(_, s)| **s != 0).for_each(|(at, &s)| field.set(channel.into(), at, s));
         }
     }
     if !coder.is_empty() {

@@ -193,29 +193,34 @@ impl Field {
         [self.magnitudes[i], self.signed[i]]
     }
 
-    /// Adds the terms of `predictor` whose tap passes `wanted` to `sums` (one per position).
+    /// Adds the terms of `predictor` whose tap passes `wanted` to `sums`: rows as far apart as in the planes, so that all of them are one
+    /// loop; what lies between them means nothing.
     fn add(&self, planes: &[i16], predictor: &Predictor, wanted: impl Fn(&Tap) -> bool, sums: &mut [i32]) {
         for tap in predictor.taps.iter().filter(|t| wanted(t)) {
-            for (y, row) in sums.chunks_exact_mut(self.width).enumerate() {
-                let from = self.at(tap, y, 0);
-                for (sum, &value) in row.iter_mut().zip(&planes[from..from + self.width]) {
-                    *sum += i32::from(tap.weight) * i32::from(value);
-                }
+            let from = self.at(tap, 0, 0);
+            for (sum, &value) in sums.iter_mut().zip(&planes[from..]) {
+                *sum += i32::from(tap.weight) * i32::from(value);
             }
         }
     }
 
-    /// Estimates (magnitude, signed) at every position from the taps that pass `wanted`.
+    /// Estimates (magnitude, signed) from the taps that pass `wanted`, at [`Field::place`].
     fn estimates(&self, contexts: &Contexts, wanted: impl Fn(&Tap) -> bool) -> [Vec<i32>; 2] {
-        let mut sums = contexts.predictors().map(|p| vec![p.bias; self.width * self.height]);
+        let len = self.place(self.height - 1, self.width);
+        let mut sums = contexts.predictors().map(|p| vec![p.bias; len]);
         self.add(&self.magnitudes, &contexts.magnitude, &wanted, &mut sums[0]);
         self.add(&self.signed, &contexts.signed, &wanted, &mut sums[1]);
         sums
     }
 
+    /// Where [`Field::estimate_others`] has row `y`, column `x`.
+    pub(crate) fn place(&self, y: usize, x: usize) -> usize {
+        y * self.stride + x
+    }
+
     /// Estimates at every position from all taps, once all symbols they read are known.
     pub fn estimate_all(&self, contexts: &Contexts) -> [Vec<i32>; 2] {
-        self.estimates(contexts, |_| true)
+        self.estimates(contexts, |_| true).map(|sums| sums.chunks(self.stride).flat_map(|row| &row[..self.width]).copied().collect())
     }
 
     /// Number of the distribution of every position of a channel whose symbols are all known.
@@ -224,23 +229,39 @@ impl Field {
         magnitude.into_iter().zip(signed).map(|(m, s)| contexts.bin(m, s)).collect()
     }
 
-    /// Estimates from other channels, to be completed position by position with [`Field::complete`].
+    /// Estimates from other channels at [`Field::place`], to be completed position by position with [`Field::complete`].
     pub(crate) fn estimate_others(&self, contexts: &Contexts, channel: u16) -> [Vec<i32>; 2] {
         self.estimates(contexts, |t| t.channel != channel)
     }
 
-    /// The channel's taps on itself: distance in the planes and weight, for both predictors.
-    pub(crate) fn own_taps(&self, contexts: &Contexts, channel: u16) -> [Vec<(isize, i32)>; 2] {
-        let distance = |t: &Tap| isize::from(t.dy) * self.stride as isize + isize::from(t.dx);
-        let own = |p: &Predictor| p.taps.iter().filter(|t| t.channel == channel).map(|t| (distance(t), t.weight.into())).collect();
-        contexts.predictors().map(own)
+    /// The channel's taps on itself: distance in the planes, weights in both predictors.
+    pub(crate) fn own_taps(&self, contexts: &Contexts, channel: u16) -> Vec<(isize, [i32; 2])> {
+        let mut own: Vec<(isize, [i32; 2])> = Vec::new();
+        for (which, predictor) in contexts.predictors().into_iter().enumerate() {
+            for tap in predictor.taps.iter().filter(|t| t.channel == channel) {
+                let distance = isize::from(tap.dy) * self.stride as isize + isize::from(tap.dx);
+                match own.iter_mut().find(|(d, _)| *d == distance) {
+                    Some((_, weights)) => weights[which] += i32::from(tap.weight),
+                    None => {
+                        let mut weights = [0; 2];
+                        weights[which] = tap.weight.into();
+                        own.push((distance, weights));
+                    }
+                }
+            }
+        }
+        own
     }
 
     /// Number of the distribution at `index`, given the `partial` sums of other channels.
-    pub(crate) fn complete(&self, contexts: &Contexts, own: &[Vec<(isize, i32)>; 2], partial: [i32; 2], index: usize) -> usize {
-        let sum = |taps: &[(isize, i32)], planes: &[i16], start: i32| {
-            taps.iter().fold(start, |sum, &(distance, weight)| sum + weight * i32::from(planes[index.wrapping_add_signed(distance)]))
-        };
-        contexts.bin(sum(&own[0], &self.magnitudes, partial[0]), sum(&own[1], &self.signed, partial[1]))
+    #[inline]
+    pub(crate) fn complete(&self, contexts: &Contexts, own: &[(isize, [i32; 2])], partial: [i32; 2], index: usize) -> usize {
+        let [mut magnitude, mut signed] = partial;
+        for &(distance, weights) in own {
+            let at = index.wrapping_add_signed(distance);
+            magnitude += weights[0] * i32::from(self.magnitudes[at]);
+            signed += weights[1] * i32::from(self.signed[at]);
+        }
+        contexts.bin(magnitude, signed)
     }
 }

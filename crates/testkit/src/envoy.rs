@@ -15,8 +15,10 @@ pub struct Envoy {
     pub process: Process,
     /// Where clients go (TLS).
     pub address: SocketAddr,
-    /// Statistics.
+    /// Everything about it.
     pub admin: SocketAddr,
+    /// What Prometheus sees.
+    pub statistics: SocketAddr,
     _folder: tempfile::TempDir,
 }
 
@@ -38,14 +40,14 @@ impl Envoy {
             return None;
         };
         let folder = tempfile::tempdir().expect("temporary folder");
-        let (address, admin) = (free_port(), free_port());
+        let [address, admin, statistics] = [free_port(), free_port(), free_port()];
         let text = std::fs::read_to_string(root().join("deploy/envoy/envoy.yaml")).expect("deploy/envoy/envoy.yaml");
         let config = folder.path().join("envoy.yaml");
-        std::fs::write(&config, configuration(&text, servers, pki, address, admin)).expect("envoy.yaml");
+        std::fs::write(&config, configuration(&text, servers, pki, [address, admin, statistics])).expect("envoy.yaml");
         let mut command = Command::new(program);
         command.arg("-c").arg(&config).args(["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "error"]);
         let child = command.stdout(Stdio::null()).spawn().expect("envoy starts");
-        let this = Self { process: Process::from(child), address, admin, _folder: folder };
+        let this = Self { process: Process::from(child), address, admin, statistics, _folder: folder };
         let began = Instant::now();
         while this.healthy() < servers.len() {
             assert!(began.elapsed() < LIMIT, "Envoy does not find its servers healthy");
@@ -68,7 +70,7 @@ impl Envoy {
 }
 
 /// The product's configuration with these addresses and files in place of those of containers.
-fn configuration(text: &str, servers: &[SocketAddr], pki: &Path, address: SocketAddr, admin: SocketAddr) -> String {
+fn configuration(text: &str, servers: &[SocketAddr], pki: &Path, [address, admin, statistics]: [SocketAddr; 3]) -> String {
     let mut lines = Vec::new();
     let mut endpoints = servers.iter();
     for line in text.lines() {
@@ -89,6 +91,7 @@ fn configuration(text: &str, servers: &[SocketAddr], pki: &Path, address: Socket
     lines
         .join("\n")
         .replace("/etc/isthmus/pki", &pki.display().to_string())
-        .replace("address: 0.0.0.0, port_value: 9901", &format!("address: {}, port_value: {}", admin.ip(), admin.port()))
+        .replace("port_value: 9901", &format!("port_value: {}", admin.port()))
+        .replace("address: 0.0.0.0, port_value: 9902", &format!("address: {}, port_value: {}", statistics.ip(), statistics.port()))
         .replace("address: 0.0.0.0, port_value: 50051", &format!("address: {}, port_value: {}", address.ip(), address.port()))
 }

@@ -19,6 +19,7 @@ pub mod local;
 pub mod onnx;
 pub mod pack;
 pub mod photos;
+mod progress;
 pub mod quick;
 pub mod rcc;
 pub mod recipe;

@@ -147,6 +147,7 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
                 Ok(None) if under_way.is_empty() && ending => break,
                 broken => {
                     let error = broken.err().unwrap_or_else(|| Status::unavailable("the stream has ended").into());
+                    give_up_late(&mut printer, &mut under_way, options.deadline)?;
                     let again = if error.is_transient() { reopen(&mut client, pace.window, &options, &mut under_way).await } else { Err(error) };
                     match again {
                         Ok((open, answers)) => (sender, receiver) = ((!ending).then_some(open), answers),
@@ -169,6 +170,14 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
         writeln!(std::io::stdout(), "{total} photos, {} failed", printer.failures)?;
     }
     Ok(printer.failures == 0)
+}
+
+/// Photos keep their time limit when a broken stream is opened again.
+fn give_up_late(printer: &mut Printer, under_way: &mut UnderWay, limit: Duration) -> Result<()> {
+    for (_, sent) in under_way.extract_if(.., |_, sent| sent.at.elapsed() >= limit) {
+        printer.print(&Line::failed(sent.file, &ClientError::Deadline(limit)))?;
+    }
+    Ok(())
 }
 
 /// Every photo that was sent gets its line, answered or not.

@@ -1,0 +1,61 @@
+//! `stream` against a server that takes streams and ends them at once.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use isthmus_proto::offload_v1::offload_service_server::{OffloadService, OffloadServiceServer};
+use isthmus_proto::offload_v1::{DescribeRequest, DescribeResponse, InferRequest, InferResponse, InferStreamResponse};
+use isthmus_testkit::{binary, bundle, demo_photos};
+use tonic::{Request, Response, Status, Streaming};
+
+struct Ends(Arc<AtomicUsize>);
+
+#[tonic::async_trait]
+impl OffloadService for Ends {
+    type InferStreamStream = tokio_stream::Empty<Result<InferStreamResponse, Status>>;
+
+    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn infer(&self, _: Request<InferRequest>) -> Result<Response<InferResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn infer_stream(&self, _: Request<Streaming<InferRequest>>) -> Result<Response<Self::InferStreamStream>, Status> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(Response::new(tokio_stream::empty()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn photos_keep_their_time_limit_however_often_a_stream_is_opened_again() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let incoming = tonic::transport::server::TcpIncoming::from(listener);
+    let server = tonic::transport::Server::builder().add_service(OffloadServiceServer::new(Ends(asked.clone())));
+    let serving = tokio::spawn(server.serve_with_incoming(incoming));
+    let folder = tempfile::tempdir().unwrap();
+    for photo in &demo_photos()[..2] {
+        std::fs::copy(photo, folder.path().join(photo.file_name().unwrap())).unwrap();
+    }
+    let mut command = std::process::Command::new(binary("edge-client"));
+    command
+        .arg("stream")
+        .arg(folder.path())
+        .args(["--fps", "10", "--deadline", "1s", "--server", &url, "--json"])
+        .arg("--bundle")
+        .arg(bundle());
+    let began = Instant::now();
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    serving.abort();
+    let lines = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!output.status.success(), "{lines}");
+    assert_eq!(lines.lines().filter(|l| l.contains("no answer within 1s")).count(), 2, "each photo has its line: {lines}");
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    // a pause before each
+    assert!((2..40).contains(&asked.load(Ordering::Relaxed)), "{asked:?}");
+}
