@@ -58,9 +58,20 @@ impl EncodeTiming {
     }
 }
 
+/// How long containers may be. Content that no training saw (noise, for example) takes many times the usual bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Budget {
+    /// Levels below the asked one are tried until a container has at most so many bytes; if none has, the lowest level's is taken.
+    pub target: Option<usize>,
+    /// The same, but longer ones are never made: an error instead.
+    pub most: Option<usize>,
+}
+
 /// An encoded photo.
 #[derive(Debug, Clone)]
 pub struct Encoded {
+    /// The level that was used: the asked one, or what the budget left.
+    pub quality: u8,
     /// The container to send.
     pub container: Vec<u8>,
     /// How long it took.
@@ -71,6 +82,7 @@ pub struct Encoded {
 pub struct Encoder {
     bundle: Bundle,
     engine: Box<dyn Engine>,
+    budget: Budget,
 }
 
 fn micros(since: Instant) -> u64 {
@@ -90,7 +102,14 @@ impl Encoder {
 
     /// Uses another engine.
     pub fn with_engine(bundle: Bundle, engine: Box<dyn Engine>) -> Self {
-        Self { bundle, engine }
+        Self { bundle, engine, budget: Budget::default() }
+    }
+
+    /// Bounds the length of every container from now on.
+    #[must_use]
+    pub fn with_budget(mut self, budget: Budget) -> Self {
+        self.budget = budget;
+        self
     }
 
     /// The bundle.
@@ -103,10 +122,10 @@ impl Encoder {
         self.bundle.levels() / 2 + 1
     }
 
-    /// Encodes a JPEG, PNG or WebP file at quality level `quality` (from 1).
+    /// Encodes a JPEG, PNG or WebP file at quality level `quality` (from 1), or a lower one if the budget wants it.
     ///
     /// # Errors
-    /// If the photo cannot be decoded, the level does not exist, or the encoder fails.
+    /// If the photo cannot be decoded, the level does not exist, or the encoder fails; [`ClientError::TooLong`] if no level fits.
     pub fn encode(&mut self, file: &[u8], quality: u8) -> Result<Encoded, ClientError> {
         let start = Instant::now();
         let photo = isthmus_pixels::decode(file)?;
@@ -133,7 +152,7 @@ impl Encoder {
 
     #[tracing::instrument(level = "debug", skip_all, fields(quality), err(level = "debug"))]
     fn encode_from(&mut self, photo: &Rgb, quality: u8, start: Instant) -> Result<Encoded, ClientError> {
-        let level = self.bundle.tables.level(quality)?;
+        self.bundle.tables.level(quality)?;
         let mut pixels = Vec::new();
         photo.network_input(self.bundle.manifest.input.size)?.normalise_into(&mut pixels);
         let preprocess_us = micros(start);
@@ -141,10 +160,26 @@ impl Encoder {
         let latent = self.engine.run(pixels)?;
         let network_us = micros(start);
         let start = Instant::now();
-        let shape = self.bundle.manifest.latent;
-        let symbols = level.quantise(&latent, shape)?;
-        let container = isthmus_codec::container::encode(&symbols, quality, &self.bundle.hash, shape, &self.bundle.tables)?;
+        let (quality, container) = self.code(&latent, quality)?;
         let entropy_us = micros(start);
-        Ok(Encoded { container, timing: EncodeTiming { preprocess_us, network_us, entropy_us } })
+        Ok(Encoded { quality, container, timing: EncodeTiming { preprocess_us, network_us, entropy_us } })
+    }
+
+    /// The container of the highest level up to `asked` that is within the budget.
+    fn code(&self, latent: &[f32], asked: u8) -> Result<(u8, Vec<u8>), ClientError> {
+        let Budget { target, most } = self.budget;
+        let shape = self.bundle.manifest.latent;
+        let mut quality = asked;
+        loop {
+            let symbols = self.bundle.tables.level(quality)?.quantise(latent, shape)?;
+            let container = isthmus_codec::container::encode(&symbols, quality, &self.bundle.hash, shape, &self.bundle.tables)?;
+            let fits = |limit: Option<usize>| limit.is_none_or(|limit| container.len() <= limit);
+            match quality {
+                _ if fits(target) && fits(most) => return Ok((quality, container)),
+                1 if fits(most) => return Ok((quality, container)),
+                1 => return Err(ClientError::TooLong { bytes: container.len(), most: most.unwrap_or_default() }),
+                _ => quality -= 1,
+            }
+        }
     }
 }

@@ -19,6 +19,14 @@ pub enum ClientError {
     /// The bundle or a container is unusable.
     #[error(transparent)]
     Codec(#[from] isthmus_codec::CodecError),
+    /// No quality level makes few enough bytes.
+    #[error("{bytes} bytes even at the lowest quality level; at most {most} may be sent")]
+    TooLong {
+        /// Of the lowest level's container.
+        bytes: usize,
+        /// That were allowed.
+        most: usize,
+    },
     /// The edge engine failed.
     #[error("encoder: {0}")]
     Engine(String),

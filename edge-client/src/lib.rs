@@ -32,5 +32,5 @@ pub mod stream;
 
 pub use auto::{AutoAnswer, AutoClient};
 pub use client::{Client, Endpoint, InferOptions, Payload};
-pub use encoder::{EncodeTiming, Encoded, Encoder, bundle_versions, open_bundle, open_version};
+pub use encoder::{Budget, EncodeTiming, Encoded, Encoder, bundle_versions, open_bundle, open_version};
 pub use error::ClientError;

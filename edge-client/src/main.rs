@@ -39,7 +39,7 @@ enum Command {
         #[command(flatten)]
         encoding: EncodingArgs,
         /// Send the files as they are and let the server run the whole network (no bundle needed).
-        #[arg(long, conflicts_with = "quality")]
+        #[arg(long, conflicts_with_all = ["quality", "target_bytes", "max_bytes"])]
         whole_image: bool,
         #[command(flatten)]
         policy: PolicyArgs,
@@ -147,6 +147,12 @@ struct EncodingArgs {
     /// Quality level, from 1 (fewest bytes); default: the middle one.
     #[arg(long)]
     quality: Option<u8>,
+    /// For each photo the highest quality level with at most so many bytes (the lowest, if none has).
+    #[arg(long, value_name = "BYTES", conflicts_with = "quality")]
+    target_bytes: Option<usize>,
+    /// Never send more bytes for a photo: lower quality levels are tried, and what is too long at the lowest is not sent.
+    #[arg(long, value_name = "BYTES")]
+    max_bytes: Option<usize>,
     /// Threads of the encoder, 1 to 256.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: u16,

@@ -226,3 +226,49 @@ fn the_client_is_small_and_free_of_libtorch() {
     assert!(tree.contains("rten") && !tree.contains("torch-sys") && !tree.contains("tch v"), "{tree}");
     assert!(Path::new(&binary("edge-client")).exists());
 }
+
+#[test]
+fn a_budget_of_bytes_is_kept_by_lower_quality_levels() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("photo.isth");
+    let encode = |photo: &Path, more: &[&str]| {
+        let fixed = ["encode", photo.to_str().unwrap(), "--output", out.to_str().unwrap()];
+        client(&[&fixed[..], more].concat())
+    };
+    let photo = demo_photos()[0].clone();
+    let of = |output: &Output| (lines(output)[0]["quality"].as_u64().unwrap(), lines(output)[0]["bytes"].as_u64().unwrap());
+    let all: Vec<_> = (1..=6).map(|q: u64| of(&encode(&photo, &["--quality", &q.to_string()]))).collect();
+    assert!(all.windows(2).all(|w| w[0].1 < w[1].1), "{all:?}");
+    for (quality, bytes) in &all {
+        // exactly that many bytes are allowed, and one less is the level below
+        assert_eq!(of(&encode(&photo, &["--target-bytes", &bytes.to_string()])), (*quality, *bytes));
+        let less = (bytes - 1).to_string();
+        let below = all[(*quality as usize).saturating_sub(2)];
+        assert_eq!(of(&encode(&photo, &["--target-bytes", &less])), below);
+        let bounded = encode(&photo, &["--quality", "6", "--max-bytes", &less]);
+        match quality {
+            1 => assert!(text(&bounded.stderr).contains("even at the lowest quality level"), "{}", text(&bounded.stderr)),
+            _ => assert_eq!(of(&bounded), below),
+        }
+    }
+    // noise, which takes many times the bytes of a photo
+    let noise = folder.path().join("noise.png");
+    let mut state = 1u32;
+    let pixels = image::RgbImage::from_fn(224, 224, |_, _| {
+        image::Rgb([(); 3].map(|()| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as u8
+        }))
+    });
+    pixels.save(&noise).unwrap();
+    let (_, unbounded) = of(&encode(&noise, &["--quality", "6"]));
+    let usual = all[5].1;
+    println!("noise takes {unbounded} bytes, a photo {usual}");
+    let bounded = encode(&noise, &["--quality", "6", "--max-bytes", &usual.to_string()]);
+    if bounded.status.success() {
+        assert!(of(&bounded).1 <= usual);
+    } else {
+        assert!(text(&bounded.stderr).contains("may be sent") && bounded.stdout.is_empty());
+    }
+    assert!(text(&encode(&photo, &["--target-bytes", "2000", "--quality", "3"]).stderr).contains("cannot be used with"));
+}

@@ -15,6 +15,7 @@ use crate::{AimKind, AskArgs, EncodingArgs, LocalKind, PolicyArgs, ServerArgs};
 
 async fn client(server: &ServerArgs, encoding: &EncodingArgs, policy: &PolicyArgs, ask: &AskArgs) -> Result<AutoClient> {
     ensure!(encoding.quality.is_none(), "--policy auto chooses the quality level; leave out --quality");
+    ensure!(encoding.target_bytes.is_none(), "--policy auto chooses the quality level; leave out --target-bytes");
     let endpoints: Arc<[_]> = super::endpoints(server)?.into_iter().map(|e| e.with_connect_timeout(ask.deadline)).collect();
     let (encoder, _) = super::encoder(encoding)?;
     let side = encoder.bundle().manifest.input.size;

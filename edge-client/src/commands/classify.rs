@@ -35,7 +35,7 @@ async fn one(path: &Path, encoder: Option<&mut (Encoder, u8)>, client: &mut Clie
     let (payload, quality, timing) = match encoder {
         Some((encoder, quality)) => {
             let encoded = encoder.encode(&file, *quality)?;
-            (Payload::Bitstream(encoded.container.into()), Some(*quality), Some(encoded.timing))
+            (Payload::Bitstream(encoded.container.into()), Some(encoded.quality), Some(encoded.timing))
         }
         None => (Payload::Image(file.into()), None, None),
     };

@@ -19,7 +19,7 @@ pub fn encode(file: &Path, output: Option<PathBuf>, encoding: &EncodingArgs) -> 
     std::fs::write(&path, &encoded.container).map_err(|cause| ClientError::Io { path: path.clone(), cause })?;
     let line = json!({
         "file": file.display().to_string(), "container": path.display().to_string(),
-        "bytes": encoded.container.len(), "quality": quality, "encode": encoded.timing,
+        "bytes": encoded.container.len(), "quality": encoded.quality, "encode": encoded.timing,
     });
     writeln!(std::io::stdout(), "{line}")?;
     Ok(true)

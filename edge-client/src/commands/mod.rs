@@ -4,7 +4,7 @@ use std::path::Path;
 
 use std::time::Duration;
 
-use edge_client::{Client, ClientError, Encoder, Endpoint, bundle_versions, open_version};
+use edge_client::{Budget, Client, ClientError, Encoder, Endpoint, bundle_versions, open_version};
 use isthmus_codec::Trust;
 
 use crate::{EncodingArgs, ServerArgs};
@@ -73,8 +73,10 @@ pub async fn served(
 
 fn version(folder: &Path, args: &EncodingArgs) -> Result<(Encoder, u8), ClientError> {
     let trust = Trust::keys(args.trust.iter().map(String::as_str))?;
-    let encoder = Encoder::new(open_version(folder, &trust)?, args.threads.into())?;
-    let quality = args.quality.unwrap_or_else(|| encoder.default_quality());
+    let budget = Budget { target: args.target_bytes, most: args.max_bytes };
+    let encoder = Encoder::new(open_version(folder, &trust)?, args.threads.into())?.with_budget(budget);
+    let best = args.target_bytes.map(|_| encoder.bundle().levels());
+    let quality = args.quality.or(best).unwrap_or_else(|| encoder.default_quality());
     encoder.bundle().tables.level(quality)?;
     Ok((encoder, quality))
 }

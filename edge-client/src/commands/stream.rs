@@ -24,6 +24,7 @@ pub struct Pace {
 struct Sent {
     file: String,
     container: Bytes,
+    quality: u8,
     timing: EncodeTiming,
     at: Instant,
 }
@@ -126,7 +127,7 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
                 match (encoded, sender.as_mut()) {
                     (Ok(encoded), Some(open)) => {
                         let container = Bytes::from(encoded.container);
-                        let sent = Sent { file: name, container: container.clone(), timing: encoded.timing, at: Instant::now() };
+                        let sent = Sent { file: name, container: container.clone(), quality: encoded.quality, timing: encoded.timing, at: Instant::now() };
                         match open.send(Payload::Bitstream(container)).await {
                             Ok(id) => {
                                 under_way.insert(id, sent);
@@ -143,7 +144,7 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
                 }
             }
             answer = receiver.next() => match answer {
-                Ok(Some(answer)) => print(&mut printer, &mut under_way, answer, quality)?,
+                Ok(Some(answer)) => print(&mut printer, &mut under_way, answer)?,
                 Ok(None) if under_way.is_empty() && ending => break,
                 broken => {
                     let error = broken.err().unwrap_or_else(|| Status::unavailable("the stream has ended").into());
@@ -189,10 +190,10 @@ fn give_up(printer: &mut Printer, under_way: UnderWay, error: &ClientError) -> R
     Ok(())
 }
 
-fn print(printer: &mut Printer, under_way: &mut UnderWay, answer: Answer, quality: u8) -> Result<()> {
+fn print(printer: &mut Printer, under_way: &mut UnderWay, answer: Answer) -> Result<()> {
     let Some(sent) = under_way.remove(&answer.id) else { return Ok(()) };
     let line = match answer.result {
-        Ok(response) => Line::answered(sent.file, Some(quality), sent.container.len(), Some(sent.timing), sent.at.elapsed(), response),
+        Ok(response) => Line::answered(sent.file, Some(sent.quality), sent.container.len(), Some(sent.timing), sent.at.elapsed(), response),
         Err(status) => Line::failed(sent.file, &ClientError::from(status)),
     };
     Ok(printer.print(&line)?)
