@@ -58,19 +58,21 @@ fn a_fleet_fits_the_bundle_and_everybody_takes_the_signed_result() {
     let other = run("aggregator", &[&"train", &at("other.toml")]);
     assert!(!other.status.success() && String::from_utf8_lossy(&other.stderr).contains("is for bundle 000"));
 
-    // versions 4 and 4.1 side by side, both signed
+    // versions 5 and 5.1 side by side, both signed
     let public = good(run("aggregator", &[&"keys", &"authority", &"--out", &at("signer.key")])).trim().to_owned();
-    copy(&bundle(), &at("bundles/4"));
-    good(run("trainer", &[&"sign", &"--bundle", &at("bundles/4"), &"--key", &at("signer.key")]));
+    copy(&bundle(), &at("bundles/5"));
+    good(run("trainer", &[&"sign", &"--bundle", &at("bundles/5"), &"--key", &at("signer.key")]));
     let model = at("run/model.safetensors");
-    let (old, new) = (bundle(), at("bundles/4.1"));
+    let (old, new) = (bundle(), at("bundles/5.1"));
     let parts: [&dyn AsRef<std::ffi::OsStr>; 7] = [&"adapt", &"--bundle", &old, &"--backbones", &backbones(), &"--model", &model];
     let more: [&dyn AsRef<std::ffi::OsStr>; 8] =
-        [&"--photos", &at("photos"), &"--version", &"4.1", &"--out", &new, &"--key", &at("signer.key")];
+        [&"--photos", &at("photos"), &"--version", &"5.1", &"--out", &new, &"--key", &at("signer.key")];
     good(run("trainer", &[&parts[..], &more[..]].concat()));
     let adapted = folder::open(&new, |_| true, &isthmus_codec::Trust::keys([public.as_str()]).unwrap()).unwrap();
     assert_eq!(adapted.manifest.training.adapted_from.as_deref(), Some(hash.as_str()));
     assert_ne!(adapted.hash.to_string(), hash);
+    // decoders of other backbones were not fitted to it
+    assert_eq!((adapted.manifest.decoders.len(), adapted.manifest.golden.logits.len()), (1, 1));
 
     // the newest version is used; by the server too, beside the old one
     let (photo, out) = (&demo[0], at("photo.isth"));
@@ -86,16 +88,16 @@ fn a_fleet_fits_the_bundle_and_everybody_takes_the_signed_result() {
     let classify = |url: &str, bundles: &Path| {
         run("edge-client", &[&"classify", photo, &"--server", &url, &"--bundle", &bundles, &"--trust", &public])
     };
-    for bundles in [at("bundles"), at("bundles/4")] {
+    for bundles in [at("bundles"), at("bundles/5")] {
         good(classify(&both.url(), &bundles));
     }
     // a server that has the old one only: the client falls back to it
-    let behind = server(&at("bundles/4"));
+    let behind = server(&at("bundles/5"));
     good(classify(&behind.url(), &at("bundles")));
 
     // a changed manifest is refused by both
     let manifest = std::fs::read_to_string(new.join("manifest.toml")).unwrap();
-    std::fs::write(new.join("manifest.toml"), manifest.replace("version = \"4.1\"", "version = \"4.2\"")).unwrap();
+    std::fs::write(new.join("manifest.toml"), manifest.replace("version = \"5.1\"", "version = \"5.2\"")).unwrap();
     let refused = classify(&both.url(), &at("bundles"));
     assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("not of a trusted key"));
     std::fs::write(at("server.toml"), &trusting).unwrap();

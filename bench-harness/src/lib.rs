@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bd;
 pub mod codecs;
 pub mod compare;
 pub mod error;

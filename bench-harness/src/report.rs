@@ -5,7 +5,8 @@ use std::path::Path;
 
 use comfy_table::{CellAlignment, Table, presets};
 
-use crate::compare::{Comparison, OURS};
+use crate::bd::{Delta, delta_rate};
+use crate::compare::{Comparison, OURS, Row};
 use crate::error::HarnessError;
 use crate::plot::{Axis, Line, chart};
 use crate::stats::{Interval, bytes_at};
@@ -45,10 +46,35 @@ pub fn table(c: &Comparison) -> String {
         "Agreement and KL compare with the same backbone on the uncompressed crop (not accuracy); 95 % intervals in brackets, \
          over photos. \"Needs\": bytes of that codec at equal agreement, interpolated, and how many times ours."
     );
+    for (what, quality) in QUALITIES {
+        let deltas: Vec<String> = RIVALS
+            .iter()
+            .filter_map(|rival| delta(c, rival, quality).map(|d| format!("{:+.1} % against {rival}", 100.0 * d.rate)))
+            .collect();
+        if !deltas.is_empty() {
+            let _ = writeln!(
+                text,
+                "Bytes at equal {what}, mean over the range that both curves cover (BD-rate, Akima): {}.",
+                deltas.join(", ")
+            );
+        }
+    }
     if let Some(teacher) = &c.teacher_accuracy {
         let _ = writeln!(text, "Labelled top-1 of the uncompressed teacher: {}.", percent(teacher));
     }
     text
+}
+
+/// Image codecs that are plotted and compared with.
+const RIVALS: [&str; 3] = ["WebP", "JPEG", "AVIF"];
+
+/// What may be equal; more is better.
+const QUALITIES: [(&str, fn(&Row) -> f64); 2] = [("agreement", |r| r.agreement.mean), ("KL", |r| -r.kl.mean.ln())];
+
+/// Bytes of the bundle relative to those of `rival` at equal quality.
+fn delta(c: &Comparison, rival: &str, quality: fn(&Row) -> f64) -> Option<Delta> {
+    let points = |family: &str| c.rows.iter().filter(|r| r.family == family).map(|r| (r.bytes, quality(r))).collect::<Vec<_>>();
+    delta_rate(&points(rival), &points(OURS))
 }
 
 fn at(c: &Comparison, family: &str, agreement: f64) -> Option<f64> {
@@ -69,7 +95,7 @@ pub fn write(c: &Comparison, folder: &Path) -> Result<(), HarnessError> {
     let json = serde_json::to_string_pretty(c).map_err(|e| HarnessError::data("results", e.to_string()))?;
     save(format!("{}.json", c.set), json)?;
     save(format!("{}.md", c.set), table(c))?;
-    type Value = fn(&crate::compare::Row) -> f64;
+    type Value = fn(&Row) -> f64;
     let charts: [(&str, &str, Value); 2] = [
         ("agreement", "top-1 agreement with the uncompressed teacher", |r| r.agreement.mean),
         ("kl", "mean KL to the uncompressed teacher (nats)", |r| r.kl.mean),
@@ -79,7 +105,8 @@ pub fn write(c: &Comparison, folder: &Path) -> Result<(), HarnessError> {
             name: family.into(),
             points: c.rows.iter().filter(|r| r.family == family).map(|r| (r.bytes, value(r))).collect(),
         };
-        let lines = [line(OURS), line("WebP"), line("JPEG")];
+        let families = std::iter::once(OURS).chain(RIVALS).filter(|family| c.rows.iter().any(|r| r.family == *family));
+        let lines: Vec<Line> = families.map(line).collect();
         let title = format!("{}: {} crops of {} photos", c.set, c.crops, c.photos);
         let path = folder.join(format!("{}-{name}.svg", c.set));
         chart(&path, &title, &Axis::log("bytes per 224 x 224 crop"), &Axis::linear(label), &lines)

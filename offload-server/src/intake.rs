@@ -167,8 +167,7 @@ fn features(entry: &Entry, map: FeatureMap, payload: &[u8]) -> Result<(Stage, Ve
 
 fn image(entry: &Entry, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
     let mut input = Vec::new();
-    let decode = if isthmus_avif::is_avif(payload) { isthmus_avif::decode } else { isthmus_pixels::decode };
-    decode(payload)?.network_input(entry.input_size)?.normalise_into(&mut input);
+    isthmus_avif::decode_any(payload)?.network_input(entry.input_size)?.normalise_into(&mut input);
     Ok((Stage::Pixels, input))
 }
 

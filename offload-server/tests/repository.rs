@@ -35,7 +35,7 @@ fn copy(from: &Path, to: &Path) {
 impl Setup {
     async fn new(extra: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        copy(&bundle(), &folder.path().join("bundles/4"));
+        copy(&bundle(), &folder.path().join("bundles/5"));
         copy(&backbones(), &folder.path().join("backbones"));
         let config = folder.path().join("server.toml");
         std::fs::write(&config, format!("bundles = [{:?}]\n{extra}", folder.path().join("bundles"))).unwrap();
@@ -69,13 +69,13 @@ async fn a_new_version_of_the_bundle_is_taken_up_beside_the_old_one() {
     let mut old = client(&setup.server).await;
     let bundles =
         |d: isthmus_proto::offload_v1::DescribeResponse| d.models[0].bundles.iter().map(|b| b.version.clone()).collect::<Vec<_>>();
-    assert_eq!(bundles(old.describe(None, Duration::from_secs(5)).await.unwrap()), ["4"]);
-    copy(&bundle(), &setup.folder.path().join("bundles/5"));
-    let manifest = setup.folder.path().join("bundles/5/manifest.toml");
+    assert_eq!(bundles(old.describe(None, Duration::from_secs(5)).await.unwrap()), ["5"]);
+    copy(&bundle(), &setup.folder.path().join("bundles/6"));
+    let manifest = setup.folder.path().join("bundles/6/manifest.toml");
     let text = std::fs::read_to_string(&manifest).unwrap();
-    std::fs::write(&manifest, text.replacen("version = \"4\"", "version = \"5\"", 1)).unwrap();
+    std::fs::write(&manifest, text.replacen("version = \"5\"", "version = \"6\"", 1)).unwrap();
     setup.load(LITE0).await.unwrap();
-    assert_eq!(bundles(old.describe(None, Duration::from_secs(5)).await.unwrap()), ["5", "4"]);
+    assert_eq!(bundles(old.describe(None, Duration::from_secs(5)).await.unwrap()), ["6", "5"]);
     assert_healthy(&mut old, &container).await;
 }
 
@@ -85,17 +85,17 @@ async fn what_cannot_be_loaded_leaves_the_old_one_in_place() {
     let (container, photo) = sample();
     let mut asking = client(&setup.server).await;
     // a decoder that is not the manifest's
-    copy(&bundle(), &setup.folder.path().join("bundles/5"));
-    let files = std::fs::read_dir(setup.folder.path().join("bundles/5")).unwrap().map(|e| e.unwrap().path());
+    copy(&bundle(), &setup.folder.path().join("bundles/6"));
+    let files = std::fs::read_dir(setup.folder.path().join("bundles/6")).unwrap().map(|e| e.unwrap().path());
     let decoder = files.into_iter().find(|p| p.file_name().unwrap().to_str().unwrap().starts_with("decoder")).unwrap();
     std::fs::write(&decoder, b"nothing").unwrap();
     let refused = setup.load(LITE0).await.unwrap_err();
-    assert!(refused.message().contains("bundles/5"), "{refused:?}");
+    assert!(refused.message().contains("bundles/6"), "{refused:?}");
     assert_eq!(setup.state(LITE0).await.0, "READY");
     assert_healthy(&mut asking, &container).await;
-    std::fs::remove_dir_all(setup.folder.path().join("bundles/5")).unwrap();
+    std::fs::remove_dir_all(setup.folder.path().join("bundles/6")).unwrap();
     // a manifest whose golden answer is another
-    let manifest = setup.folder.path().join("bundles/4/manifest.toml");
+    let manifest = setup.folder.path().join("bundles/5/manifest.toml");
     let text = std::fs::read_to_string(&manifest).unwrap();
     let golden = text.find("[golden]").unwrap();
     let at = golden + text[golden..].find("logits = [").unwrap();

@@ -5,12 +5,13 @@ mod common;
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use common::{assert_healthy, client, encoder, options, sample};
 use edge_client::engine::{Engine, RtenEngine};
 use edge_client::{Client, ClientError, Endpoint, InferOptions, Payload};
 use isthmus_proto::offload_v1::Features;
 use isthmus_proto::offload_v1::features::Encoding;
-use isthmus_testkit::{Server, demo_photos};
+use isthmus_testkit::{Server, backbones, bundle, demo_photos};
 use tonic::Code;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -22,27 +23,55 @@ async fn photos_as_bitstreams_and_as_images() {
     assert_eq!(described.models.len(), 2);
     assert_eq!((described.models[0].input_size, described.models[1].input_size), (224, 260));
     let best = encoder.bundle().levels();
-    let (mut ours, mut lite0, mut lite2) = (0, 0, 0);
+    let (mut ours, mut reused, mut lite0, mut lite2) = (0, 0, 0, 0);
     for path in demo_photos() {
         let label: u32 = path.file_stem().unwrap().to_str().unwrap().rsplit('_').next().unwrap().parse().unwrap();
         let photo = std::fs::read(path).unwrap();
         let container = encoder.encode(&photo, best).unwrap().container;
-        let answer = client.infer(Payload::Bitstream(container.into()), &options()).await.unwrap();
+        let container = Bytes::from(container);
+        let answer = client.infer(Payload::Bitstream(container.clone()), &options()).await.unwrap();
         assert_eq!(answer.model, "efficientnet-lite0");
         assert!(answer.timing.unwrap().total_us > 0);
         ours += u32::from(answer.labels[0].index == label);
         let whole = client.infer(Payload::Image(photo.clone().into()), &options()).await.unwrap();
         lite0 += u32::from(whole.labels[0].index == label);
         let other = InferOptions { model: "efficientnet-lite2".into(), logits: true, ..options() };
+        let same = client.infer(Payload::Bitstream(container), &other).await.unwrap();
+        assert_eq!(same.model, "efficientnet-lite2");
+        reused += u32::from(same.labels[0].index == label);
         let whole = client.infer(Payload::Image(photo.into()), &other).await.unwrap();
         assert_eq!(whole.logits.len(), 1000);
         lite2 += u32::from(whole.labels[0].index == label);
     }
     assert_eq!((lite0, lite2), (18, 18), "whole images give the backbones' own accuracy");
+    println!("of 20 right: Lite0 {lite0}, from bitstreams {ours}; Lite2 {lite2}, from the same bitstreams {reused}");
     assert!(ours >= 12, "bitstreams at the best quality: {ours} of 20 right");
-    // a bitstream has no decoder for the other backbone
+    assert!(reused >= 12, "the same bitstreams for the other backbone: {reused} of 20 right");
+}
+
+/// A bundle that has no decoder for one of the server's models.
+#[tokio::test(flavor = "multi_thread")]
+async fn bitstreams_without_a_decoder_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(bundle()).unwrap().map(|e| e.unwrap().path()) {
+        std::fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();
+    }
+    let path = folder.path().join("manifest.toml");
+    let mut manifest: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
+    manifest["decoders"].as_array_mut().unwrap().truncate(1);
+    manifest["golden"]["logits"].as_array_mut().unwrap().truncate(1);
+    manifest["files"].as_table_mut().unwrap().remove("decoder-efficientnet-lite2.safetensors").unwrap();
+    std::fs::write(&path, manifest.to_string()).unwrap();
+    let config = folder.path().join("server.toml");
+    std::fs::write(&config, format!("bundles = [{:?}]\nmodels = [\"efficientnet-lite0\", \"efficientnet-lite2\"]\n", folder.path()))
+        .unwrap();
+    let server = Server::configured(&config, &backbones());
+    let mut client = client(&server).await;
+    let mut encoder = edge_client::Encoder::new(edge_client::open_bundle(folder.path()).unwrap(), 1).unwrap();
+    let container = Bytes::from(encoder.encode(&std::fs::read(&demo_photos()[0]).unwrap(), 3).unwrap().container);
+    client.infer(Payload::Bitstream(container.clone()), &options()).await.unwrap();
     let other = InferOptions { model: "efficientnet-lite2".into(), ..options() };
-    let refused = client.infer(Payload::Bitstream(sample().0), &other).await;
+    let refused = client.infer(Payload::Bitstream(container), &other).await;
     assert!(matches!(refused, Err(ClientError::Server(s)) if s.code() == Code::FailedPrecondition));
 }
 
@@ -190,7 +219,7 @@ async fn metrics_are_those_of_the_specification() {
     assert!(page.contains("isthmus_requests_total{payload=\"bitstream\",code=\"InvalidArgument\"} 1"), "{page}");
     // the status page, as a browser shows it
     let Some(shown) = isthmus_testkit::browser::shown(&format!("http://{}/", server.admin)) else { return };
-    for text in ["efficientnet-lite0", "lite0-patch-stem 4", "anonymous", "bad_container", "median, last minute", "<svg", "<b>3</b>"] {
+    for text in ["efficientnet-lite0", "lite0-patch-stem 5", "anonymous", "bad_container", "median, last minute", "<svg", "<b>3</b>"] {
         assert!(shown.contains(text), "{text} is missing: {shown}");
     }
 }

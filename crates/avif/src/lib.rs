@@ -17,6 +17,14 @@ fn damaged(e: impl std::fmt::Display) -> PixelError {
     PixelError::Decode(format!("AVIF: {e}"))
 }
 
+/// Decodes an AVIF file, or one of the formats of [`isthmus_pixels::decode`].
+///
+/// # Errors
+/// As [`decode`] and [`isthmus_pixels::decode`].
+pub fn decode_any(file: &[u8]) -> Result<Rgb, PixelError> {
+    if is_avif(file) { decode(file) } else { isthmus_pixels::decode(file) }
+}
+
 /// Decodes a still AVIF; alpha is dropped.
 ///
 /// # Errors

@@ -31,7 +31,8 @@ pub struct Release<'a> {
     pub out: &'a Path,
 }
 
-/// Writes the new bundle; its quality levels are scored on the held-out photos, if there are any.
+/// Writes the new bundle; its quality levels are scored on the held-out photos, if there are any. It has the decoder of the bundle's first backbone alone: encoder and
+/// densities were fitted to that; `trainer distill --bundle` makes decoders for others.
 ///
 /// # Errors
 /// If the model is another bundle's, or a file cannot be made.
@@ -63,7 +64,8 @@ pub fn release(r: &Release<'_>) -> Result<Manifest, TrainError> {
     let logits = Vec::<f32>::try_from(fitted.answers(&dequantised)?.view(-1))?;
 
     let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
-    for name in manifest.files.keys() {
+    let dropped: Vec<_> = manifest.decoders.split_off(1).into_iter().map(|d| d.weights).collect();
+    for name in manifest.files.keys().filter(|name| !dropped.contains(name)) {
         files.insert(name.clone(), old.file(name)?.to_vec());
     }
     files.insert(manifest.encoder.graph.clone(), graph(kind, &encoder, side)?);

@@ -91,7 +91,7 @@ impl Local {
             Payload::Image(bytes) => {
                 let side = i64::from(self.bundle.manifest.input.size);
                 let mut pixels = Vec::new();
-                isthmus_pixels::decode(bytes)?.network_input(self.bundle.manifest.input.size)?.normalise_into(&mut pixels);
+                isthmus_avif::decode_any(bytes)?.network_input(self.bundle.manifest.input.size)?.normalise_into(&mut pixels);
                 let pixels = Tensor::from_slice(&pixels).view([1, 3, side, side]);
                 self.backbone.forward(&at_size(&pixels, self.backbone.kind()))
             }
