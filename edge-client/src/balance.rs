@@ -34,6 +34,8 @@ pub struct TransportError(#[source] StdError);
 /// A server that failed once is set aside for so long, twice as long after each further failure in a row, up to the limit.
 const ASIDE: Duration = Duration::from_millis(500);
 const LONGEST_ASIDE: Duration = Duration::from_secs(30);
+/// A request that is given up after so long without an answer counts as a failure of its server; one that is given up sooner says nothing.
+const SILENT: Duration = Duration::from_millis(250);
 /// A server that is set aside is looked at again so often.
 const RECHECK: Duration = Duration::from_millis(50);
 /// Calls waiting for a connection to be ready.
@@ -117,7 +119,12 @@ struct Health {
 }
 
 /// A request under way at a member.
-struct UnderWay(Arc<[State]>, usize);
+struct UnderWay {
+    fleet: Arc<[State]>,
+    place: usize,
+    began: Instant,
+    ended: bool,
+}
 
 impl Member {
     fn state(&self) -> &State {
@@ -154,17 +161,21 @@ impl State {
 impl UnderWay {
     fn begin(member: &Member) -> Self {
         member.state().under_way.fetch_add(1, Ordering::Relaxed);
-        Self(member.fleet.clone(), member.place)
+        Self { fleet: member.fleet.clone(), place: member.place, began: Instant::now(), ended: false }
     }
 
     fn state(&self) -> &State {
-        &self.0[self.1]
+        &self.fleet[self.place]
     }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
         self.state().under_way.fetch_sub(1, Ordering::Relaxed);
+        // given up without a word from the server: it may hang
+        if !self.ended && self.began.elapsed() >= SILENT {
+            self.state().failed(Instant::now());
+        }
     }
 }
 
@@ -192,10 +203,11 @@ impl Service<Request<Body>> for Member {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let under_way = UnderWay::begin(self);
+        let mut under_way = UnderWay::begin(self);
         let calling = self.channel.call(request);
         Box::pin(async move {
             let answer = calling.await;
+            under_way.ended = true;
             let state = under_way.state();
             match &answer {
                 Err(_) => state.failed(Instant::now()),

@@ -167,9 +167,9 @@ impl Batcher {
     ///
     /// # Errors
     /// As [`Self::submit`].
-    pub fn admit(&self, stage: Stage, deadline: Instant, priority: u8) -> Result<Admitted<'_>, ServerError> {
+    pub fn admit(&self, stage: Stage, deadline: Instant, priority: u8, tenant: &Tenant) -> Result<Admitted<'_>, ServerError> {
         let (alone, cost) = self.predicted(stage);
-        let asked = Asked { priority, deadline, cost, alone };
+        let asked = Asked { tenant: tenant.index, weight: tenant.weight, priority, deadline, cost, alone };
         self.admission.enter(cost, |ahead| self.pool.would_take(&asked, ahead)).map_err(refused)
     }
 
@@ -317,7 +317,7 @@ mod tests {
 
     fn everybody() -> Tenant {
         let config = toml::from_str("name = \"test\"").unwrap();
-        Tenant::new(0, &config)
+        Tenant::alone(0, &config)
     }
 
     fn batcher(takes: u64, max_entries: usize) -> Batcher {

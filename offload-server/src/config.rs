@@ -23,7 +23,8 @@ const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
 pub struct Config {
     /// Address of the gRPC listener.
     pub listen: SocketAddr,
-    /// Address of the admin listener (metrics, health); none if empty.
+    /// Address of the admin listener (metrics, health), or `none`.
+    #[serde(with = "address_or_none")]
     pub admin_listen: Option<SocketAddr>,
     /// Bundle folders, or folders of such folders, one for each version.
     pub bundles: Vec<PathBuf>,
@@ -209,7 +210,7 @@ impl Config {
         if self.tls_client_ca.is_none() && self.tenants.iter().any(|t| t.certificate_sha256.is_some()) {
             return bad("tenants: certificate_sha256 needs tls_client_ca");
         }
-        Tenants::new(&self.tenants)?;
+        Tenants::new(&self.tenants, self.max_in_flight)?;
         if !self.listen.ip().is_loopback() && self.tls_cert.is_none() && !self.insecure {
             return bad("listening off loopback needs tls_cert and tls_key (or insecure = true on a network you trust)");
         }
@@ -270,6 +271,31 @@ impl Config {
     /// libtorch threads, resolved.
     pub fn network_threads(&self) -> usize {
         if self.network_threads > 0 { self.network_threads } else { cores() }
+    }
+}
+
+/// An address, or the word `none`: a key that is left out keeps its default.
+mod address_or_none {
+    use std::net::SocketAddr;
+
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    const NONE: &str = "none";
+
+    pub fn serialize<S: Serializer>(address: &Option<SocketAddr>, serializer: S) -> Result<S::Ok, S::Error> {
+        match address {
+            Some(address) => serializer.collect_str(address),
+            None => serializer.serialize_str(NONE),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text == NONE {
+            return Ok(None);
+        }
+        text.parse().map(Some).map_err(|_| D::Error::custom(format!("{text:?} is neither ADDRESS:PORT nor \"none\"")))
     }
 }
 

@@ -39,7 +39,7 @@ pub enum ServerError {
     #[error("{0}")]
     Invalid(String),
     /// The model is not loaded.
-    #[error("model {0:?} is not loaded; Describe lists the models")]
+    #[error("model {0:?} is not loaded; Describe (or RepositoryIndex) lists the models")]
     UnknownModel(String),
     /// The client's bundle is not loaded.
     #[error("bundle {0} is not loaded on this server; use the same bundle on both sides")]

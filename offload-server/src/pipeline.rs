@@ -129,10 +129,12 @@ impl Pipeline {
         budget.saturating_sub((budget / 10).min(DEADLINE_MARGIN))
     }
 
-    /// From a request's number, 1 being the most urgent; 0 or none is the middle.
-    pub fn priority(&self, asked: u64) -> u8 {
+    /// From a request's number, 1 being the most urgent; 0 or none is the middle. A tenant has no more urgent one than it may ask for.
+    pub fn priority(&self, asked: u64, tenant: &Tenant) -> u8 {
         let levels = self.priority_levels;
-        if asked == 0 { levels / 2 } else { u8::try_from(asked - 1).unwrap_or(u8::MAX).min(levels - 1) }
+        let middle = levels / 2;
+        let wanted = if asked == 0 { middle } else { u8::try_from(asked - 1).unwrap_or(u8::MAX).min(levels - 1) };
+        wanted.max(tenant.most_urgent.map_or(middle, |most| most.saturating_sub(1)).min(levels - 1))
     }
 
     /// One request, with metrics.
@@ -159,14 +161,14 @@ impl Pipeline {
     }
 
     async fn admit(&self, ask: Ask<'_>) -> Result<Answer, ServerError> {
-        let _place = self.in_flight.try_acquire().map_err(|_| ServerError::Busy("too many requests in flight"))?;
         let _quota = ask.tenant.enter()?;
+        let _place = self.in_flight.try_acquire().map_err(|_| ServerError::Busy("too many requests in flight"))?;
         let _counted = InFlight::enter();
         let registry = self.repository.current();
         let entry = registry.model(ask.model, ask.version)?.clone();
         let deadline = ask.arrived + ask.budget;
         let decoded_by = deadline.checked_sub(self.intake.expected(ask.kind, ask.payload.len())).unwrap_or(ask.arrived);
-        let admitted = entry.batcher.admit(entry.likely_stage(ask.kind), decoded_by, ask.priority)?;
+        let admitted = entry.batcher.admit(entry.likely_stage(ask.kind), decoded_by, ask.priority, ask.tenant)?;
         let arrived = ask.arrived;
         let answer = self.compute(ask, &registry, &entry, admitted, deadline).await;
         match &answer {

@@ -57,7 +57,9 @@ impl Entry {
 /// All models and bundles of one moment.
 #[derive(Clone)]
 pub struct Registry {
-    /// The first is the default. Versions of a model are neighbours, the newest first.
+    /// Name of the default model.
+    pub default: Arc<str>,
+    /// In the order of the configuration, then as they came. Versions of a model are neighbours, the newest first.
     pub models: Vec<Arc<Entry>>,
     /// Loaded bundles.
     pub bundles: Vec<Arc<Bundle>>,
@@ -71,8 +73,9 @@ impl Registry {
     /// # Errors
     /// [`ServerError::UnknownModel`].
     pub fn model(&self, name: &str, version: &str) -> Result<&Arc<Entry>, ServerError> {
+        let name = if name.is_empty() { &self.default } else { name };
         let fits = |m: &&Arc<Entry>| m.name == name && (version.is_empty() || version.parse() == Ok(m.version));
-        let found = if name.is_empty() { self.models.first() } else { self.models.iter().find(fits) };
+        let found = self.models.iter().find(fits);
         let shown = |text: &str| text.chars().take(64).collect::<String>();
         found.ok_or_else(|| match version {
             "" => ServerError::UnknownModel(shown(name)),

@@ -112,7 +112,8 @@ impl Repository {
     pub fn open(config: &Config) -> Result<Self, ServerError> {
         tch::set_num_threads(config.network_threads() as i32);
         let labels = Arc::new(labels::open(&config.backbones.join("labels.json"), CLASSES as usize)?);
-        let empty = Arc::new(Registry { models: Vec::new(), bundles: Vec::new(), labels });
+        let default = config.models.first().map_or("", String::as_str).into();
+        let empty = Arc::new(Registry { default, models: Vec::new(), bundles: Vec::new(), labels });
         let repository = Self {
             config: config.clone(),
             cores: Cores::new(config.network_threads()),
@@ -167,6 +168,8 @@ impl Repository {
         next.bundles.retain(|old| bundles.iter().all(|b| b.hash != old.hash) && next.models.iter().any(|m| m.stage(&old.hash).is_some()));
         next.bundles.splice(0..0, bundles.iter().cloned());
         next.models.splice(at..at, entries);
+        // the default stays the configuration's, whatever was away for a while
+        next.models.sort_by_key(|m| self.config.models.iter().position(|name| name == m.name).unwrap_or(usize::MAX));
         self.set(next);
         drop(gone);
     }
@@ -211,10 +214,13 @@ impl Repository {
         index
     }
 
-    /// True if every model that the configuration names is loaded, or was unloaded on purpose.
+    /// True if every model that the configuration names is loaded, or was unloaded on purpose, and at least one is.
     pub fn is_ready(&self) -> bool {
         let current = self.current();
         let failures = self.failures();
+        if current.models.is_empty() {
+            return false;
+        }
         self.config
             .models
             .iter()
@@ -252,7 +258,14 @@ impl Repository {
         }
         let sole = found.len() == 1;
         let newest = found.into_iter().take(self.config.model_versions);
-        newest.map(|(version, path)| self.entry(name, version, &path, bundles, sole)).collect()
+        let entries: Vec<_> = newest.map(|(version, path)| self.entry(name, version, &path, bundles, sole)).collect::<Result<_, _>>()?;
+        // bitstreams that were answered must be, and a backbone that no bundle vouches for may be anything
+        let wanted = bundles.iter().flat_map(|b| &b.manifest.decoders).any(|d| d.backbone == name);
+        if let Some(newest) = entries.first().filter(|e| wanted && e.stages.is_empty()) {
+            let why = format!("no bundle was made for version {} of {name}: its SHA-256 is in no manifest", newest.version);
+            return Err(ServerError::Config(why));
+        }
+        Ok(entries)
     }
 
     fn entry(&self, name: &str, version: u64, path: &Path, bundles: &[Arc<Bundle>], sole: bool) -> Result<Arc<Entry>, ServerError> {

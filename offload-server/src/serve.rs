@@ -15,7 +15,6 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
-use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::util::MapResponseLayer;
 
 use crate::limits::PerMethod;
@@ -35,8 +34,6 @@ const WORK_END: Duration = Duration::from_secs(5);
 const LEAST_STREAMS: u32 = 64;
 /// Different ages of connections.
 const AGES: u32 = 8;
-/// Calls beside the requests in flight: health, Describe, reflection.
-const SPARE_CALLS: usize = 16;
 
 /// A started server.
 pub struct Running {
@@ -120,6 +117,15 @@ fn pem(path: &Path, kind: &str) -> Result<String, ServerError> {
 /// Names what is wrong: configuration, a file, an address in use.
 pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running, ServerError> {
     config.check()?;
+    let tls = tls(&config)?;
+    let bind = |address: SocketAddr| async move {
+        let in_use = |e: std::io::Error| ServerError::Transport(format!("cannot listen on {address}: {e}"));
+        TcpListener::bind(address).await.map_err(in_use)
+    };
+    // loading takes seconds: what is taken already is told before; nobody is to connect meanwhile
+    for address in std::iter::once(config.listen).chain(config.admin_listen) {
+        drop(bind(address).await?);
+    }
     let loading = config.clone();
     // a thread of its own that ends: the OpenMP team of a living one would count against the network's, which
     // then waits passively and takes twice as long
@@ -127,15 +133,11 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     let load = std::thread::Builder::new().name("load".into()).spawn(move || loaded.send(Repository::open(&loading)).map_err(drop));
     load.map_err(|e| ServerError::Transport(e.to_string()))?;
     let repository = repository.await.map_err(|_| ServerError::Transport("loading ended early".into()))??;
-    let bind = |address: SocketAddr| async move {
-        let in_use = |e: std::io::Error| ServerError::Transport(format!("cannot listen on {address}: {e}"));
-        TcpListener::bind(address).await.map_err(in_use)
-    };
     let listener = bind(config.listen).await?;
     let address = listener.local_addr().map_err(|e| ServerError::Transport(e.to_string()))?;
     let background = CancellationToken::new();
     tokio::spawn(isthmus_listen::admin::upkeep(metrics.clone(), background.clone()));
-    let tenants = Tenants::new(&config.tenants)?;
+    let tenants = Tenants::new(&config.tenants, config.max_in_flight)?;
     let pipeline = Arc::new(Pipeline::new(Arc::new(repository), &config, tenants.clone()));
     let draining = pipeline.draining.clone();
     let mut admin_address = None;
@@ -160,11 +162,14 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<OffloadServiceServer<Offload>>().await;
     health.set_serving::<GrpcInferenceServiceServer<Inference>>().await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(isthmus_proto::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .map_err(|e| ServerError::Transport(e.to_string()))?;
+    let described = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(isthmus_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let reflection = described().build_v1().map_err(|e| ServerError::Transport(e.to_string()))?;
+    // what older tools ask for
+    let older_reflection = described().build_v1alpha().map_err(|e| ServerError::Transport(e.to_string()))?;
     let mut server = Server::builder()
         .http2_keepalive_interval(Some(config.keepalive_interval))
         .http2_keepalive_timeout(Some(config.keepalive_timeout))
@@ -173,20 +178,13 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         // above what is taken: a call that has to wait in its client's transport for a place comes with a time limit that has
         // partly passed, which nobody here can see; better to refuse it at once
         .max_concurrent_streams(u32::try_from(2 * config.max_in_flight).unwrap_or(u32::MAX).max(LEAST_STREAMS))
-        // counted before a message is read, so that half-sent ones are bounded too; refused with RESOURCE_EXHAUSTED
-        .load_shed(true)
         .http2_max_header_list_size(MAX_HEADERS)
         .tcp_nodelay(true)
         .trace_fn(telemetry::call)
-        .layer(MapResponseLayer::new(telemetry::call_ended))
-        .layer(GlobalConcurrencyLimitLayer::new(config.max_in_flight + SPARE_CALLS));
-    if let (Some(cert), Some(key)) = (&config.tls_cert, &config.tls_key) {
-        let (cert, key) = (pem(cert, "CERTIFICATE")?, pem(key, "PRIVATE KEY")?);
-        let mut tls = ServerTlsConfig::new().timeout(HANDSHAKE).identity(Identity::from_pem(cert, key));
-        if let Some(path) = &config.tls_client_ca {
-            tls = tls.client_ca_root(Certificate::from_pem(pem(path, "CERTIFICATE")?));
-        }
-        server = server.tls_config(tls).map_err(|e| ServerError::Config(format!("tls_cert, tls_key: {e}")))?;
+        .layer(MapResponseLayer::new(telemetry::call_ended));
+    if let Some(tls) = tls {
+        server =
+            server.tls_config(tls).map_err(|e| ServerError::Config(format!("tls_cert, tls_key: they do not belong together ({e})")))?;
     }
     let incoming = isthmus_listen::at_most(config.max_connections, listener, telemetry::connection_refused);
     let ages = connection_ages(config.max_connection_age);
@@ -198,7 +196,7 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
             // not tonic's grace: with it, connections are cut off without having been asked to end. Streams end by themselves
             server = server.max_connection_age(age);
         }
-        let router = server.add_service(health_service.clone()).add_service(reflection.clone());
+        let router = server.add_service(health_service.clone()).add_service(reflection.clone()).add_service(older_reflection.clone());
         let router = router.add_service(offload.clone()).add_service(inference.clone());
         servers.spawn(router.serve_with_incoming_shutdown(incoming, draining.clone().cancelled_owned()));
     }
@@ -211,4 +209,15 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     tracing::info!(%address, admin = ?admin_address, tls = config.tls_cert.is_some(), "serving");
     let (drain_delay, drain_limit) = (config.drain_delay, config.drain_limit);
     Ok(Running { address, admin_address, pipeline, health, served, drain_delay, drain_limit, background })
+}
+
+/// Certificate, key and the clients' authority, if the configuration names any.
+fn tls(config: &Config) -> Result<Option<ServerTlsConfig>, ServerError> {
+    let (Some(cert), Some(key)) = (&config.tls_cert, &config.tls_key) else { return Ok(None) };
+    let (cert, key) = (pem(cert, "CERTIFICATE")?, pem(key, "PRIVATE KEY")?);
+    let mut tls = ServerTlsConfig::new().timeout(HANDSHAKE).identity(Identity::from_pem(cert, key));
+    if let Some(path) = &config.tls_client_ca {
+        tls = tls.client_ca_root(Certificate::from_pem(pem(path, "CERTIFICATE")?));
+    }
+    Ok(Some(tls))
 }

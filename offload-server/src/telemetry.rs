@@ -18,6 +18,7 @@ use crate::ServerError;
 use crate::config::LogFormat;
 use crate::features::FeatureMap;
 use crate::model::Stage;
+use crate::tenants::Tenant;
 
 const SECONDS: [f64; 14] = [0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 const BYTES: [f64; 10] = [500.0, 1e3, 2e3, 4e3, 8e3, 16e3, 64e3, 256e3, 1e6, 8e6];
@@ -187,6 +188,14 @@ pub(crate) fn predicted(ratio: f64) {
 pub(crate) fn tenant(name: &str, error: Option<&ServerError>) {
     let code = error.map_or(tonic::Code::Ok, ServerError::code);
     counter!("isthmus_tenant_requests_total", "tenant" => name.to_owned(), "code" => format!("{code:?}")).increment(1);
+}
+
+/// A request that failed before it had a payload to count: nobody's, or not this tenant's to make, or senseless.
+pub(crate) fn refused(error: &ServerError, of: Option<&Tenant>) {
+    counter!("isthmus_refused_total", "reason" => error.kind()).increment(1);
+    if let Some(of) = of {
+        tenant(&of.name, Some(error));
+    }
 }
 
 pub(crate) fn queued(waited: Duration) {

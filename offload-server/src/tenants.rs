@@ -10,8 +10,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Status};
 
-use crate::ServerError;
+use crate::{ServerError, telemetry};
 
+/// Calls beyond `max_in_flight` requests whose message has not been read: a request is refused with reasons, a call is not.
+const SPARE_CALLS: usize = 16;
 const ANONYMOUS: &str = "anonymous";
 const MOST: usize = 1000;
 
@@ -36,6 +38,9 @@ pub struct TenantConfig {
     /// Most requests a second, as many at once; 0: no bound.
     #[serde(default)]
     pub requests_per_second: u32,
+    /// The most urgent `priority` that it may ask for, 1 being the most urgent of all; absent: the middle, which requests have that ask for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub most_urgent: Option<u8>,
     /// May load and unload models and set log levels, where `model_control` is on.
     #[serde(default)]
     pub operator: bool,
@@ -56,29 +61,85 @@ pub struct Tenant {
     pub weight: f64,
     /// May change models.
     pub operator: bool,
-    places: Option<Arc<Semaphore>>,
-    rate: Option<DefaultDirectRateLimiter>,
+    /// The most urgent priority that it may ask for, from 1.
+    pub most_urgent: Option<u8>,
+    quota: Option<(usize, Arc<Semaphore>)>,
+    rate: Option<(usize, DefaultDirectRateLimiter)>,
+    calls: Places,
+    requests: Places,
+}
+
+/// Places that a tenant has for itself, and those that it shares with all others: whoever takes all of the shared ones leaves others theirs.
+#[derive(Debug, Clone)]
+struct Places {
+    own: Arc<Semaphore>,
+    shared: Arc<Semaphore>,
+}
+
+impl Places {
+    /// Half of `all` is kept for tenants by their weights, the rest is for everybody.
+    fn divide(all: usize, weights: &[f64]) -> Vec<Self> {
+        let sum: f64 = weights.iter().sum();
+        let own: Vec<usize> = weights.iter().map(|w| (0.5 * all as f64 * w / sum) as usize).collect();
+        let shared = Arc::new(Semaphore::new(all - own.iter().sum::<usize>()));
+        own.into_iter().map(|n| Self { own: Arc::new(Semaphore::new(n)), shared: shared.clone() }).collect()
+    }
+
+    fn take(&self) -> Option<OwnedSemaphorePermit> {
+        let take = |from: &Arc<Semaphore>| from.clone().try_acquire_owned().ok();
+        take(&self.own).or_else(|| take(&self.shared))
+    }
+}
+
+/// What a request holds of its tenant's.
+pub struct Entered {
+    _quota: Option<OwnedSemaphorePermit>,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Tenant {
     /// As configured.
-    pub(crate) fn new(index: usize, config: &TenantConfig) -> Self {
-        let rate = NonZeroU32::new(config.requests_per_second).map(|n| RateLimiter::direct(Quota::per_second(n)));
-        let places = (config.max_in_flight > 0).then(|| Arc::new(Semaphore::new(config.max_in_flight)));
-        Self { index: index as u32, name: config.name.clone(), weight: config.weight, operator: config.operator, places, rate }
+    fn new(index: usize, config: &TenantConfig, calls: Places, requests: Places) -> Self {
+        let rate = NonZeroU32::new(config.requests_per_second);
+        let most = config.max_in_flight;
+        Self {
+            index: index as u32,
+            name: config.name.clone(),
+            weight: config.weight,
+            operator: config.operator,
+            most_urgent: config.most_urgent,
+            quota: (most > 0).then(|| (most, Arc::new(Semaphore::new(most)))),
+            rate: rate.map(|n| (n.get() as usize, RateLimiter::direct(Quota::per_second(n)))),
+            calls,
+            requests,
+        }
+    }
+
+    /// A tenant with places for itself alone.
+    #[cfg(test)]
+    pub(crate) fn alone(index: usize, config: &TenantConfig) -> Self {
+        let places = || Places { own: Arc::new(Semaphore::new(64)), shared: Arc::new(Semaphore::new(0)) };
+        Self::new(index, config, places(), places())
+    }
+
+    /// Most requests that may come together; none: no bound of this tenant's own.
+    pub fn at_once(&self) -> Option<usize> {
+        let (quota, rate) = (self.quota.as_ref().map(|q| q.0), self.rate.as_ref().map(|r| r.0));
+        quota.into_iter().chain(rate).min()
     }
 
     /// A place for a request, within the tenant's quotas.
     ///
     /// # Errors
     /// [`ServerError::Busy`] if they are used up.
-    pub fn enter(&self) -> Result<Option<OwnedSemaphorePermit>, ServerError> {
-        let place = self.places.clone().map(Semaphore::try_acquire_owned).transpose();
-        let place = place.map_err(|_| ServerError::Busy("this tenant has as many requests in flight as it may"))?;
-        if self.rate.as_ref().is_some_and(|r| r.check().is_err()) {
+    pub fn enter(&self) -> Result<Entered, ServerError> {
+        let quota = self.quota.clone().map(|(_, q)| q.try_acquire_owned()).transpose();
+        let quota = quota.map_err(|_| ServerError::Busy("this tenant has as many requests in flight as it may"))?;
+        let place = self.requests.take().ok_or(ServerError::Busy("too many requests in flight"))?;
+        if self.rate.as_ref().is_some_and(|(_, r)| r.check().is_err()) {
             return Err(ServerError::Busy("this tenant sends more requests a second than it may"));
         }
-        Ok(place)
+        Ok(Entered { _quota: quota, _place: place })
     }
 }
 
@@ -99,16 +160,19 @@ fn fingerprint(what: &str, text: &str) -> Result<String, ServerError> {
 }
 
 impl Tenants {
-    /// Those of the configuration; without any, everybody is one tenant.
+    /// Those of the configuration, who share `max_in_flight` places for requests, and somewhat more for calls; without any, everybody is one tenant.
     ///
     /// # Errors
     /// [`ServerError::Config`] says which entry is wrong.
-    pub fn new(configs: &[TenantConfig]) -> Result<Self, ServerError> {
+    pub fn new(configs: &[TenantConfig], max_in_flight: usize) -> Result<Self, ServerError> {
         let (mut tokens, mut certificates) = (HashMap::new(), HashMap::new());
         let wrong = |name: &str, why: &str| Err(ServerError::Config(format!("tenant {name:?}: {why}")));
         if configs.len() > MOST {
             return Err(ServerError::Config(format!("at most {MOST} tenants")));
         }
+        let weights: Vec<f64> = configs.iter().map(|c| c.weight.clamp(1e-3, 1e3)).collect();
+        let mut calls = Places::divide(max_in_flight + SPARE_CALLS, &weights).into_iter();
+        let mut requests = Places::divide(max_in_flight, &weights).into_iter();
         for (i, config) in configs.iter().enumerate() {
             let name = &config.name;
             let plain = !name.is_empty() && name.len() <= 64 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
@@ -118,7 +182,11 @@ impl Tenants {
             if !(config.weight.is_finite() && (1e-3..=1e3).contains(&config.weight)) {
                 return wrong(name, "weight is from 0.001 to 1000");
             }
-            let tenant = Arc::new(Tenant::new(i + 1, config));
+            if config.most_urgent == Some(0) {
+                return wrong(name, "most_urgent is from 1");
+            }
+            let (Some(calls), Some(requests)) = (calls.next(), requests.next()) else { break };
+            let tenant = Arc::new(Tenant::new(i + 1, config, calls, requests));
             let mut known = false;
             for (map, key, text) in
                 [(&mut tokens, "token_sha256", &config.token_sha256), (&mut certificates, "certificate_sha256", &config.certificate_sha256)]
@@ -140,9 +208,12 @@ impl Tenants {
             weight: 1.0,
             max_in_flight: 0,
             requests_per_second: 0,
+            most_urgent: Some(1),
             operator: true,
         };
-        let anonymous = configs.is_empty().then(|| Arc::new(Tenant::new(0, &everybody)));
+        let shared = |n: usize| Places { own: Arc::new(Semaphore::new(0)), shared: Arc::new(Semaphore::new(n)) };
+        let everybody = || Arc::new(Tenant::new(0, &everybody, shared(max_in_flight + SPARE_CALLS), shared(max_in_flight)));
+        let anonymous = configs.is_empty().then(everybody);
         Ok(Self { tokens: Arc::new(tokens), certificates: Arc::new(certificates), anonymous })
     }
 
@@ -173,14 +244,23 @@ impl Tenants {
         tenant.cloned().ok_or(ServerError::Unauthenticated)
     }
 
-    /// Puts the tenant beside the request, or refuses it.
+    /// Puts the tenant beside the request, with a place that it holds until its message has been read: half-sent messages are bounded too.
     ///
     /// # Errors
-    /// UNAUTHENTICATED.
+    /// UNAUTHENTICATED, RESOURCE_EXHAUSTED.
     #[allow(clippy::result_large_err, reason = "tonic's interceptors return Status")]
     pub fn intercept(&self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        let tenant = self.identify(&request)?;
+        let entered = self.identify(&request).and_then(|tenant| {
+            let place = tenant.calls.take().ok_or(ServerError::Busy("too many calls"));
+            place.inspect_err(|e| telemetry::refused(e, Some(&tenant))).map(|place| (tenant.clone(), place))
+        });
+        let (tenant, place) = entered.inspect_err(|e| {
+            if matches!(e, ServerError::Unauthenticated) {
+                telemetry::refused(e, None);
+            }
+        })?;
         request.extensions_mut().insert(tenant);
+        request.extensions_mut().insert(Arc::new(place));
         Ok(request)
     }
 }
@@ -212,19 +292,19 @@ mod tests {
 
     #[test]
     fn threat_timing_tokens_are_compared_by_their_hash() {
-        let tenants = Tenants::new(&[tenant("cameras", "one"), tenant("robots", "two")]).unwrap();
+        let tenants = Tenants::new(&[tenant("cameras", "one"), tenant("robots", "two")], 8).unwrap();
         assert_eq!(tenants.identify(&ask("Bearer two")).unwrap().name, "robots");
         assert_eq!(tenants.identify(&ask("bearer  one")).unwrap().name, "cameras");
         for wrong in ["Bearer three", "Basic one", "one", "Bearer"] {
             assert!(matches!(tenants.identify(&ask(wrong)), Err(ServerError::Unauthenticated)), "{wrong}");
         }
         assert!(tenants.identify(&Request::new(())).is_err());
-        assert_eq!(Tenants::new(&[]).unwrap().identify(&Request::new(())).unwrap().name, ANONYMOUS);
+        assert_eq!(Tenants::new(&[], 8).unwrap().identify(&Request::new(())).unwrap().name, ANONYMOUS);
     }
 
     #[test]
     fn senseless_tenants_are_named() {
-        let error = |configs: &[TenantConfig]| Tenants::new(configs).err().unwrap().to_string();
+        let error = |configs: &[TenantConfig]| Tenants::new(configs, 8).err().unwrap().to_string();
         assert!(error(&[tenant("a", "x"), tenant("a", "y")]).contains("name of its own"));
         assert!(error(&[tenant("a", "x"), tenant("b", "x")]).contains("same token"));
         assert!(error(&[tenant("a b", "x")]).contains("letters"));
@@ -235,14 +315,34 @@ mod tests {
 
     #[test]
     fn quotas_bound_a_tenant() {
-        let tenants = Tenants::new(&[TenantConfig { max_in_flight: 1, ..tenant("a", "x") }]).unwrap();
+        let tenants = Tenants::new(&[TenantConfig { max_in_flight: 1, ..tenant("a", "x") }], 8).unwrap();
         let a = tenants.identify(&ask("Bearer x")).unwrap();
         let place = a.enter().unwrap();
         assert!(matches!(a.enter(), Err(ServerError::Busy(_))));
         drop(place);
         assert!(a.enter().is_ok());
-        let slow = Tenant::new(1, &TenantConfig { requests_per_second: 2, ..tenant("b", "y") });
+        let slow = Tenant::alone(1, &TenantConfig { requests_per_second: 2, ..tenant("b", "y") });
         let taken = (0..10).filter(|_| slow.enter().is_ok()).count();
         assert!((2..=3).contains(&taken), "{taken}");
+    }
+
+    #[test]
+    fn a_flood_leaves_others_their_places() {
+        let tenants = Tenants::new(&[tenant("flood", "x"), TenantConfig { weight: 3.0, ..tenant("quiet", "y") }], 16).unwrap();
+        let [flood, quiet] = ["Bearer x", "Bearer y"].map(|t| tenants.identify(&ask(t)).unwrap());
+        // half of 16 is kept: 2 and 6; 8 are for everybody
+        let taken: Vec<_> = std::iter::from_fn(|| flood.enter().ok()).collect();
+        assert_eq!(taken.len(), 2 + 8);
+        let others: Vec<_> = std::iter::from_fn(|| quiet.enter().ok()).collect();
+        assert_eq!(others.len(), 6);
+        drop(taken);
+        assert_eq!(std::iter::from_fn(|| quiet.enter().ok()).collect::<Vec<_>>().len(), 8);
+        // and calls whose messages have not come
+        let held: Vec<_> = std::iter::from_fn(|| tenants.intercept(ask("Bearer x")).ok()).collect();
+        assert_eq!(held.len(), 16 + SPARE_CALLS - 12);
+        assert_eq!(tenants.intercept(ask("Bearer x")).unwrap_err().code(), tonic::Code::ResourceExhausted);
+        assert!(tenants.intercept(ask("Bearer y")).is_ok());
+        drop(held);
+        assert!(tenants.intercept(ask("Bearer x")).is_ok());
     }
 }

@@ -155,6 +155,28 @@ async fn servers_that_are_away_are_found_when_they_come_and_none_at_all_is_an_er
     drop(late);
 }
 
+/// A server that hangs takes connections and says nothing: whoever was given up there once goes elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn chaos_a_server_hangs() {
+    let folder = tempfile::tempdir().unwrap();
+    let servers: Vec<Server> = (0..2).map(|_| start(folder.path(), "")).collect();
+    let endpoints: Vec<Endpoint> = servers.iter().map(|s| Endpoint::new(&s.url()).unwrap()).collect();
+    let mut client = Client::connect_any(&endpoints).await.unwrap();
+    let (container, _) = sample();
+    for _ in 0..4 {
+        assert_healthy(&mut client, &container).await;
+    }
+    servers[0].process.signal("STOP");
+    let short = edge_client::InferOptions { deadline: Duration::from_secs(1), ..options() };
+    let mut lost = 0;
+    for _ in 0..30 {
+        lost += u32::from(client.infer(Payload::Bitstream(container.clone()), &short).await.is_err());
+    }
+    servers[0].process.signal("CONT");
+    println!("a server hangs: {lost} of 30 without an answer");
+    assert!(lost <= 4, "{lost} of 30");
+}
+
 /// A stream that breaks is opened again at another server, and every photo has its answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn chaos_kill_while_a_camera_streams() {

@@ -140,6 +140,46 @@ async fn the_newest_version_of_a_backbone_answers_and_older_ones_as_configured()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_default_model_stays_the_configurations() {
+    let mut setup = Setup::new("model_control = true\n").await;
+    let (container, photo) = sample();
+    let mut asking = client(&setup.server).await;
+    setup.load(LITE2).await.unwrap();
+    setup.unload(LITE0).await.unwrap();
+    let away = asking.infer(Payload::Image(photo.clone()), &options()).await;
+    assert!(
+        matches!(&away, Err(edge_client::ClientError::Server(s)) if s.code() == Code::NotFound),
+        "no other one answers in its place: {away:?}"
+    );
+    setup.load(LITE0).await.unwrap();
+    assert_eq!(asking.infer(Payload::Image(photo), &options()).await.unwrap().model, LITE0);
+    assert_eq!(asking.describe(None, Duration::from_secs(5)).await.unwrap().models[0].name, LITE0);
+    assert_healthy(&mut asking, &container).await;
+    // nothing is ready that can answer nothing
+    setup.unload(LITE0).await.unwrap();
+    setup.unload(LITE2).await.unwrap();
+    assert!(!setup.inference.server_ready(ServerReadyRequest {}).await.unwrap().into_inner().ready);
+}
+
+/// A version of the weights that no bundle was made for does not take a good one's place.
+#[tokio::test(flavor = "multi_thread")]
+async fn weights_that_no_bundle_knows_are_refused() {
+    let mut setup = Setup::new("model_control = true\n").await;
+    let (container, _) = sample();
+    let mut asking = client(&setup.server).await;
+    let folder = setup.folder.path().join("backbones").join(LITE0);
+    std::fs::create_dir(&folder).unwrap();
+    let mut changed = std::fs::read(setup.folder.path().join(format!("backbones/{LITE0}.safetensors"))).unwrap();
+    let end = changed.len();
+    changed[end - 400..].fill(0);
+    std::fs::write(folder.join("2.safetensors"), changed).unwrap();
+    let refused = setup.load(LITE0).await.unwrap_err();
+    assert!(refused.message().contains("no bundle was made for version 2"), "{refused:?}");
+    assert_eq!(setup.state(LITE0).await.0, "UNAVAILABLE", "that of version 2, which is first in the index");
+    assert_healthy(&mut asking, &container).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn memory_is_given_back_after_unloading() {
     let mut setup = Setup::new("model_control = true\n").await;
     let (container, photo) = sample();

@@ -44,6 +44,10 @@ pub struct Entry<K, T> {
 /// What is known of an entry before it is made.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Asked {
+    /// Who asks.
+    pub tenant: u32,
+    /// The tenant's share.
+    pub weight: f64,
     /// 0 is the most urgent.
     pub priority: u8,
     /// When the result must be there.
@@ -55,7 +59,7 @@ pub struct Asked {
 }
 
 /// Names an entry that waits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(u64);
 
 /// Why an entry was not taken.
@@ -187,32 +191,49 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
         self.closed
     }
 
-    /// Predicted wait of a new entry of this priority: what is running, and what waits before it, over all workers.
-    pub fn predicted_wait(&self, priority: u8, now: Instant) -> Duration {
+    /// Predicted wait of a new entry: what is running, and what will be computed before it, over all workers. That is everything more
+    /// urgent, its tenant's own of the same priority, and of other tenants' as much as their shares give them meanwhile.
+    pub fn predicted_wait(&self, asked: &Asked, now: Instant) -> Duration {
         let left = |(since, cost): &(Instant, Duration)| cost.saturating_sub(now.saturating_duration_since(*since));
         let running: Duration = self.running.iter().map(left).sum();
-        let before: Duration = self.waiting.iter().filter(|w| w.entry.priority <= priority).map(|w| w.entry.cost).sum();
+        let (mut before, mut own) = (Duration::ZERO, asked.cost);
+        let mut others: BTreeMap<u32, (Duration, f64)> = BTreeMap::new();
+        for Waiting { entry, .. } in self.waiting.iter().filter(|w| w.entry.priority <= asked.priority) {
+            match () {
+                () if entry.priority < asked.priority => before += entry.cost,
+                () if entry.tenant == asked.tenant => own += entry.cost,
+                () => {
+                    let other = others.entry(entry.tenant).or_default();
+                    *other = (other.0 + entry.cost, entry.weight);
+                }
+            }
+        }
+        for (cost, weight) in others.into_values() {
+            before += cost.min(own.mul_f64(weight.max(1e-3) / asked.weight.max(1e-3)));
+        }
         // a free worker begins at once with the first of them
-        (running + before) / self.limits.workers as u32
+        (running + before + own - asked.cost) / self.limits.workers as u32
     }
 
     /// Whether an entry would be taken that has yet to be made, such as one whose payload must be decoded first. `ahead` is the predicted
     /// cost of those that were told so before and have not come. Where nothing waits or runs every entry is taken, however wrong the
-    /// prediction may be.
+    /// prediction may be. A full queue is full for those of whom something waits: one entry of each other tenant is taken.
     ///
     /// # Errors
     /// Why not.
     pub fn would_take(&self, asked: &Asked, ahead: Duration, now: Instant) -> Result<(), Refused> {
         let idle = self.waiting.is_empty() && self.running.is_empty() && ahead.is_zero();
+        let nothing_waits = self.shares.get(&asked.tenant).is_none_or(|s| s.waiting == 0);
+        let first = idle || nothing_waits && !self.waiting.is_empty();
         // its batch ends for all of its members at once, and those that come later fill it
         let company = asked.cost * (self.waiting.len() + 1).min(self.limits.max_batch) as u32;
-        let wait = self.predicted_wait(asked.priority, now) + ahead / self.limits.workers as u32;
+        let wait = self.predicted_wait(asked, now) + ahead / self.limits.workers as u32;
         let late = now + wait + asked.alone.max(company) > asked.deadline;
         let too_much = self.limits.max_cost.is_some_and(|most| self.cost + ahead + asked.cost > most);
         match () {
             () if self.closed => Err(Refused::Closed),
-            () if self.waiting.len() >= self.limits.max_entries => Err(Refused::Full),
-            () if too_much && !idle => Err(Refused::Cost),
+            () if self.waiting.len() >= self.limits.max_entries && !first => Err(Refused::Full),
+            () if too_much && !first => Err(Refused::Cost),
             () if late && !idle => Err(Refused::Late),
             () => Ok(()),
         }
@@ -223,7 +244,8 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
     /// # Errors
     /// Why not, with the entry.
     pub fn offer(&mut self, entry: Entry<K, T>, now: Instant) -> Result<Ticket, (Refused, Entry<K, T>)> {
-        let asked = Asked { priority: entry.priority, deadline: entry.deadline, cost: entry.cost, alone: entry.alone };
+        let Entry { priority, tenant, weight, deadline, cost, alone, .. } = entry;
+        let asked = Asked { tenant, weight, priority, deadline, cost, alone };
         if let Err(refused) = self.would_take(&asked, Duration::ZERO, now) {
             return Err((refused, entry));
         }

@@ -45,7 +45,7 @@ async fn infer(
         }
     };
     let answer = pipeline
-        .infer(Ask { model: &request.model, version: "", kind, payload, arrived, budget, priority: pipeline.priority(0), tenant })
+        .infer(Ask { model: &request.model, version: "", kind, payload, arrived, budget, priority: pipeline.priority(0, tenant), tenant })
         .await?;
     let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     let timing = Timing {

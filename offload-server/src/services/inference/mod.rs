@@ -38,6 +38,18 @@ pub struct Inference {
 }
 
 impl Inference {
+    /// Refuses everybody (`off` says why) unless `model_control` is on, and then all but operators.
+    fn operators_only(&self, tenant: &Tenant, off: &'static str) -> Result<(), ServerError> {
+        let why = match () {
+            () if !self.config.model_control => off,
+            () if !tenant.operator => "only tenants with operator = true may do this",
+            () => return Ok(()),
+        };
+        let error = ServerError::Forbidden(why);
+        telemetry::refused(&error, Some(tenant));
+        Err(error)
+    }
+
     /// Over `pipeline`, which was made with `config`.
     pub fn new(pipeline: Arc<Pipeline>, config: &Config) -> Self {
         Self { pipeline, config: Arc::new(config.clone()) }
@@ -49,22 +61,14 @@ impl Inference {
         tenant: &Tenant,
         change: impl FnOnce(&Pipeline) -> Result<(), ServerError> + Send + 'static,
     ) -> Result<(), ServerError> {
-        if !self.config.model_control {
-            return Err(ServerError::Forbidden(
-                "loading and unloading is off; set model_control = true where only operators reach the server",
-            ));
-        }
-        operators_only(tenant)?;
+        let why = "loading and unloading is off; set model_control = true where only operators reach the server";
+        self.operators_only(tenant, why)?;
         let pipeline = self.pipeline.clone();
         let (done, changed) = tokio::sync::oneshot::channel();
         let thread = std::thread::Builder::new().name("load".into()).spawn(move || done.send(change(&pipeline)));
         thread.map_err(|e| ServerError::Transport(e.to_string()))?;
         changed.await.map_err(|_| ServerError::Network("loading ended early".into()))?
     }
-}
-
-fn operators_only(tenant: &Tenant) -> Result<(), ServerError> {
-    if tenant.operator { Ok(()) } else { Err(ServerError::Forbidden("only tenants with operator = true may do this")) }
 }
 
 #[tonic::async_trait]
@@ -188,10 +192,7 @@ impl GrpcInferenceService for Inference {
         let tenant = tenants::of(&request)?;
         let settings = request.into_inner().settings;
         if !settings.is_empty() {
-            if !self.config.model_control {
-                return Err(ServerError::Forbidden("log settings are read only unless model_control = true").into());
-            }
-            operators_only(&tenant)?;
+            self.operators_only(&tenant, "log settings are read only unless model_control = true")?;
             telemetry::set_log_filter(&logs::filter(&settings)?)?;
         }
         Ok(Response::new(LogSettingsResponse { settings: logs::settings(&telemetry::log_filter()) }))

@@ -13,7 +13,7 @@ use isthmus_proto::inference::{InferParameter, ModelInferRequest, ModelInferResp
 use super::tensors::{Datatype, Tensor, Values, packed};
 use crate::ServerError;
 use crate::pipeline::{Answer, Ask, Pipeline};
-use crate::telemetry::Kind;
+use crate::telemetry::{self, Kind};
 use crate::tenants::Tenant;
 
 /// Photos in one request.
@@ -169,6 +169,20 @@ pub async fn infer(
     limit: Option<Duration>,
     tenant: &Tenant,
 ) -> Result<ModelInferResponse, ServerError> {
+    let (outputs, asks) =
+        read(pipeline, &mut request, arrived, limit, tenant).inspect_err(|error| telemetry::refused(error, Some(tenant)))?;
+    let answers = try_join_all(asks.into_iter().map(|ask| pipeline.infer(ask))).await?;
+    Ok(response(request.id, &answers, &outputs))
+}
+
+/// What is asked for each photo, and what of the answers is wanted.
+fn read<'a>(
+    pipeline: &Pipeline,
+    request: &'a mut ModelInferRequest,
+    arrived: Instant,
+    limit: Option<Duration>,
+    tenant: &'a Tenant,
+) -> Result<(Vec<Wanted>, Vec<Ask<'a>>), ServerError> {
     let registry = pipeline.repository.current();
     // wrong names are told before the input is looked at
     registry.model(&request.model_name, &request.model_version)?;
@@ -180,15 +194,23 @@ pub async fn infer(
     }
     let asked = number(&request.parameters, "timeout")?.filter(|us| *us > 0).map(Duration::from_micros);
     let budget = pipeline.budget([asked, limit].into_iter().flatten().min());
-    let priority = pipeline.priority(number(&request.parameters, "priority")?.unwrap_or(0));
+    let priority = pipeline.priority(number(&request.parameters, "priority")?.unwrap_or(0), tenant);
     let outputs = wanted(&request.outputs, &request.parameters, registry.labels.len())?;
-    let photos = Photos::read(&mut request)?;
-    let asks = photos.payloads.into_iter().map(|payload| {
-        let (model, version) = (request.model_name.as_str(), request.model_version.as_str());
-        pipeline.infer(Ask { model, version, kind: photos.kind, payload, arrived, budget, priority, tenant })
-    });
-    let answers = try_join_all(asks).await?;
-    Ok(response(request.id, &answers, &outputs))
+    let photos = Photos::read(request)?;
+    let n = photos.payloads.len();
+    // all of them are in flight together, or none has an answer
+    if let Some(most) = tenant.at_once().filter(|most| n > *most) {
+        return Err(invalid(format!("{n} photos; this tenant may have {most} in flight: send fewer in a request")));
+    }
+    if n > pipeline.max_in_flight() {
+        return Err(invalid(format!(
+            "{n} photos; this server has at most {} in flight: send fewer in a request",
+            pipeline.max_in_flight()
+        )));
+    }
+    let (model, version) = (request.model_name.as_str(), request.model_version.as_str());
+    let ask = |payload| Ask { model, version, kind: photos.kind, payload, arrived, budget, priority, tenant };
+    Ok((outputs, photos.payloads.into_iter().map(ask).collect()))
 }
 
 fn response(id: String, answers: &[Answer], wanted: &[Wanted]) -> ModelInferResponse {
