@@ -68,11 +68,13 @@ pub fn table(c: &Comparison) -> String {
 /// Image codecs that are plotted and compared with.
 const RIVALS: [&str; 3] = ["WebP", "JPEG", "AVIF"];
 
+type Value = fn(&Row) -> f64;
+
 /// What may be equal; more is better.
-const QUALITIES: [(&str, fn(&Row) -> f64); 2] = [("agreement", |r| r.agreement.mean), ("KL", |r| -r.kl.mean.ln())];
+const QUALITIES: [(&str, Value); 2] = [("agreement", |r| r.agreement.mean), ("KL", |r| -r.kl.mean.ln())];
 
 /// Bytes of the bundle relative to those of `rival` at equal quality.
-fn delta(c: &Comparison, rival: &str, quality: fn(&Row) -> f64) -> Option<Delta> {
+fn delta(c: &Comparison, rival: &str, quality: Value) -> Option<Delta> {
     let points = |family: &str| c.rows.iter().filter(|r| r.family == family).map(|r| (r.bytes, quality(r))).collect::<Vec<_>>();
     delta_rate(&points(rival), &points(OURS))
 }
@@ -95,7 +97,6 @@ pub fn write(c: &Comparison, folder: &Path) -> Result<(), HarnessError> {
     let json = serde_json::to_string_pretty(c).map_err(|e| HarnessError::data("results", e.to_string()))?;
     save(format!("{}.json", c.set), json)?;
     save(format!("{}.md", c.set), table(c))?;
-    type Value = fn(&Row) -> f64;
     let charts: [(&str, &str, Value); 2] = [
         ("agreement", "top-1 agreement with the uncompressed teacher", |r| r.agreement.mean),
         ("kl", "mean KL to the uncompressed teacher (nats)", |r| r.kl.mean),

@@ -64,6 +64,36 @@ async fn threat_half_open_connections_are_closed() {
     assert_healthy(&mut asking, &container).await;
 }
 
+/// Calls whose messages never come: they fill the places for calls, and health, which balancers go by, is answered all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_exhaustion_of_places_by_half_sent_calls_leaves_health() {
+    let server = configured("max_in_flight = 20\n");
+    let (container, _) = sample();
+    let mut asking = client(&server).await;
+    assert_healthy(&mut asking, &container).await;
+    let (requests, driver) = h2::client::handshake(TcpStream::connect(server.address).await.unwrap()).await.unwrap();
+    let driver = tokio::spawn(driver);
+    let mut held = Vec::new();
+    for _ in 0..60 {
+        let uri = format!("http://{}/inference.GRPCInferenceService/ModelInfer", server.address);
+        let request = Request::builder().method(Method::POST).uri(uri).header("content-type", "application/grpc").body(()).unwrap();
+        held.push(requests.clone().ready().await.unwrap().send_request(request, false).unwrap());
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let refused = common::code_of(&mut asking, Payload::Bitstream(container.clone())).await;
+    assert!(refused.0 == tonic::Code::ResourceExhausted && refused.1.contains("too many calls"), "{refused:?}");
+    let channel = tonic::transport::Endpoint::new(server.url()).unwrap().connect().await.unwrap();
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+    let service = "inference.GRPCInferenceService".to_owned();
+    let status = health.check(tonic_health::pb::HealthCheckRequest { service }).await.unwrap().into_inner().status;
+    assert_eq!(status, tonic_health::pb::health_check_response::ServingStatus::Serving as i32);
+    assert!(server.metrics().contains("isthmus_refused_total{reason=\"busy\"}"), "and it can be seen");
+    held.clear();
+    driver.abort();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_healthy(&mut asking, &container).await;
+}
+
 /// CVE-2023-44487: streams opened and reset as fast as they can be written.
 #[tokio::test(flavor = "multi_thread")]
 async fn threat_rapid_reset_storm() {
