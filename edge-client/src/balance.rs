@@ -71,10 +71,17 @@ impl Retries {
     /// How long to wait before try `next` (2 is the second) of a request that `error` ended with `left` of its time left; `None`: not at all.
     /// An inference changes nothing, so it may be repeated whatever became of it.
     pub(crate) fn after(&self, error: &ClientError, next: u32, left: Duration) -> Option<Duration> {
-        // full jitter, so that those that failed together do not come back together
-        let pause = FIRST_PAUSE.mul_f64(f64::from(2u32.pow(next.min(10))) * rand::random::<f64>());
+        // full jitter, so that those that failed together do not come back together; not before the server wants it
+        let pause = FIRST_PAUSE.mul_f64(f64::from(2u32.pow(next.min(10))) * rand::random::<f64>()).max(pushback(error));
         (error.is_transient() && next <= MOST_TRIES && pause < left && self.0.withdraw()).then_some(pause)
     }
+}
+
+/// How long the server asks to be left alone, if it says so.
+fn pushback(error: &ClientError) -> Duration {
+    let ClientError::Server(status) = error else { return Duration::ZERO };
+    let asked = status.metadata().get("grpc-retry-pushback-ms").and_then(|v| v.to_str().ok()?.parse().ok());
+    asked.map_or(Duration::ZERO, Duration::from_millis)
 }
 
 /// This connection alone.
@@ -256,6 +263,11 @@ mod tests {
         assert!(retries.after(&ClientError::Deadline(second), 2, second).is_none());
         assert!(retries.after(&away, MOST_TRIES + 1, second).is_none());
         assert!(retries.after(&away, 2, Duration::ZERO).is_none());
+        let mut busy = Status::resource_exhausted("");
+        busy.metadata_mut().insert("grpc-retry-pushback-ms", "300".parse().unwrap());
+        let busy = ClientError::from(busy);
+        assert!(retries.after(&busy, 2, second).is_some_and(|pause| pause >= 300 * MS));
+        assert!(retries.after(&busy, 2, 200 * MS).is_none(), "no time for what the server asks");
         for _ in 0..1000 {
             retries.first();
         }

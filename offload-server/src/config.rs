@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use isthmus_codec::Trust;
 use isthmus_nets::BackboneKind;
 use serde::{Deserialize, Serialize};
 
@@ -214,9 +215,18 @@ impl Config {
         if !self.listen.ip().is_loopback() && self.tls_cert.is_none() && !self.insecure {
             return bad("listening off loopback needs tls_cert and tls_key (or insecure = true on a network you trust)");
         }
+        if self.admin_listen == Some(self.listen) && self.listen.port() != 0 {
+            return bad("listen and admin_listen are the same address");
+        }
         if self.models.is_empty() {
             return bad("models: at least one is needed");
         }
+        if let Some(model) = self.models.iter().find(|m| BackboneKind::from_name(m).is_none()) {
+            let known = BackboneKind::ALL.map(BackboneKind::name).join(", ");
+            return bad(&format!("models: {model:?} is unknown; known: {known}"));
+        }
+        Trust::keys(self.trusted_bundle_keys.iter().map(String::as_str))
+            .map_err(|e| ServerError::Config(format!("trusted_bundle_keys: {e}")))?;
         if !(1..=16).contains(&self.model_versions) {
             return bad("model_versions: 1 to 16");
         }
@@ -230,7 +240,7 @@ impl Config {
         if let Some(model) = self.placements.iter().filter_map(|p| p.model.as_ref()).find(|m| BackboneKind::from_name(m).is_none()) {
             return bad(&format!("placements: model {model:?} is unknown"));
         }
-        if self.queue_delay > Duration::from_secs(10) || self.queue_delay >= self.max_deadline {
+        if self.queue_delay > Duration::from_secs(10) || (self.queue_delay >= self.max_deadline && !self.max_deadline.is_zero()) {
             return bad("queue_delay: at most 10 s, and below max_deadline");
         }
         if self.preferred_batch_sizes.iter().any(|n| *n == 0 || *n > self.max_batch) {

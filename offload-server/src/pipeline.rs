@@ -38,6 +38,8 @@ pub struct Pipeline {
     pub stream_idle: Duration,
     /// A stream that is older than this ends after what is under way: its connection could not otherwise. Zero: never.
     pub stream_age: Duration,
+    /// Largest answer in bytes.
+    pub max_response_bytes: usize,
     intake: Intake,
     in_flight: Arc<Semaphore>,
     max_in_flight: usize,
@@ -90,6 +92,7 @@ impl Pipeline {
             window: config.stream_window,
             stream_idle: config.stream_idle,
             stream_age: config.max_connection_age,
+            max_response_bytes: config.max_response_bytes,
             intake: Intake::new(config.decode_workers()),
             in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
             max_in_flight: config.max_in_flight,

@@ -126,6 +126,21 @@ enum Wanted {
     },
 }
 
+impl Wanted {
+    /// About as many bytes as it has for each photo; of all classes, at least as many.
+    fn bytes(&self, labels: &[String]) -> usize {
+        /// Length, value and number of a class as text.
+        const AROUND: usize = 15;
+        match self {
+            Self::Logits => 4 * labels.len(),
+            Self::Classes { top_k, .. } => {
+                let all: usize = labels.iter().map(|l| l.len() + AROUND).sum();
+                top_k * (all / labels.len().max(1))
+            }
+        }
+    }
+}
+
 fn wanted(outputs: &[InferRequestedOutputTensor], parameters: &Parameters, classes: usize) -> Result<Vec<Wanted>, ServerError> {
     let k = |value: Option<u64>| usize::try_from(value.filter(|k| *k > 0).unwrap_or(DEFAULT_TOP_K)).unwrap_or(classes).min(classes);
     let top_k = k(number(parameters, "top_k")?);
@@ -206,6 +221,13 @@ fn read<'a>(
         return Err(invalid(format!(
             "{n} photos; this server has at most {} in flight: send fewer in a request",
             pipeline.max_in_flight()
+        )));
+    }
+    let least = n * outputs.iter().map(|output| output.bytes(&registry.labels)).sum::<usize>();
+    if least > pipeline.max_response_bytes {
+        let most = pipeline.max_response_bytes;
+        return Err(invalid(format!(
+            "the answer would have some {least} bytes, this server sends at most {most}: ask for fewer photos or classes"
         )));
     }
     let (model, version) = (request.model_name.as_str(), request.model_version.as_str());
