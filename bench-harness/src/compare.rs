@@ -28,7 +28,7 @@ pub struct Plan {
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { webp: vec![0, 1, 5, 10, 20, 30, 50, 75, 90], jpeg: vec![5, 10, 20, 30, 50, 75, 90], avif: vec![1, 10, 20, 30, 45, 60, 75] }
+        Self { webp: vec![0, 1, 5, 10, 20, 30, 50, 75, 90], jpeg: vec![5, 10, 20, 30, 50, 75, 90], avif: vec![1, 15, 30, 50, 75] }
     }
 }
 
