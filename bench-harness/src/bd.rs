@@ -4,6 +4,8 @@
 //! After Bjøntegaard, "Calculation of average PSNR differences between RD-curves" (VCEG-M33, 2001), with the interpolation of Akima ("A new
 //! method of interpolation and smooth curve fitting based on local procedures", J. ACM 17(4), 1970), which does not swing between points.
 
+use crate::stats::envelope;
+
 /// A cubic between two points: Hermite's, from values and slopes at its ends.
 struct Curve {
     x: Vec<f64>,
@@ -55,21 +57,14 @@ impl Curve {
     }
 }
 
-/// Points (bytes, quality) as a curve of ln bytes over quality: points that another one beats in both are left out.
+/// Points (bytes, quality) as a curve of ln bytes over quality.
 fn curve(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let mut sorted: Vec<(f64, f64)> = points.iter().copied().filter(|(bytes, quality)| *bytes > 0.0 && quality.is_finite()).collect();
-    sorted.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let mut rising: Vec<(f64, f64)> = Vec::new();
-    for (bytes, quality) in sorted {
-        if rising.last().is_none_or(|last| quality > last.0) {
-            rising.push((quality, bytes.ln()));
-        }
-    }
-    rising
+    let sound: Vec<(f64, f64)> = points.iter().copied().filter(|(bytes, quality)| *bytes > 0.0 && quality.is_finite()).collect();
+    envelope(&sound).into_iter().map(|(bytes, quality)| (quality, bytes.ln())).collect()
 }
 
 /// What was compared.
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Delta {
     /// Mean difference of bytes, relative to the anchor's: -0.6 is 60 % fewer.
     pub rate: f64,

@@ -75,13 +75,16 @@ const QUALITIES: [(&str, Value); 2] = [("agreement", |r| r.agreement.mean), ("KL
 
 /// Bytes of the bundle relative to those of `rival` at equal quality.
 fn delta(c: &Comparison, rival: &str, quality: Value) -> Option<Delta> {
-    let points = |family: &str| c.rows.iter().filter(|r| r.family == family).map(|r| (r.bytes, quality(r))).collect::<Vec<_>>();
-    delta_rate(&points(rival), &points(OURS))
+    delta_rate(&points(c, rival, quality), &points(c, OURS, quality))
+}
+
+/// Bytes and value of each setting of a method.
+fn points(c: &Comparison, family: &str, value: Value) -> Vec<(f64, f64)> {
+    c.rows.iter().filter(|r| r.family == family).map(|r| (r.bytes, value(r))).collect()
 }
 
 fn at(c: &Comparison, family: &str, agreement: f64) -> Option<f64> {
-    let points: Vec<(f64, f64)> = c.rows.iter().filter(|r| r.family == family).map(|r| (r.bytes, r.agreement.mean)).collect();
-    bytes_at(&points, agreement)
+    bytes_at(&points(c, family, |r| r.agreement.mean), agreement)
 }
 
 /// Writes `SET.json`, `SET.md`, `SET-agreement.svg` and `SET-kl.svg` into `folder`.
@@ -102,10 +105,7 @@ pub fn write(c: &Comparison, folder: &Path) -> Result<(), HarnessError> {
         ("kl", "mean KL to the uncompressed teacher (nats)", |r| r.kl.mean),
     ];
     for (name, label, value) in charts {
-        let line = |family: &str| Line {
-            name: family.into(),
-            points: c.rows.iter().filter(|r| r.family == family).map(|r| (r.bytes, value(r))).collect(),
-        };
+        let line = |family: &str| Line { name: family.into(), points: points(c, family, value) };
         let families = std::iter::once(OURS).chain(RIVALS).filter(|family| c.rows.iter().any(|r| r.family == *family));
         let lines: Vec<Line> = families.map(line).collect();
         let title = format!("{}: {} crops of {} photos", c.set, c.crops, c.photos);

@@ -57,9 +57,8 @@ pub fn bootstrap(values: &[(&str, f64)]) -> Interval {
     Interval { mean, low: means[RESAMPLES / 40], high: means[RESAMPLES - 1 - RESAMPLES / 40] }
 }
 
-/// Bytes that a codec needs for `agreement`: log-linear interpolation along its upper envelope (points
-/// that another point beats in both are left out). `None` outside the measured range.
-pub fn bytes_at(points: &[(f64, f64)], agreement: f64) -> Option<f64> {
+/// Points (bytes, value) by rising bytes, without those that another point beats in both.
+pub(crate) fn envelope(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let mut sorted = points.to_vec();
     sorted.sort_by(|a, b| a.0.total_cmp(&b.0));
     let mut envelope: Vec<(f64, f64)> = Vec::new();
@@ -68,6 +67,13 @@ pub fn bytes_at(points: &[(f64, f64)], agreement: f64) -> Option<f64> {
             envelope.push((bytes, value));
         }
     }
+    envelope
+}
+
+/// Bytes that a codec needs for `agreement`: log-linear interpolation along its upper envelope (points
+/// that another point beats in both are left out). `None` outside the measured range.
+pub fn bytes_at(points: &[(f64, f64)], agreement: f64) -> Option<f64> {
+    let envelope = envelope(points);
     let first = envelope.first()?;
     if agreement <= first.1 {
         return (agreement >= first.1 - 1e-9).then_some(first.0);

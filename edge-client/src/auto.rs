@@ -177,16 +177,16 @@ impl AutoClient {
             let computed = compute(local.clone(), photo, top_k, slowdown).await?;
             return answer(self.computed(computed), Choice::Local, 0);
         }
-        let (payload, encode) = self.encode(decision.choice, photo).await?;
+        let (choice, payload, encode) = self.encode(decision.choice, photo).await?;
         let bytes = payload.len();
-        let mut sending = self.send(decision.choice, payload, encode, start);
+        let mut sending = self.send(choice, payload, encode, start);
         let Some(local) = self.local.clone() else {
-            return answer(self.sent(sending.await)?, decision.choice, bytes);
+            return answer(self.sent(sending.await)?, choice, bytes);
         };
         let patience = decision.local_after.unwrap_or(self.goal.deadline).saturating_sub(start.elapsed());
         match tokio::time::timeout(patience, &mut sending).await {
             Ok(sent) => match self.sent(sent) {
-                Ok(answered) => answer(answered, decision.choice, bytes),
+                Ok(answered) => answer(answered, choice, bytes),
                 Err(_) => {
                     let computed = compute(local, photo, top_k, slowdown).await?;
                     answer(self.computed(computed), Choice::Local, bytes)
@@ -202,7 +202,7 @@ impl AutoClient {
                         answer(self.computed(computed?), Choice::Local, bytes)
                     }
                     sent = &mut sending => match self.sent(sent) {
-                        Ok(answered) => answer(answered, decision.choice, bytes),
+                        Ok(answered) => answer(answered, choice, bytes),
                         Err(_) => answer(self.computed(local.await?), Choice::Local, bytes),
                     },
                 }
@@ -227,18 +227,22 @@ impl AutoClient {
         Ok(Answered { labels: labels?, device, server })
     }
 
-    /// The payload of `choice`, and the seconds that it took.
-    async fn encode(&mut self, choice: Choice, photo: &Photo) -> Result<(Payload, f64), ClientError> {
+    /// The payload of `choice` (or of the lower level that the encoder's budget left), and the seconds that it took.
+    async fn encode(&mut self, mut choice: Choice, photo: &Photo) -> Result<(Choice, Payload, f64), ClientError> {
         let start = Instant::now();
         let side = self.encoder.bundle().manifest.input.size;
         let payload = match choice {
-            Choice::Bottleneck(level) => Payload::Bitstream(self.encoder.encode_rgb(&photo.pixels, level)?.container.into()),
+            Choice::Bottleneck(level) => {
+                let encoded = self.encoder.encode_rgb(&photo.pixels, level)?;
+                choice = Choice::Bottleneck(encoded.quality);
+                Payload::Bitstream(encoded.container.into())
+            }
             Choice::Jpeg(quality) => Payload::Image(images::jpeg(&photo.pixels.network_input(side)?, quality)?.into()),
             Choice::File if photo.file.is_some() => Payload::Image(photo.file.clone().unwrap_or_default()),
             Choice::Png | Choice::File | Choice::Local => Payload::Image(images::png(&photo.pixels.network_input(side)?)?.into()),
         };
         slow_down(start.elapsed(), self.slowdown).await;
-        Ok((payload, seconds(start)))
+        Ok((choice, payload, seconds(start)))
     }
 
     /// Sends in a task of its own; it ends with the deadline. A connection that answers late or not is given up.

@@ -72,16 +72,16 @@ impl Retries {
     /// An inference changes nothing, so it may be repeated whatever became of it.
     pub(crate) fn after(&self, error: &ClientError, next: u32, left: Duration) -> Option<Duration> {
         // full jitter, so that those that failed together do not come back together; not before the server wants it
-        let pause = FIRST_PAUSE.mul_f64(f64::from(2u32.pow(next.min(10))) * rand::random::<f64>()).max(pushback(error));
+        let pause = FIRST_PAUSE.mul_f64(f64::from(2u32.pow(next.min(10))) * rand::random::<f64>()).max(pushback(error)?);
         (error.is_transient() && next <= MOST_TRIES && pause < left && self.0.withdraw()).then_some(pause)
     }
 }
 
-/// How long the server asks to be left alone, if it says so.
-fn pushback(error: &ClientError) -> Duration {
-    let ClientError::Server(status) = error else { return Duration::ZERO };
-    let asked = status.metadata().get("grpc-retry-pushback-ms").and_then(|v| v.to_str().ok()?.parse().ok());
-    asked.map_or(Duration::ZERO, Duration::from_millis)
+/// How long the server asks to be left alone; what is no such number, as -1, asks for no more tries (gRPC's proposal A6).
+fn pushback(error: &ClientError) -> Option<Duration> {
+    let ClientError::Server(status) = error else { return Some(Duration::ZERO) };
+    let Some(asked) = status.metadata().get("grpc-retry-pushback-ms") else { return Some(Duration::ZERO) };
+    asked.to_str().ok()?.parse().ok().map(Duration::from_millis)
 }
 
 /// This connection alone.
@@ -268,6 +268,9 @@ mod tests {
         let busy = ClientError::from(busy);
         assert!(retries.after(&busy, 2, second).is_some_and(|pause| pause >= 300 * MS));
         assert!(retries.after(&busy, 2, 200 * MS).is_none(), "no time for what the server asks");
+        let mut never = Status::resource_exhausted("");
+        never.metadata_mut().insert("grpc-retry-pushback-ms", "-1".parse().unwrap());
+        assert!(retries.after(&never.into(), 2, second).is_none());
         for _ in 0..1000 {
             retries.first();
         }

@@ -165,6 +165,7 @@ impl Pipeline {
 
     async fn admit(&self, ask: Ask<'_>) -> Result<Answer, ServerError> {
         let _quota = ask.tenant.enter()?;
+        // as many as the tenants have together: it counts
         let _place = self.in_flight.try_acquire().map_err(|_| ServerError::Busy("too many requests in flight"))?;
         let _counted = InFlight::enter();
         let registry = self.repository.current();

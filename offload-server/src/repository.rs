@@ -163,11 +163,10 @@ impl Repository {
     /// Puts a model in place of what has its name. Bundles that only other models know stay.
     fn put(&self, name: &str, bundles: &[Arc<Bundle>], entries: Vec<Arc<Entry>>) {
         let mut next = Registry::clone(&self.current());
-        let at = next.models.iter().position(|m| m.name == name).unwrap_or(next.models.len());
         let gone = take(&mut next.models, name);
         next.bundles.retain(|old| bundles.iter().all(|b| b.hash != old.hash) && next.models.iter().any(|m| m.stage(&old.hash).is_some()));
         next.bundles.splice(0..0, bundles.iter().cloned());
-        next.models.splice(at..at, entries);
+        next.models.extend(entries);
         // the default stays the configuration's, whatever was away for a while
         next.models.sort_by_key(|m| self.config.models.iter().position(|name| name == m.name).unwrap_or(usize::MAX));
         self.set(next);

@@ -171,9 +171,9 @@ impl Tenants {
             return Err(ServerError::Config(format!("at most {MOST} tenants")));
         }
         let weights: Vec<f64> = configs.iter().map(|c| c.weight.clamp(1e-3, 1e3)).collect();
-        let mut calls = Places::divide(max_in_flight + SPARE_CALLS, &weights).into_iter();
-        let mut requests = Places::divide(max_in_flight, &weights).into_iter();
-        for (i, config) in configs.iter().enumerate() {
+        let calls = Places::divide(max_in_flight + SPARE_CALLS, &weights);
+        let requests = Places::divide(max_in_flight, &weights);
+        for (i, ((config, calls), requests)) in configs.iter().zip(calls).zip(requests).enumerate() {
             let name = &config.name;
             let plain = !name.is_empty() && name.len() <= 64 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
             if !plain || name == ANONYMOUS || configs[..i].iter().any(|c| c.name == *name) {
@@ -185,7 +185,6 @@ impl Tenants {
             if config.most_urgent == Some(0) {
                 return wrong(name, "most_urgent is from 1");
             }
-            let (Some(calls), Some(requests)) = (calls.next(), requests.next()) else { break };
             let tenant = Arc::new(Tenant::new(i + 1, config, calls, requests));
             let mut known = false;
             for (map, key, text) in
@@ -250,15 +249,9 @@ impl Tenants {
     /// UNAUTHENTICATED, RESOURCE_EXHAUSTED.
     #[allow(clippy::result_large_err, reason = "tonic's interceptors return Status")]
     pub fn intercept(&self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        let entered = self.identify(&request).and_then(|tenant| {
-            let place = tenant.calls.take().ok_or(ServerError::Busy("too many calls"));
-            place.inspect_err(|e| telemetry::refused(e, Some(&tenant))).map(|place| (tenant.clone(), place))
-        });
-        let (tenant, place) = entered.inspect_err(|e| {
-            if matches!(e, ServerError::Unauthenticated) {
-                telemetry::refused(e, None);
-            }
-        })?;
+        let tenant = self.identify(&request).inspect_err(|e| telemetry::refused(e, None))?;
+        let place = tenant.calls.take().ok_or(ServerError::Busy("too many calls"));
+        let place = place.inspect_err(|e| telemetry::refused(e, Some(&tenant)))?;
         request.extensions_mut().insert(tenant);
         request.extensions_mut().insert(Arc::new(place));
         Ok(request)

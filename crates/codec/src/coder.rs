@@ -142,6 +142,9 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
     if !payload.len().is_multiple_of(4) || level.channels.len() != usize::from(shape.channels) {
         return Err(CodecError::malformed("the payload's length is no multiple of 4"));
     }
+    if shape.symbols() == 0 {
+        return Err(CodecError::malformed("the latent is empty"));
+    }
     let words: Vec<u32> = payload.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
     let mut coder = DefaultAnsCoder::from_compressed(words).map_err(|_| CodecError::malformed("the payload ends in a zero word"))?;
     let positions = shape.positions();

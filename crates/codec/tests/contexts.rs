@@ -144,6 +144,15 @@ fn table_files_round_trip_and_truncations_are_refused() {
     assert!(Tables::from_bytes(&old).unwrap_err().to_string().contains("export the bundle again"));
 }
 
+#[test]
+fn an_empty_latent_is_refused() {
+    for (height, width) in [(0, 4), (4, 0), (0, 0)] {
+        let shape = LatentShape { height, width, ..SHAPE };
+        assert!(coder::decode(&[], &tables().levels[0], shape).unwrap_err().to_string().contains("empty"));
+        assert!(coder::encode(&[], &tables().levels[0], shape).is_err());
+    }
+}
+
 proptest! {
     #[test]
     fn symbols_round_trip(raw in prop::collection::vec(-32768i32..=32768, SHAPE.symbols()), seed: u64, wild: bool) {
