@@ -83,9 +83,11 @@ def main():
     with serving(BOTH, 2, 16) as url:
         for _ in range(args.rounds):
             quiet.append(load(BOTH, url, "--rate", 5, "--even", "--warm-up", "1s", "--window", "8s", "--most-windows", 3, "--stability", 1000))
-    of = lambda which: spread([p["overhead_ms"][which] for p in quiet])  # noqa: E731
     n = sum(p["n"] for p in quiet)
-    print(f"\nbeside the network at 5 requests a second ({len(quiet)} runs, {n} answers), ms: median {of('p50')}, 99th percentile {of('p99')}")
+    print(f"\nbeside the network at 5 requests a second ({len(quiet)} runs, {n} answers), ms:")
+    for what, name in (("serving", "serving alone"), ("overhead", "with entropy decoding and gRPC on both sides")):
+        of = lambda which: spread([p[f"{what}_ms"][which] for p in quiet])  # noqa: E731, B023
+        print(f"  {name}: median {of('p50')}, 99th percentile {of('p99')}")
 
 
 main()

@@ -54,8 +54,8 @@ until_true() { # WHAT COMMAND...
   for _ in $(seq 120); do "$@" && return; sleep 1; done
   echo "stack: $what: not within two minutes"; exit 1
 }
-for service in offload-server-1 offload-server-2 aggregator-0 aggregator-1 aggregator-2; do until_true "$service is healthy" healthy "$service"; done
-for service in envoy camera prometheus; do until_true "$service runs" healthy "$service" running; done
+for service in offload-server-1 offload-server-2 aggregator-0 aggregator-1 aggregator-2 envoy prometheus; do until_true "$service is healthy" healthy "$service"; done
+until_true "camera runs" healthy camera running
 
 say "nobody is root, and roots are read-only"
 for service in offload-server-1 envoy camera aggregator-0 prometheus; do

@@ -317,6 +317,11 @@ impl Client {
         Err(ClientError::Deadline(deadline))
     }
 
+    /// True if what one server cannot answer may be tried at another.
+    pub fn has_others(&self) -> bool {
+        self.retries.is_some()
+    }
+
     /// The generated client, for streams.
     pub fn raw(&mut self) -> &mut RawClient {
         &mut self.inner

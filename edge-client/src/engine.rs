@@ -36,7 +36,7 @@ impl RtenEngine {
     /// [`ClientError::Engine`] if the graph cannot be loaded.
     pub fn new(onnx: &[u8], side: u32, threads: usize) -> Result<Self, ClientError> {
         // only the operators that encoders and backbones use, which keeps the binary small
-        let mut options = ModelOptions::with_ops(rten::op_registry!(Add, Clip, Conv, Flatten, Gemm, GlobalAveragePool, Relu));
+        let mut options = ModelOptions::with_ops(rten::op_registry!(Abs, Add, Clip, Conv, Div, Flatten, Gemm, GlobalAveragePool, Relu));
         let model = options.prepack_weights(true).load(onnx.to_vec()).map_err(failed)?;
         let one = |ids: &[NodeId], what: &str| match ids {
             [id] => Ok(*id),

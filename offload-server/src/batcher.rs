@@ -26,6 +26,9 @@ const LATE: f64 = 0.5;
 /// A batch counts as at most so many times as slow as predicted; one that was too late may count for more.
 const STALL: f64 = 2.0;
 const STALL_LATE: f64 = 8.0;
+/// Bounds of when those that were refused may come again.
+const SOONEST: Duration = Duration::from_millis(10);
+const LATEST: Duration = Duration::from_secs(5);
 
 /// Runs batches; the seam between queueing and networks.
 pub trait Runner: Send + 'static {
@@ -104,12 +107,14 @@ impl Drop for Pending<'_> {
     fn drop(&mut self) {
         if self.batcher.pool.cancel(self.ticket).is_some() {
             telemetry::dropped("cancelled");
+            telemetry::waiting(self.batcher.name, -1.0);
         }
     }
 }
 
 /// Handle to the network's threads, which finish what is queued and end once the handle is gone.
 pub struct Batcher {
+    name: &'static str,
     pool: Pool<Stage, Item>,
     admission: Admission,
     pace: Arc<Mutex<Pace>>,
@@ -142,7 +147,7 @@ impl Batcher {
     /// If a thread cannot be started.
     pub fn start<R: Runner>(
         runners: Vec<(R, Instance)>,
-        name: &str,
+        name: &'static str,
         serving: &Serving,
         cores: &Arc<Cores>,
         statistics: &Arc<Statistics>,
@@ -155,12 +160,12 @@ impl Batcher {
             move || {
                 // OpenMP's number of threads is one for each thread that asks
                 tch::set_num_threads(instance.threads as i32);
-                Worker { runner, pace, costs, statistics, cores, threads: instance.threads }
+                Worker { name, runner, pace, costs, statistics, cores, threads: instance.threads }
             }
         });
         let pool = Pool::start(serving.limits.clone(), &format!("network-{name}"), workers);
         let pool = pool.map_err(|e| ServerError::Config(e.to_string()))?;
-        Ok(Self { pool, admission: Admission::default(), pace: pace.clone(), costs: costs.clone() })
+        Ok(Self { name, pool, admission: Admission::default(), pace: pace.clone(), costs: costs.clone() })
     }
 
     /// Lets a request in, before its payload is decoded, that would enter at `stage` and must leave the network by `deadline`.
@@ -170,7 +175,7 @@ impl Batcher {
     pub fn admit(&self, stage: Stage, deadline: Instant, priority: u8, tenant: &Tenant) -> Result<Admitted<'_>, ServerError> {
         let (alone, cost) = self.predicted(stage);
         let asked = Asked { tenant: tenant.index, weight: tenant.weight, priority, deadline, cost, alone };
-        self.admission.enter(cost, |ahead| self.pool.would_take(&asked, ahead)).map_err(refused)
+        self.admission.enter(cost, |ahead| self.pool.would_take(&asked, ahead)).map_err(|why| self.refused(why))
     }
 
     /// What an entry takes by itself, and as a member of a full batch.
@@ -206,25 +211,31 @@ impl Batcher {
         let value = Item { input, answer, deadline };
         let entry = Entry { key: stage, priority, tenant: tenant.index, weight: tenant.weight, deadline, cost, alone, value };
         match self.pool.submit(entry) {
-            Ok(ticket) => Ok(Pending { batcher: self, ticket, answer: receiver }),
-            Err((why, _)) => Err(refused(why)),
+            Ok(ticket) => {
+                telemetry::waiting(self.name, 1.0);
+                Ok(Pending { batcher: self, ticket, answer: receiver })
+            }
+            Err((why, _)) => Err(self.refused(why)),
         }
+    }
+
+    /// The error of a request that was refused, and its count. It may come again when half of what is there now is done: room is made
+    /// entry by entry, and who waits for the last finds it taken.
+    fn refused(&self, why: Refused) -> ServerError {
+        let busy = |why| ServerError::Busy { why, retry: (self.pool.backlog() / 2).clamp(SOONEST, LATEST) };
+        let (reason, error) = match why {
+            Refused::Full => ("full", busy("network queue full")),
+            Refused::Cost => ("full", busy("too much work is queued")),
+            Refused::Late => ("overload", busy("those before it take longer than its deadline allows")),
+            Refused::Closed => ("closed", ServerError::Draining),
+        };
+        telemetry::dropped(reason);
+        error
     }
 }
 
-/// The error of a request that was refused, and its count.
-fn refused(why: Refused) -> ServerError {
-    let (reason, error) = match why {
-        Refused::Full => ("full", ServerError::Busy("network queue full")),
-        Refused::Cost => ("full", ServerError::Busy("too much work is queued")),
-        Refused::Late => ("overload", ServerError::Busy("those before it take longer than its deadline allows")),
-        Refused::Closed => ("closed", ServerError::Draining),
-    };
-    telemetry::dropped(reason);
-    error
-}
-
 struct Worker<R> {
+    name: &'static str,
     runner: R,
     pace: Arc<Mutex<Pace>>,
     costs: Arc<Vec<(Stage, Duration)>>,
@@ -237,12 +248,13 @@ struct Worker<R> {
 impl<R: Runner> Work<Stage, Item> for Worker<R> {
     fn run(&mut self, mut batch: Batch<Stage, Item>) {
         let (start, stage) = (Instant::now(), batch.key);
+        telemetry::waiting(self.name, -(batch.members.len() as f64));
         // waiting for other networks is part of what a batch takes
         let cores = self.cores.clone();
         let _held = cores.as_ref().map(|cores| cores.take(self.threads));
         let now = Instant::now();
         for (item, _) in batch.members.extract_if(.., |(item, _)| item.deadline <= now) {
-            self.expired(item);
+            expired(item);
         }
         if batch.members.is_empty() {
             return;
@@ -253,7 +265,7 @@ impl<R: Runner> Work<Stage, Item> for Worker<R> {
             .unwrap_or_else(|_| Err(ServerError::Network("the batch failed inside libtorch".into())));
         let network = start.elapsed();
         let batch_size = batch.members.len();
-        telemetry::batch(stage, batch_size, network, closed(batch.closed));
+        telemetry::batch(self.name, stage, batch_size, network, closed(batch.closed));
         self.statistics.executed(batch_size, network);
         match result {
             Ok(logits) => {
@@ -266,7 +278,7 @@ impl<R: Runner> Work<Stage, Item> for Worker<R> {
                     follow(&mut pace.alone, factor, late);
                 }
                 drop(pace);
-                telemetry::predicted(factor / predicted.max(1e-9));
+                telemetry::predicted(self.name, factor / predicted.max(1e-9));
                 for ((item, came), logits) in batch.members.into_iter().zip(logits) {
                     let waited = start.saturating_duration_since(came);
                     let _ = item.answer.send(Ok(Computed { logits, waited, network, batch_size }));
@@ -282,9 +294,14 @@ impl<R: Runner> Work<Stage, Item> for Worker<R> {
     }
 
     fn expired(&mut self, item: Item) {
-        telemetry::dropped("deadline");
-        let _ = item.answer.send(Err(ServerError::Deadline("waiting for the network")));
+        telemetry::waiting(self.name, -1.0);
+        expired(item);
     }
+}
+
+fn expired(item: Item) {
+    telemetry::dropped("deadline");
+    let _ = item.answer.send(Err(ServerError::Deadline("waiting for the network")));
 }
 
 /// Value of the label `closed`.
@@ -378,7 +395,7 @@ mod tests {
         tokio::time::sleep(Duration::from_millis(50)).await;
         let second = batcher.submit(Stage::Pixels, vec![2.0], later, 0, &everybody()).unwrap();
         let third = batcher.submit(Stage::Pixels, vec![3.0], later, 0, &everybody()).unwrap();
-        assert!(matches!(batcher.submit(Stage::Pixels, vec![4.0], later, 0, &everybody()), Err(ServerError::Busy(_))));
+        assert!(matches!(batcher.submit(Stage::Pixels, vec![4.0], later, 0, &everybody()), Err(ServerError::Busy { .. })));
         drop(third);
         let fourth = batcher.submit(Stage::Pixels, vec![4.0], later, 0, &everybody()).unwrap();
         let (a, b, c) = tokio::join!(first.answer(later), second.answer(later), fourth.answer(later));

@@ -212,6 +212,9 @@ impl Config {
             return bad("tenants: certificate_sha256 needs tls_client_ca");
         }
         Tenants::new(&self.tenants, self.max_in_flight)?;
+        for model in &self.models {
+            crate::placement::instances(self, model)?;
+        }
         if !self.listen.ip().is_loopback() && self.tls_cert.is_none() && !self.insecure {
             return bad("listening off loopback needs tls_cert and tls_key (or insecure = true on a network you trust)");
         }

@@ -1,13 +1,14 @@
 //! Errors of the server, and the one place where they become gRPC status codes.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use isthmus_codec::CodecError;
 use isthmus_pixels::PixelError;
 use tonic::{Code, Status};
 
-/// When a client that was refused may try again: a batch or two later.
-const RETRY_PUSHBACK_MS: u32 = 100;
+/// When a client that was refused may try again, where nothing better is known: a batch or two later.
+const RETRY_PUSHBACK: Duration = Duration::from_millis(100);
 
 /// Why the server did not start, or a request was not answered.
 #[derive(Debug, thiserror::Error)]
@@ -45,8 +46,13 @@ pub enum ServerError {
     #[error("bundle {0} is not loaded on this server; use the same bundle on both sides")]
     UnknownBundle(String),
     /// The queues are full.
-    #[error("the server is busy ({0}); try again later")]
-    Busy(&'static str),
+    #[error("the server is busy ({why}); try again later")]
+    Busy {
+        /// What is used up.
+        why: &'static str,
+        /// When it may be better.
+        retry: Duration,
+    },
     /// Nobody that the configuration knows.
     #[error("who asks? Send the token of a tenant (authorization: Bearer TOKEN) or its client certificate")]
     Unauthenticated,
@@ -68,6 +74,11 @@ pub enum ServerError {
 }
 
 impl ServerError {
+    /// Refused for a reason that says nothing of how long it will last.
+    pub(crate) fn busy(why: &'static str) -> Self {
+        Self::Busy { why, retry: RETRY_PUSHBACK }
+    }
+
     /// Short, bounded name for metrics.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -77,7 +88,7 @@ impl ServerError {
             Self::Pixels(_) => "bad_image",
             Self::Invalid(_) => "bad_request",
             Self::UnknownModel(_) => "unknown_model",
-            Self::Busy(_) => "busy",
+            Self::Busy { .. } => "busy",
             Self::Unauthenticated => "unauthenticated",
             Self::Forbidden(_) => "forbidden",
             Self::Deadline(_) => "deadline",
@@ -94,7 +105,7 @@ impl ServerError {
             Self::Codec(CodecError::BadTables(_) | CodecError::BadBundle(_)) => Code::Internal,
             Self::Codec(_) | Self::Pixels(_) | Self::Invalid(_) => Code::InvalidArgument,
             Self::UnknownModel(_) => Code::NotFound,
-            Self::Busy(_) => Code::ResourceExhausted,
+            Self::Busy { .. } => Code::ResourceExhausted,
             Self::Unauthenticated => Code::Unauthenticated,
             Self::Forbidden(_) => Code::PermissionDenied,
             Self::Deadline(_) => Code::DeadlineExceeded,
@@ -107,9 +118,10 @@ impl ServerError {
 impl From<ServerError> for Status {
     fn from(error: ServerError) -> Self {
         let mut status = Self::new(error.code(), error.to_string());
-        if let ServerError::Busy(_) = error {
+        if let ServerError::Busy { retry, .. } = error {
             // gRPC clients that retry wait so long first
-            status.metadata_mut().insert("grpc-retry-pushback-ms", RETRY_PUSHBACK_MS.into());
+            let pause = u32::try_from(retry.as_millis()).unwrap_or(u32::MAX);
+            status.metadata_mut().insert("grpc-retry-pushback-ms", pause.into());
         }
         status
     }

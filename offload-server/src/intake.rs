@@ -21,6 +21,8 @@ const STALL: f64 = 4.0;
 /// Smaller payloads count as this many bytes, and nothing is predicted to take longer than so long.
 const LEAST_BYTES: usize = 2 << 10;
 const LONGEST: f64 = 0.5;
+/// A bitstream that is predicted to take less is decoded where its request is: another thread would have to be woken, and be waited for.
+const AT_ONCE: f64 = 0.002;
 
 /// The decode pool.
 pub struct Intake {
@@ -116,9 +118,10 @@ impl Intake {
         let worker = worker.await.map_err(|_| ServerError::Deadline("waiting for the decode pool"))?;
         let worker = worker.map_err(|_| ServerError::Draining)?;
         let waited = asked.elapsed();
+        let brief = kind == Kind::Bitstream && expected.seconds > 0.0 && expected.seconds < AT_ONCE;
         let registry = registry.clone();
         let entry = entry.clone();
-        let decoded = tokio::task::spawn_blocking(move || {
+        let decode = move || {
             let (_worker, expected, bytes) = (worker, expected, payload.len());
             let start = Instant::now();
             if start >= deadline {
@@ -135,7 +138,11 @@ impl Intake {
             telemetry::decoded(kind, took);
             locked(&expected.paces).learn(kind, bytes, took);
             Ok(Ready { stage, input, waited, took })
-        });
+        };
+        if brief {
+            return decode();
+        }
+        let decoded = tokio::task::spawn_blocking(decode);
         // a decoding cannot be stopped; it keeps its place in the pool, so no more than its worker is lost
         let decoded = tokio::time::timeout_at(deadline.into(), decoded).await;
         let decoded = decoded.map_err(|_| ServerError::Deadline("being decoded"))?;

@@ -94,7 +94,7 @@ impl Model {
             let why = format!("bundle {}: {:?} is not the shape of {split:?}", bundle.manifest.name, entry.features);
             return Err(ServerError::Config(why));
         }
-        let spec = DecoderSpec::from_entry(entry, l);
+        let spec = DecoderSpec::from_entry(entry, l)?;
         let weights = Weights::from_safetensors(bundle.file(&entry.weights)?, &entry.weights, self.device)?;
         let mut vs = nn::VarStore::new(self.device);
         let decoder = Decoder::new(&vs.root(), &spec);
@@ -158,7 +158,7 @@ impl Model {
             Stage::Pixels => self.kind.layers(Layer::Input),
             Stage::Features(layer) => self.kind.layers(layer),
             Stage::Latent(i) => self.blueprints.get(i).map_or_else(Vec::new, |b| {
-                let decoder = b.spec.layers(b.latent[1], b.latent[2]);
+                let decoder = b.spec.layers(b.latent[1]);
                 decoder.into_iter().chain(self.kind.layers(b.split)).collect()
             }),
         }

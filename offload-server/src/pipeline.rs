@@ -122,7 +122,7 @@ impl Pipeline {
     /// # Errors
     /// [`ServerError::Busy`] if there is none.
     pub fn stream(&self) -> Result<OwnedSemaphorePermit, ServerError> {
-        self.streams.clone().try_acquire_owned().map_err(|_| ServerError::Busy("too many streams are open"))
+        self.streams.clone().try_acquire_owned().map_err(|_| ServerError::busy("too many streams are open"))
     }
 
     /// The smaller of what the client asks for and the server's limit, less a little: the answer that the
@@ -166,15 +166,17 @@ impl Pipeline {
     async fn admit(&self, ask: Ask<'_>) -> Result<Answer, ServerError> {
         let _quota = ask.tenant.enter()?;
         // as many as the tenants have together: it counts
-        let _place = self.in_flight.try_acquire().map_err(|_| ServerError::Busy("too many requests in flight"))?;
+        let _place = self.in_flight.try_acquire().map_err(|_| ServerError::busy("too many requests in flight"))?;
         let _counted = InFlight::enter();
         let registry = self.repository.current();
         let entry = registry.model(ask.model, ask.version)?.clone();
         let deadline = ask.arrived + ask.budget;
         let decoded_by = deadline.checked_sub(self.intake.expected(ask.kind, ask.payload.len())).unwrap_or(ask.arrived);
-        let admitted = entry.batcher.admit(entry.likely_stage(ask.kind), decoded_by, ask.priority, ask.tenant)?;
+        let admitted = entry.batcher.admit(entry.likely_stage(ask.kind), decoded_by, ask.priority, ask.tenant);
+        let admitted = admitted.inspect_err(|error| telemetry::model(entry.name, Some(error)))?;
         let arrived = ask.arrived;
         let answer = self.compute(ask, &registry, &entry, admitted, deadline).await;
+        telemetry::model(entry.name, answer.as_ref().err());
         match &answer {
             Ok(answer) => {
                 entry.statistics.answered(&answer.times);
@@ -201,7 +203,7 @@ impl Pipeline {
         drop(admitted);
         let computed = pending.answer(deadline).await?;
         let queue = ready.waited + computed.waited;
-        telemetry::queued(queue);
+        telemetry::queued(entry.name, queue);
         let times =
             Times { decode: ready.took, queue, network: computed.network, batch_size: computed.batch_size, total: ask.arrived.elapsed() };
         Ok(Answer { entry: entry.clone(), labels: registry.labels.clone(), logits: computed.logits, times })

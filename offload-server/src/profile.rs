@@ -42,6 +42,7 @@ pub fn report(config: &Config) -> Result<String, ServerError> {
                 model.stage(&b.hash).map(|stage| (stage, title))
             }));
             for (stage, title) in ways {
+                eprintln!("measuring {title} on {}", instance.device_name());
                 let layers = model.layers(stage);
                 table(&mut text, &format!("{name}, {title}"), &layers, machine, config.max_batch as u64);
                 measured(&mut text, &model, stage, &layers, machine, config.max_batch)?;

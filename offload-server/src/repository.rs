@@ -19,7 +19,6 @@ use crate::batcher::{Batcher, Serving};
 use crate::model::{Model, Stage};
 use crate::placement::{self, Cores};
 use crate::registry::{Entry, Registry};
-use crate::statistics::Statistics;
 use crate::{Config, ServerError, labels};
 
 /// Reason of a model that an operator unloaded.
@@ -284,7 +283,9 @@ impl Repository {
         let factor = alone.as_secs_f64() / whole.as_secs_f64().max(1e-9);
         let (name, kind, input_size) = (model.name(), model.kind(), model.input_size());
         tracing::info!(model = name, version, device = first.device_name(), instances = instances.len(), bundles = stages.len(), ?alone, roofline = ?whole, "model loaded");
-        let statistics = Arc::new(Statistics::default());
+        // a version that is loaded anew goes on counting
+        let loaded = self.current().models.iter().find(|m| m.name == name && m.version == version).cloned();
+        let statistics = loaded.map(|m| m.statistics.clone()).unwrap_or_default();
         let config = &self.config;
         let limits = Limits {
             max_batch: config.max_batch,

@@ -1,4 +1,5 @@
-//! What a model has done since it was loaded, as the Open Inference Protocol's statistics want it.
+//! What a version of a model has done since it was first loaded (loading it anew changes nothing), as the Open Inference Protocol's
+//! statistics want it.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -87,7 +87,13 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
     describe_counter!("isthmus_failed_calls_total", "Calls that ended with an error before any message was sent, by gRPC code");
     describe_counter!("isthmus_connections_refused_total", "Connections closed at once because too many were open");
     describe_gauge!("isthmus_in_flight", "Requests between arrival and answer");
+    describe_gauge!("isthmus_queue_length", "Decoded requests that wait for a model's network");
+    describe_counter!("isthmus_model_requests_total", "Requests that reached a loaded model, by gRPC code");
+    // autoscalers and alerts take a series that is not there for no data
     counter!("isthmus_connections_refused_total").increment(0);
+    for reason in ["overload", "full", "closed", "cancelled", "deadline"] {
+        counter!("isthmus_dropped_total", "reason" => reason).increment(0);
+    }
     Ok(handle)
 }
 
@@ -161,15 +167,20 @@ pub(crate) fn dropped(reason: &'static str) {
     counter!("isthmus_dropped_total", "reason" => reason).increment(1);
 }
 
-pub(crate) fn batch(stage: Stage, size: usize, network: Duration, closed: &'static str) {
+/// Requests that wait for a model's network.
+pub(crate) fn waiting(model: &'static str, change: f64) {
+    gauge!("isthmus_queue_length", "model" => model).increment(change);
+}
+
+pub(crate) fn batch(model: &'static str, stage: Stage, size: usize, network: Duration, closed: &'static str) {
     let stage = match stage {
         Stage::Latent(_) => "latent",
         Stage::Pixels => "pixels",
         Stage::Features(_) => "features",
     };
-    counter!("isthmus_batches_total", "closed" => closed).increment(1);
-    histogram!("isthmus_batch_size").record(size as f64);
-    histogram!("isthmus_network_seconds", "stage" => stage).record(network);
+    counter!("isthmus_batches_total", "model" => model, "closed" => closed).increment(1);
+    histogram!("isthmus_batch_size", "model" => model).record(size as f64);
+    histogram!("isthmus_network_seconds", "model" => model, "stage" => stage).record(network);
 }
 
 pub(crate) fn decoded(kind: Kind, took: Duration) {
@@ -181,8 +192,8 @@ pub(crate) fn decoded(kind: Kind, took: Duration) {
 }
 
 /// Measured time of a batch over the predicted one.
-pub(crate) fn predicted(ratio: f64) {
-    histogram!("isthmus_cost_ratio").record(ratio);
+pub(crate) fn predicted(model: &'static str, ratio: f64) {
+    histogram!("isthmus_cost_ratio", "model" => model).record(ratio);
 }
 
 pub(crate) fn tenant(name: &str, error: Option<&ServerError>) {
@@ -198,8 +209,13 @@ pub(crate) fn refused(error: &ServerError, of: Option<&Tenant>) {
     }
 }
 
-pub(crate) fn queued(waited: Duration) {
-    histogram!("isthmus_queue_seconds").record(waited);
+pub(crate) fn queued(model: &'static str, waited: Duration) {
+    histogram!("isthmus_queue_seconds", "model" => model).record(waited);
+}
+
+pub(crate) fn model(name: &'static str, error: Option<&ServerError>) {
+    let code = error.map_or(tonic::Code::Ok, ServerError::code);
+    counter!("isthmus_model_requests_total", "model" => name, "code" => format!("{code:?}")).increment(1);
 }
 
 pub(crate) fn answered(kind: Kind, bytes: usize, took: Duration, error: Option<&ServerError>) {

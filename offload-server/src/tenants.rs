@@ -134,10 +134,10 @@ impl Tenant {
     /// [`ServerError::Busy`] if they are used up.
     pub fn enter(&self) -> Result<Entered, ServerError> {
         let quota = self.quota.clone().map(|(_, q)| q.try_acquire_owned()).transpose();
-        let quota = quota.map_err(|_| ServerError::Busy("this tenant has as many requests in flight as it may"))?;
-        let place = self.requests.take().ok_or(ServerError::Busy("too many requests in flight"))?;
+        let quota = quota.map_err(|_| ServerError::busy("this tenant has as many requests in flight as it may"))?;
+        let place = self.requests.take().ok_or(ServerError::busy("too many requests in flight"))?;
         if self.rate.as_ref().is_some_and(|(_, r)| r.check().is_err()) {
-            return Err(ServerError::Busy("this tenant sends more requests a second than it may"));
+            return Err(ServerError::busy("this tenant sends more requests a second than it may"));
         }
         Ok(Entered { _quota: quota, _place: place })
     }
@@ -250,7 +250,7 @@ impl Tenants {
     #[allow(clippy::result_large_err, reason = "tonic's interceptors return Status")]
     pub fn intercept(&self, mut request: Request<()>) -> Result<Request<()>, Status> {
         let tenant = self.identify(&request).inspect_err(|e| telemetry::refused(e, None))?;
-        let place = tenant.calls.take().ok_or(ServerError::Busy("too many calls"));
+        let place = tenant.calls.take().ok_or(ServerError::busy("too many calls"));
         let place = place.inspect_err(|e| telemetry::refused(e, Some(&tenant)))?;
         request.extensions_mut().insert(tenant);
         request.extensions_mut().insert(Arc::new(place));
@@ -311,7 +311,7 @@ mod tests {
         let tenants = Tenants::new(&[TenantConfig { max_in_flight: 1, ..tenant("a", "x") }], 8).unwrap();
         let a = tenants.identify(&ask("Bearer x")).unwrap();
         let place = a.enter().unwrap();
-        assert!(matches!(a.enter(), Err(ServerError::Busy(_))));
+        assert!(matches!(a.enter(), Err(ServerError::Busy { .. })));
         drop(place);
         assert!(a.enter().is_ok());
         let slow = Tenant::alone(1, &TenantConfig { requests_per_second: 2, ..tenant("b", "y") });

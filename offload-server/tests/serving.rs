@@ -205,17 +205,7 @@ async fn metrics_are_those_of_the_specification() {
     client.infer(Payload::Features(features(0)), &options()).await.unwrap();
     let _ = client.infer(Payload::Bitstream(vec![1, 2, 3].into()), &options()).await;
     let page = server.metrics();
-    let spec = std::fs::read_to_string(isthmus_testkit::root().join("docs/metrics.md")).unwrap();
-    let ours = spec.split("# Metrics of aggregator").next().unwrap();
-    let documented: Vec<&str> = ours.lines().filter_map(|l| l.strip_prefix("| `")?.split('`').next()).collect();
-    assert!(documented.len() >= 10, "docs/metrics.md lists the metrics");
-    let exported: Vec<&str> = page.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next()).collect();
-    for name in &exported {
-        assert!(documented.contains(name), "{name} is not in docs/metrics.md");
-    }
-    for name in documented.iter().filter(|n| **n != "isthmus_dropped_total") {
-        assert!(exported.contains(name), "{name} of docs/metrics.md is not exported");
-    }
+    isthmus_testkit::check_metrics("offload-server", &page, &[]);
     assert!(page.contains("isthmus_requests_total{payload=\"bitstream\",code=\"InvalidArgument\"} 1"), "{page}");
     // the status page, as a browser shows it
     let Some(shown) = isthmus_testkit::browser::shown(&format!("http://{}/", server.admin)) else { return };

@@ -38,6 +38,8 @@ pub struct Window {
     pub server: Histogram<u64>,
     /// Of that, waiting.
     pub queue: Histogram<u64>,
+    /// Of the server's time, what is neither decoding nor the network's: limits, admission, queue, threads that wake each other.
+    pub serving: Histogram<u64>,
     /// From sending to the answer, without the network's own time: transport, decoding, waiting, batching.
     pub overhead: Histogram<u64>,
     /// Answers with a failure, by kind.
@@ -60,6 +62,7 @@ impl Window {
             lag: histogram()?,
             server: histogram()?,
             queue: histogram()?,
+            serving: histogram()?,
             overhead: histogram()?,
             failed: Default::default(),
             unsent: 0,
@@ -89,6 +92,7 @@ impl Window {
             (&mut self.lag, &other.lag),
             (&mut self.server, &other.server),
             (&mut self.queue, &other.queue),
+            (&mut self.serving, &other.serving),
             (&mut self.overhead, &other.overhead),
         ];
         for (mine, theirs) in pairs {
@@ -134,6 +138,7 @@ async fn one(target: Target, number: u64, intended: Instant, window: Arc<Mutex<W
             w.latency.saturating_record(micros(latency));
             w.server.saturating_record(t.total_us);
             w.queue.saturating_record(t.queue_us);
+            w.serving.saturating_record(t.total_us.saturating_sub(t.network_us + t.decode_us));
             w.overhead.saturating_record(micros(waited).saturating_sub(t.network_us));
             w.network += t.network_us as f64 / f64::from(t.batch_size.max(1)) / 1e6;
             w.batches += f64::from(t.batch_size);

@@ -86,6 +86,11 @@ impl<K: Clone + PartialEq + Send + 'static, T: Send + 'static> Pool<K, T> {
         self.shared.queue().cancel(ticket)
     }
 
+    /// Predicted time until everything that waits or runs is done.
+    pub fn backlog(&self) -> Duration {
+        self.shared.queue().backlog(Instant::now())
+    }
+
     /// Entries waiting, by tenant.
     pub fn waiting(&self) -> BTreeMap<u32, usize> {
         self.shared.queue().waiting()

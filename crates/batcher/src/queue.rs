@@ -181,6 +181,15 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
         self.cost
     }
 
+    /// Predicted time until everything that waits or runs is done, by all workers together.
+    pub fn backlog(&self, now: Instant) -> Duration {
+        (self.running_at(now) + self.cost) / self.limits.workers as u32
+    }
+
+    fn running_at(&self, now: Instant) -> Duration {
+        self.running.iter().map(|(since, cost)| cost.saturating_sub(now.saturating_duration_since(*since))).sum()
+    }
+
     /// Takes nothing more; what waits is handed out without delay.
     pub fn close(&mut self) {
         self.closed = true;
@@ -194,8 +203,7 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
     /// Predicted wait of a new entry: what is running, and what will be computed before it, over all workers. That is everything more
     /// urgent, its tenant's own of the same priority, and of other tenants' as much as their shares give them meanwhile.
     pub fn predicted_wait(&self, asked: &Asked, now: Instant) -> Duration {
-        let left = |(since, cost): &(Instant, Duration)| cost.saturating_sub(now.saturating_duration_since(*since));
-        let running: Duration = self.running.iter().map(left).sum();
+        let running = self.running_at(now);
         let (mut before, mut own) = (Duration::ZERO, asked.cost);
         let mut others: BTreeMap<u32, (Duration, f64)> = BTreeMap::new();
         for Waiting { entry, .. } in self.waiting.iter().filter(|w| w.entry.priority <= asked.priority) {

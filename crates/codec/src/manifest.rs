@@ -85,6 +85,9 @@ pub struct DecoderEntry {
     pub backbone: String,
     /// SHA-256 of the backbone's safetensors file.
     pub backbone_sha256: String,
+    /// Shape of the decoder, if it is not the residual one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
     /// It rebuilds the output of this block of the backbone, or the backbone's input if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub split_block: Option<usize>,

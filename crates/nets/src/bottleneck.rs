@@ -8,7 +8,6 @@
 
 use tch::{Device, Kind, Tensor, nn};
 
-use crate::encoder::LATENT_CHANNELS;
 use crate::{Decoder, DecoderSpec, Encoder, EncoderKind, FactorisedPrior};
 
 /// Encoder, gains, prior and decoder in one `VarStore`.
@@ -41,13 +40,14 @@ impl Bottleneck {
         let root = vs.root();
         let levels = lambdas.len() as i64;
         let encoder = Encoder::new(&(&root / "encoder"), kind);
-        let prior = FactorisedPrior::new(&(&root / "prior"), levels, LATENT_CHANNELS, init_scale);
+        let channels = kind.latent_channels();
+        let prior = FactorisedPrior::new(&(&root / "prior"), levels, channels, init_scale);
         let decoder = Decoder::new(&(&root / "decoder"), decoder);
         let reference = lambdas.iter().map(|l| l.ln()).sum::<f64>() / lambdas.len() as f64;
         let start: Vec<f32> = lambdas.iter().map(|l| (0.5 * (reference - l.ln())) as f32).collect();
-        let start = Tensor::from_slice(&start).view([-1, 1]).repeat([1, LATENT_CHANNELS]).to_device(device);
-        let mut log_gain = root.zeros("gain", &[levels, LATENT_CHANNELS]);
-        let mut log_inverse = root.zeros("inverse", &[levels, LATENT_CHANNELS]);
+        let start = Tensor::from_slice(&start).view([-1, 1]).repeat([1, channels]).to_device(device);
+        let mut log_gain = root.zeros("gain", &[levels, channels]);
+        let mut log_inverse = root.zeros("inverse", &[levels, channels]);
         tch::no_grad(|| {
             log_gain.copy_(&start);
             log_inverse.copy_(&start.neg());
@@ -56,7 +56,7 @@ impl Bottleneck {
     }
 
     fn picked(log: &Tensor, level: &Tensor) -> Tensor {
-        log.index_select(0, level).exp().view([-1, LATENT_CHANNELS, 1, 1])
+        log.index_select(0, level).exp().unsqueeze(-1).unsqueeze(-1)
     }
 
     /// Training pass with additive uniform noise: pixels (N, 3, H, W), level (N) int64.
@@ -78,7 +78,7 @@ impl Bottleneck {
     pub fn round_pass(&self, pixels: &Tensor, level: &Tensor, medians: &Tensor) -> Passed {
         let (latent, bits) = tch::no_grad(|| {
             let y = self.encoder.forward(pixels) * Self::picked(&self.log_gain, level);
-            let median = medians.index_select(0, level).view([-1, LATENT_CHANNELS, 1, 1]);
+            let median = medians.index_select(0, level).unsqueeze(-1).unsqueeze(-1);
             let rounded = (&y - &median).round() + median;
             let bits = self.prior.bits(&rounded, level);
             (rounded * Self::picked(&self.log_inverse, level), bits)

@@ -5,18 +5,53 @@
 //! any of the backbone's, down to its input: the later it is, the more the decoder must learn by itself of what
 //! the backbone's frozen blocks know already. The output is produced per-channel normalised and scaled back
 //! with statistics of the teacher.
+//!
+//! For comparison there is the decoder of a rival, Entropic Student, too.
 
 use isthmus_codec::LatentShape;
 use isthmus_codec::manifest::DecoderEntry;
 use serde::{Deserialize, Serialize};
 use tch::{Tensor, nn};
 
-use crate::encoder::{LATENT_CHANNELS, conv2d};
+use crate::NetError;
+use crate::encoder::conv2d;
+use crate::gdn::Gdn;
 use crate::profile::LayerCost;
+
+/// Shape of a decoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DecoderKind {
+    /// Ours: a residual trunk and sub-pixel rearrangement.
+    #[default]
+    Residual,
+    /// A rival's (Matsubara et al., arXiv 2108.09120): 2x2 convolutions to twice the wanted channels, once, and once, with inverse GDN
+    /// between; without biases; its layer is one position wider and higher than the latent.
+    EntropicStudent,
+}
+
+impl DecoderKind {
+    /// Public name, as in manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Residual => "residual",
+            Self::EntropicStudent => "entropic-student",
+        }
+    }
+
+    /// Whether it is ours.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
 
 /// What a decoder looks like; stored in the bundle's manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DecoderSpec {
+    /// Its shape; what follows but the channels at both ends is of the residual one.
+    pub kind: DecoderKind,
+    /// Channels of the latent.
+    pub input: i64,
     /// Channels of the residual trunk.
     pub width: i64,
     /// Channels inside a residual block.
@@ -32,42 +67,80 @@ pub struct DecoderSpec {
     pub resize: Option<i64>,
 }
 
+/// A convolution of the rival's decoder: input and output channels, padding.
+type Plain = (i64, i64, i64);
+
 impl DecoderSpec {
     /// The decoder that a manifest describes, for its latent.
-    pub fn from_entry(entry: &DecoderEntry, latent: LatentShape) -> Self {
+    ///
+    /// # Errors
+    /// [`NetError::Format`] if its kind is unknown.
+    pub fn from_entry(entry: &DecoderEntry, latent: LatentShape) -> Result<Self, NetError> {
         let [output, side, _] = entry.features;
-        let resize = (i64::from(latent.height) * entry.upsample != side).then_some(side);
-        Self { width: entry.width, hidden: entry.hidden, blocks: entry.blocks, output, upsample: entry.upsample, resize }
+        let kind = match entry.kind.as_deref() {
+            None => DecoderKind::Residual,
+            Some(name) if name == DecoderKind::EntropicStudent.name() => DecoderKind::EntropicStudent,
+            Some(name) => return Err(NetError::format("decoder", format!("of a kind that this version does not know: {name:?}"))),
+        };
+        let resize = (kind == DecoderKind::Residual && i64::from(latent.height) * entry.upsample != side).then_some(side);
+        let DecoderEntry { width, hidden, blocks, upsample, .. } = *entry;
+        Ok(Self { kind, input: latent.channels.into(), width, hidden, blocks, output, upsample, resize })
+    }
+
+    fn plain(&self) -> [Plain; 3] {
+        let wide = 2 * self.output;
+        [(self.input, wide, 1), (wide, self.output, 0), (self.output, self.output, 1)]
     }
 
     /// Trainable parameters.
     pub fn parameters(&self) -> u64 {
         let conv = |i: i64, o: i64, k: i64| o * (i * k * k + 1);
-        let block = conv(self.width, self.hidden, 1) + conv(self.hidden, self.hidden, 3) + conv(self.hidden, self.width, 1);
-        (conv(LATENT_CHANNELS, self.width, 3) + self.blocks * block + conv(self.width, self.output * self.upsample * self.upsample, 3))
-            as u64
+        let all = match self.kind {
+            DecoderKind::Residual => {
+                let block = conv(self.width, self.hidden, 1) + conv(self.hidden, self.hidden, 3) + conv(self.hidden, self.width, 1);
+                let ends = conv(self.input, self.width, 3) + conv(self.width, self.output * self.upsample * self.upsample, 3);
+                ends + self.blocks * block
+            }
+            DecoderKind::EntropicStudent => {
+                let [a, b, c] = self.plain().map(|(i, o, _)| 4 * i * o);
+                a + b + c + 2 * self.output * (2 * self.output + 1) + self.output * (self.output + 1)
+            }
+        };
+        all as u64
     }
 
-    /// Multiply-accumulates for a latent of `h` x `w`.
-    pub fn macs(&self, h: i64, w: i64) -> u64 {
-        let block = 2 * self.width * self.hidden + 9 * self.hidden * self.hidden;
-        ((9 * LATENT_CHANNELS * self.width + self.blocks * block + 9 * self.width * self.output * self.upsample * self.upsample) * h * w)
-            as u64
+    /// Multiply-accumulates for a latent of `extent` x `extent`.
+    pub fn macs(&self, extent: i64) -> u64 {
+        self.layers(extent).iter().map(|l| l.macs).sum()
     }
-}
 
-impl DecoderSpec {
-    /// Cost of each layer for a latent of `h` x `w`, which is square.
-    pub fn layers(&self, h: i64, w: i64) -> Vec<LayerCost> {
-        let side = h.max(w);
-        let conv = |name: String, i: i64, o: i64, k: i64| LayerCost::conv(name, (i, side), (o, side), i * k * k);
-        let mut layers = vec![conv("decoder input".into(), LATENT_CHANNELS, self.width, 3)];
-        for b in 0..self.blocks {
-            layers.push(conv(format!("decoder block {b} reduce"), self.width, self.hidden, 1));
-            layers.push(conv(format!("decoder block {b} mix"), self.hidden, self.hidden, 3));
-            layers.push(conv(format!("decoder block {b} expand"), self.hidden, self.width, 1));
+    /// Cost of each layer for a latent of `extent` x `extent`.
+    pub fn layers(&self, extent: i64) -> Vec<LayerCost> {
+        let mut layers = Vec::new();
+        match self.kind {
+            DecoderKind::Residual => {
+                let mut conv =
+                    |name: String, i: i64, o: i64, k: i64| layers.push(LayerCost::conv(name, (i, extent), (o, extent), i * k * k));
+                conv("decoder input".into(), self.input, self.width, 3);
+                for b in 0..self.blocks {
+                    conv(format!("decoder block {b} reduce"), self.width, self.hidden, 1);
+                    conv(format!("decoder block {b} mix"), self.hidden, self.hidden, 3);
+                    conv(format!("decoder block {b} expand"), self.hidden, self.width, 1);
+                }
+                conv("decoder output".into(), self.width, self.output * self.upsample * self.upsample, 3);
+            }
+            DecoderKind::EntropicStudent => {
+                let mut side = extent;
+                for (n, (i, o, padding)) in self.plain().into_iter().enumerate() {
+                    let out = side + 2 * padding - 1;
+                    layers.push(LayerCost::conv(format!("decoder convolution {n}"), (i, side), (o, out), 4 * i));
+                    if n < 2 {
+                        layers.push(LayerCost::conv(format!("decoder normalisation {n}"), (o, out), (o, out), o));
+                    }
+                    side = out;
+                }
+            }
         }
-        layers.push(conv("decoder output".into(), self.width, self.output * self.upsample * self.upsample, 3));
         layers
     }
 }
@@ -78,11 +151,14 @@ struct Residual {
     expand: nn::Conv2D,
 }
 
+enum Trunk {
+    Residual { input: nn::Conv2D, blocks: Vec<Residual>, output: nn::Conv2D },
+    Plain([nn::Conv2D; 3], [Gdn; 2]),
+}
+
 /// A decoder with weights in a `VarStore`.
 pub struct Decoder {
-    input: nn::Conv2D,
-    blocks: Vec<Residual>,
-    output: nn::Conv2D,
+    trunk: Trunk,
     upsample: i64,
     resize: Option<i64>,
     mean: Tensor,
@@ -96,18 +172,37 @@ fn leaky(x: Tensor) -> Tensor {
 impl Decoder {
     /// Creates the variables under `path`.
     pub fn new(path: &nn::Path, spec: &DecoderSpec) -> Self {
-        let conv = |name: &str, i: i64, o: i64, k: i64| conv2d(&(path / name), i, o, k, 1, k / 2);
-        let blocks = (0..spec.blocks)
-            .map(|b| Residual {
-                reduce: conv(&format!("block{b}_reduce"), spec.width, spec.hidden, 1),
-                mix: conv(&format!("block{b}_mix"), spec.hidden, spec.hidden, 3),
-                expand: conv(&format!("block{b}_expand"), spec.hidden, spec.width, 1),
-            })
-            .collect();
+        let trunk = match spec.kind {
+            DecoderKind::Residual => {
+                let conv = |name: &str, i: i64, o: i64, k: i64| {
+                    conv2d(&(path / name), i, o, k, nn::ConvConfig { padding: k / 2, ..Default::default() })
+                };
+                let blocks = (0..spec.blocks)
+                    .map(|b| Residual {
+                        reduce: conv(&format!("block{b}_reduce"), spec.width, spec.hidden, 1),
+                        mix: conv(&format!("block{b}_mix"), spec.hidden, spec.hidden, 3),
+                        expand: conv(&format!("block{b}_expand"), spec.hidden, spec.width, 1),
+                    })
+                    .collect();
+                Trunk::Residual {
+                    input: conv("input", spec.input, spec.width, 3),
+                    blocks,
+                    output: conv("output", spec.width, spec.output * spec.upsample * spec.upsample, 3),
+                }
+            }
+            DecoderKind::EntropicStudent => {
+                let mut n = 0;
+                let convs = spec.plain().map(|(i, o, padding)| {
+                    let name = format!("conv{n}");
+                    n += 1;
+                    conv2d(&(path / name), i, o, 2, nn::ConvConfig { padding, bias: false, ..Default::default() })
+                });
+                let igdn = |name: &str, channels| Gdn::new(&(path / name), channels, true);
+                Trunk::Plain(convs, [igdn("igdn0", 2 * spec.output), igdn("igdn1", spec.output)])
+            }
+        };
         Self {
-            input: conv("input", LATENT_CHANNELS, spec.width, 3),
-            blocks,
-            output: conv("output", spec.width, spec.output * spec.upsample * spec.upsample, 3),
+            trunk,
             upsample: spec.upsample,
             resize: spec.resize,
             mean: path.zeros_no_train("feature_mean", &[spec.output]),
@@ -138,21 +233,29 @@ impl Decoder {
         self.upsample
     }
 
-    /// De-quantised, gain-corrected latent (N, 48, h, w) to the rebuilt layer (N, C, H, W), normalised.
+    /// De-quantised, gain-corrected latent (N, C, h, w) to the rebuilt layer (N, C, H, W), normalised.
     pub fn forward_normalised(&self, latent: &Tensor) -> Tensor {
-        let mut x = leaky(latent.apply(&self.input));
-        for b in &self.blocks {
-            let y = leaky(x.apply(&b.reduce));
-            let y = leaky(y.apply(&b.mix));
-            // out of place: the gradient of the convolutions needs x as it was
-            x = &x + y.apply(&b.expand);
-        }
-        let out = leaky(x).apply(&self.output);
+        let out = match &self.trunk {
+            Trunk::Residual { input, blocks, output } => {
+                let mut x = leaky(latent.apply(input));
+                for b in blocks {
+                    let y = leaky(x.apply(&b.reduce));
+                    let y = leaky(y.apply(&b.mix));
+                    // out of place: the gradient of the convolutions needs x as it was
+                    x = &x + y.apply(&b.expand);
+                }
+                leaky(x).apply(output)
+            }
+            Trunk::Plain([first, second, last], [wide, narrow]) => {
+                let x = wide.forward(&latent.apply(first));
+                narrow.forward(&x.apply(second)).apply(last)
+            }
+        };
         let out = if self.upsample == 1 { out } else { out.pixel_shuffle(self.upsample) };
         self.resize.map_or(out.shallow_clone(), |side| out.upsample_bilinear2d([side, side], false, None, None))
     }
 
-    /// De-quantised, gain-corrected latent (N, 48, h, w) to the rebuilt layer of the backbone.
+    /// De-quantised, gain-corrected latent (N, C, h, w) to the rebuilt layer of the backbone.
     pub fn forward(&self, latent: &Tensor) -> Tensor {
         self.denormalise(&self.forward_normalised(latent))
     }

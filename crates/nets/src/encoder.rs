@@ -1,12 +1,14 @@
-//! Encoders that run on the device: pixels (N, 3, H, W) to latent (N, 48, H/8, W/8).
+//! Encoders that run on the device: pixels (N, 3, H, W) to a latent, (N, 48, H/8, W/8) but for the rival's.
 
 use serde::{Deserialize, Serialize};
 use tch::{Tensor, nn};
 
-/// Channels of the latent.
-pub const LATENT_CHANNELS: i64 = 48;
-/// Pixels per latent position, each way.
-pub const LATENT_STRIDE: i64 = 8;
+use crate::gdn::Gdn;
+
+/// Sides of the square input are multiples of this.
+pub const SIDE_MULTIPLE: i64 = 8;
+/// Channels of the latent, but for the rival's.
+const LATENT: i64 = 48;
 
 /// Shape of an encoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,13 +20,17 @@ pub enum EncoderKind {
     /// Three stride-2 residual blocks 3-48-64-48 of FrankenSplit (arXiv 2302.10681), ReLU after both
     /// 3x3 convolutions. 141,696 parameters, 530 MMAC at 224x224.
     Frankensplit,
+    /// A rival, for comparison: Entropic Student (Matsubara et al., arXiv 2108.09120), 5x5 stride 2 to 96 and to 48 channels, each
+    /// with GDN, then 2x2 to 24; latent (24, H/4 - 1, W/4 - 1). No biases. 138,672 parameters, 588 MMAC at 224x224.
+    EntropicStudent,
 }
 
 const STEM: i64 = 64;
 const WIDTH: i64 = 128;
 const HIDDEN: i64 = 64;
 const BLOCKS: i64 = 2;
-const FRANKENSPLIT: [i64; 4] = [3, 48, 64, LATENT_CHANNELS];
+const FRANKENSPLIT: [i64; 4] = [3, 48, 64, LATENT];
+const ENTROPIC_STUDENT: [i64; 4] = [3, 96, 48, 24];
 
 /// One operation of an encoder; what the trainer runs and what the exported graph holds are made from
 /// the same list.
@@ -44,6 +50,15 @@ pub enum Op {
         stride: i64,
         /// Zero padding on every side.
         padding: i64,
+        /// With `.bias`.
+        bias: bool,
+    },
+    /// Generalised divisive normalisation; `.beta` and `.gamma` in the weights are square roots.
+    Gdn {
+        /// Prefix in the weights.
+        name: String,
+        /// Channels.
+        channels: i64,
     },
     /// Rectifier.
     Relu,
@@ -57,21 +72,25 @@ pub enum Op {
 }
 
 fn conv(name: &str, input: i64, output: i64, kernel: i64, stride: i64, padding: i64) -> Op {
-    Op::Conv { name: name.into(), input, output, kernel, stride, padding }
+    Op::Conv { name: name.into(), input, output, kernel, stride, padding, bias: true }
 }
 
 impl EncoderKind {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::PatchStem, Self::Frankensplit, Self::EntropicStudent];
+
     /// Public name, as in manifests.
     pub fn name(self) -> &'static str {
         match self {
             Self::PatchStem => "patch-stem",
             Self::Frankensplit => "frankensplit",
+            Self::EntropicStudent => "entropic-student",
         }
     }
 
     /// The kind called `name`.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::PatchStem, Self::Frankensplit].into_iter().find(|k| k.name() == name)
+        Self::ALL.into_iter().find(|k| k.name() == name)
     }
 
     /// The operations in order.
@@ -90,7 +109,7 @@ impl EncoderKind {
                     ];
                     ops.push(Op::Residual { body, skip: vec![] });
                 }
-                ops.push(conv("latent", WIDTH, LATENT_CHANNELS, 1, 1, 0));
+                ops.push(conv("latent", WIDTH, LATENT, 1, 1, 0));
                 ops
             }
             Self::Frankensplit => FRANKENSPLIT
@@ -104,28 +123,67 @@ impl EncoderKind {
                     }
                 })
                 .collect(),
+            Self::EntropicStudent => {
+                let [pixels, first, second, latent] = ENTROPIC_STUDENT;
+                let conv = |name: &str, input, output, kernel, stride, padding| Op::Conv {
+                    name: name.into(),
+                    input,
+                    output,
+                    kernel,
+                    stride,
+                    padding,
+                    bias: false,
+                };
+                let gdn = |name: &str, channels| Op::Gdn { name: name.into(), channels };
+                vec![
+                    conv("conv0", pixels, first, 5, 2, 2),
+                    gdn("gdn0", first),
+                    conv("conv1", first, second, 5, 2, 2),
+                    gdn("gdn1", second),
+                    conv("latent", second, latent, 2, 1, 0),
+                ]
+            }
         }
+    }
+
+    /// Channels of the latent.
+    pub fn latent_channels(self) -> i64 {
+        match self {
+            Self::PatchStem | Self::Frankensplit => LATENT,
+            Self::EntropicStudent => ENTROPIC_STUDENT[3],
+        }
+    }
+
+    /// The latent (C, H, W) of a square image of `side` pixels.
+    pub fn latent(self, side: i64) -> [i64; 3] {
+        let extent = self.walked(side).2;
+        [self.latent_channels(), extent, extent]
     }
 
     /// Trainable parameters.
     pub fn parameters(self) -> u64 {
-        self.count(224).0
+        self.walked(224).0 as u64
     }
 
     /// Multiply-accumulates for one square image of `side` pixels.
     pub fn macs(self, side: i64) -> u64 {
-        self.count(side).1
+        self.walked(side).1 as u64
     }
 
-    fn count(self, side: i64) -> (u64, u64) {
+    /// Parameters, multiply-accumulates, side of the latent.
+    fn walked(self, side: i64) -> (i64, i64, i64) {
         fn walk(ops: &[Op], mut side: i64) -> (i64, i64, i64) {
             let (mut params, mut macs) = (0, 0);
             for op in ops {
                 match op {
                     Op::Relu => {}
-                    Op::Conv { input, output, kernel, stride, padding, .. } => {
+                    Op::Gdn { channels, .. } => {
+                        params += channels * (channels + 1);
+                        macs += channels * channels * side * side;
+                    }
+                    Op::Conv { input, output, kernel, stride, padding, bias, .. } => {
                         side = (side + 2 * padding - kernel) / stride + 1;
-                        params += output * (input * kernel * kernel + 1);
+                        params += output * (input * kernel * kernel + i64::from(*bias));
                         macs += output * input * kernel * kernel * side * side;
                     }
                     Op::Residual { body, skip } => {
@@ -139,23 +197,23 @@ impl EncoderKind {
             }
             (params, macs, side)
         }
-        let (params, macs, _) = walk(&self.ops(), side);
-        (params as u64, macs as u64)
+        walk(&self.ops(), side)
     }
 }
 
 enum Layer {
     Conv(nn::Conv2D),
+    Gdn(Gdn),
     Relu,
     Residual(Vec<Layer>, Vec<Layer>),
 }
 
 /// A convolution that starts from U(-b, b), b = 1 / sqrt(fan in): quiet enough that the first latents
 /// span few quantisation steps.
-pub(crate) fn conv2d(path: &nn::Path, input: i64, output: i64, kernel: i64, stride: i64, padding: i64) -> nn::Conv2D {
+pub(crate) fn conv2d(path: &nn::Path, input: i64, output: i64, kernel: i64, config: nn::ConvConfig) -> nn::Conv2D {
     let bound = 1.0 / ((input * kernel * kernel) as f64).sqrt();
     let init = nn::Init::Uniform { lo: -bound, up: bound };
-    nn::conv2d(path, input, output, kernel, nn::ConvConfig { stride, padding, ws_init: init, bs_init: init, ..Default::default() })
+    nn::conv2d(path, input, output, kernel, nn::ConvConfig { ws_init: init, bs_init: init, ..config })
 }
 
 fn build(path: &nn::Path, ops: &[Op]) -> Vec<Layer> {
@@ -163,8 +221,10 @@ fn build(path: &nn::Path, ops: &[Op]) -> Vec<Layer> {
         .map(|op| match op {
             Op::Relu => Layer::Relu,
             Op::Residual { body, skip } => Layer::Residual(build(path, body), build(path, skip)),
-            Op::Conv { name, input, output, kernel, stride, padding } => {
-                Layer::Conv(conv2d(&(path / name.as_str()), *input, *output, *kernel, *stride, *padding))
+            Op::Gdn { name, channels } => Layer::Gdn(Gdn::new(&(path / name.as_str()), *channels, false)),
+            Op::Conv { name, input, output, kernel, stride, padding, bias } => {
+                let config = nn::ConvConfig { stride: *stride, padding: *padding, bias: *bias, ..Default::default() };
+                Layer::Conv(conv2d(&(path / name.as_str()), *input, *output, *kernel, config))
             }
         })
         .collect()
@@ -175,6 +235,7 @@ fn run(layers: &[Layer], x: &Tensor) -> Tensor {
     for layer in layers {
         x = match layer {
             Layer::Conv(conv) => x.apply(conv),
+            Layer::Gdn(gdn) => gdn.forward(&x),
             Layer::Relu => x.relu(),
             Layer::Residual(body, skip) => run(skip, &x) + run(body, &x),
         };
@@ -199,7 +260,7 @@ impl Encoder {
         self.kind
     }
 
-    /// Pixels (N, 3, H, W) to latent (N, 48, H/8, W/8), before any gain.
+    /// Pixels (N, 3, H, W) to the latent ([`EncoderKind::latent`]), before any gain.
     pub fn forward(&self, pixels: &Tensor) -> Tensor {
         run(&self.layers, pixels)
     }

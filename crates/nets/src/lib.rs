@@ -10,6 +10,7 @@ pub mod decoder;
 pub mod device;
 pub mod encoder;
 pub mod error;
+pub mod gdn;
 pub mod prior;
 pub mod process;
 pub mod profile;
@@ -18,7 +19,7 @@ pub mod weights;
 
 pub use backbone::{Backbone, BackboneKind, Layer};
 pub use bottleneck::Bottleneck;
-pub use decoder::{Decoder, DecoderSpec};
+pub use decoder::{Decoder, DecoderKind, DecoderSpec};
 pub use encoder::{Encoder, EncoderKind};
 pub use error::NetError;
 pub use prior::FactorisedPrior;

@@ -6,10 +6,12 @@ pub mod browser;
 mod envoy;
 mod pki;
 mod postgres;
+mod specification;
 
 pub use envoy::Envoy;
 pub use pki::{Authority, Signed};
 pub use postgres::Postgres;
+pub use specification::check_metrics;
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;

@@ -34,6 +34,7 @@ pub fn add(run: &Run, bundle: &Bundle, folder: &Path, version: &str, backbone_sh
     let entry = DecoderEntry {
         backbone: r.backbone.name().into(),
         backbone_sha256: backbone_sha256.into(),
+        kind: (!spec.kind.is_default()).then(|| spec.kind.name().into()),
         split_block: r.split_block,
         width: spec.width,
         hidden: spec.hidden,
@@ -42,7 +43,7 @@ pub fn add(run: &Run, bundle: &Bundle, folder: &Path, version: &str, backbone_sh
         features: r.backbone.layer_shape(r.split()).unwrap_or_default(),
         weights: name.clone(),
         parameters: spec.parameters(),
-        macs: spec.macs(h, w),
+        macs: spec.macs(h),
     };
     let golden = logits.iter().take(GOLDEN_LOGITS).copied().collect();
     match manifest.decoders.iter().position(|d| d.backbone == entry.backbone) {

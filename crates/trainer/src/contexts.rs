@@ -7,7 +7,6 @@
 use indicatif::{ProgressBar, ProgressIterator, ProgressStyle};
 use isthmus_codec::contexts::Field;
 use isthmus_codec::{ChannelTable, Contexts, Distribution, LatentShape, LevelTables, Predictor, Tables, Tap, pmf};
-use isthmus_nets::encoder::LATENT_CHANNELS;
 use rand::seq::index::sample;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -96,7 +95,7 @@ fn fit_level(level: &LevelTables, latents: &[f32], shape: LatentShape, seed: u64
     }
     let count = (seen.symbols.len() * shape.positions()) as f64;
     let busy = |c: usize| seen.channel(c).map(|s| f64::from(s.unsigned_abs())).sum::<f64>() / count;
-    let mut order: Vec<(u16, f64)> = (0..LATENT_CHANNELS as u16).map(|c| (c, busy(c.into()))).collect();
+    let mut order: Vec<(u16, f64)> = (0..shape.channels).map(|c| (c, busy(c.into()))).collect();
     order.sort_by(|a, b| b.1.total_cmp(&a.1));
     let mut channels = level.channels.clone();
     let mut earlier: Vec<u16> = Vec::new();

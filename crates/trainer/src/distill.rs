@@ -58,21 +58,27 @@ struct Measure {
     mean: Tensor,
     std: Tensor,
     weights: Tensor,
+    /// Deviations at the recipe's hooks.
+    hooks: Vec<Tensor>,
+}
+
+/// Squared difference (N, C, H, W) in units of the teacher's variance.
+fn squared(wanted: &Tensor, got: &Tensor, std: &Tensor) -> Tensor {
+    ((got - wanted) / std.view([1, -1, 1, 1])).square()
 }
 
 impl Measure {
-    fn new(channels: i64, device: Device) -> Self {
-        let ones = || Tensor::ones([channels], (Kind::Float, device));
-        Self { mean: ones() - 1.0, std: ones(), weights: ones() }
+    fn new(recipe: &Recipe, device: Device) -> Self {
+        let ones = |layer| Tensor::ones([recipe.backbone.layer_shape(layer).map_or(1, |s| s[0])], (Kind::Float, device));
+        let hooks = recipe.hooks.iter().map(|&block| ones(Layer::Block(block))).collect();
+        let measured = || ones(recipe.measure());
+        Self { mean: measured() - 1.0, std: measured(), weights: measured(), hooks }
     }
 
-    fn parts(&mut self) -> [(&'static str, &mut Tensor); 3] {
-        [("mean", &mut self.mean), ("std", &mut self.std), ("weights", &mut self.weights)]
-    }
-
-    /// Squared difference (N, C, H, W) in units of the teacher's variance.
-    fn squared(&self, wanted: &Tensor, got: &Tensor) -> Tensor {
-        ((got - wanted) / self.std.view([1, -1, 1, 1])).square()
+    fn parts(&mut self) -> Vec<(String, &mut Tensor)> {
+        let own = [("mean", &mut self.mean), ("std", &mut self.std), ("weights", &mut self.weights)];
+        let hooks = self.hooks.iter_mut().enumerate().map(|(i, t)| (format!("hook{i}"), t));
+        own.into_iter().map(|(name, t)| (name.to_owned(), t)).chain(hooks).collect()
     }
 }
 
@@ -89,8 +95,7 @@ impl Run {
         tch::manual_seed(recipe.seed as i64);
         let net = Bottleneck::new(device, recipe.encoder, &recipe.decoder(), &recipe.lambdas, recipe.prior_init_scale);
         let adam = Adam::new(&net.vs, recipe.ema, (&["prior", "gain", "inverse"], 2.5), recipe.muon);
-        let channels = recipe.backbone.layer_shape(recipe.measure()).map_or(1, |s| s[0]);
-        let measure = Measure::new(channels, device);
+        let measure = Measure::new(&recipe, device);
         let lambdas = recipe.lambdas.clone();
         let mut run = Self { recipe, net, teacher, step: 0, adam, measure, lambdas, folder: folder.into(), frozen: None };
         let saved = checkpoint(folder);
@@ -147,13 +152,10 @@ impl Run {
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn save(&self) -> Result<(), TrainError> {
+    pub fn save(&mut self) -> Result<(), TrainError> {
         let mut tensors: Vec<(String, Tensor)> = self.net.vs.variables().into_iter().map(|(n, t)| (format!("net/{n}"), t)).collect();
         tensors.extend(self.adam.state().into_iter().map(|(n, t)| (format!("adam/{n}"), t)));
-        let m = &self.measure;
-        for (name, tensor) in [("mean", &m.mean), ("std", &m.std), ("weights", &m.weights)] {
-            tensors.push((format!("measure/{name}"), tensor.shallow_clone()));
-        }
+        tensors.extend(self.measure.parts().into_iter().map(|(name, tensor)| (format!("measure/{name}"), tensor.shallow_clone())));
         let lambdas: Vec<f32> = self.lambdas.iter().map(|&l| l as f32).collect();
         tensors.push(("lambdas".into(), Tensor::from_slice(&lambdas)));
         tensors.push(("step".into(), Tensor::from_slice(&[self.step as f32])));
@@ -256,7 +258,7 @@ impl Run {
 
     /// Mean squared error at the measured layer, in units of the teacher's variance.
     pub fn error(&self, wanted: &Tensor, got: &Tensor) -> f64 {
-        self.measure.squared(wanted, got).mean(Kind::Float).double_value(&[])
+        squared(wanted, got, &self.measure.std).mean(Kind::Float).double_value(&[])
     }
 
     fn batch_tensors(&self, batch: &loader::Batch) -> (Tensor, Tensor) {
@@ -271,6 +273,7 @@ impl Run {
     fn calibrate(&mut self, pack: &Pack) -> Result<(), TrainError> {
         let r = self.recipe.clone();
         let (mut rebuilt, mut measured, mut fisher) = (Moments::default(), Moments::default(), Vec::new());
+        let mut hooked: Vec<Moments> = r.hooks.iter().map(|_| Moments::default()).collect();
         for i in 0..CALIBRATION_BATCHES {
             // streams from the far end, so that training never repeats them
             let batch = loader::make(pack, &Plan::of(&r), u64::MAX - i)?;
@@ -282,6 +285,11 @@ impl Run {
             let class = log_p.exp().multinomial(1, true);
             log_p.gather(1, &class, false).sum(Kind::Float).backward();
             measured.add(&features.detach());
+            let mut deeper = (r.measure(), features.detach());
+            for (&block, moments) in r.hooks.iter().zip(&mut hooked) {
+                deeper = (Layer::Block(block), tch::no_grad(|| self.teacher.between(&deeper.1, deeper.0, Layer::Block(block))));
+                moments.add(&deeper.1);
+            }
             fisher.push(per_channel(&features.grad().square()));
         }
         let (mean, variance) = rebuilt.finish();
@@ -289,7 +297,8 @@ impl Run {
         let (mean, variance) = measured.finish();
         let need = Tensor::stack(&fisher, 0).mean_dim([0i64].as_slice(), false, Kind::Float) * &variance;
         let need = &need / need.mean(Kind::Float);
-        self.measure = Measure { mean, std: variance.sqrt(), weights: need * r.fisher + (1.0 - r.fisher) };
+        let hooks = hooked.into_iter().map(|moments| moments.finish().1.sqrt()).collect();
+        self.measure = Measure { mean, std: variance.sqrt(), weights: need * r.fisher + (1.0 - r.fisher), hooks };
         Ok(())
     }
 
@@ -371,13 +380,21 @@ impl Run {
             };
             let rebuilt = self.net.decoder.denormalise(&passed.rebuilt);
             let got = self.teacher.between(&rebuilt, r.split(), r.measure());
-            let difference = self.measure.squared(&target, &got);
+            let difference = squared(&target, &got, &self.measure.std);
             let over = [1i64, 2, 3];
             let mut error = (&difference * self.measure.weights.view([1, -1, 1, 1])).sum_dim_intlist(over.as_slice(), false, Kind::Float);
+            let elements = (target.numel() as i64 / pixels.size()[0]) as f64;
             if r.rebuild_weight > 0.0 && r.split() != r.measure() {
-                let elements = (target.numel() as i64 / pixels.size()[0]) as f64;
                 let own = (&passed.rebuilt - self.net.decoder.normalise(&layer)).square().mean_dim(over.as_slice(), false, Kind::Float);
                 error = &error + own * (elements * r.rebuild_weight);
+            }
+            let mut deeper = (r.measure(), target.shallow_clone(), got.shallow_clone());
+            for (&block, std) in r.hooks.iter().zip(&self.measure.hooks) {
+                let layer = Layer::Block(block);
+                let wanted = tch::no_grad(|| self.teacher.between(&deeper.1, deeper.0, layer));
+                let found = self.teacher.between(&deeper.2, deeper.0, layer);
+                error = &error + squared(&wanted, &found, std).mean_dim(over.as_slice(), false, Kind::Float) * elements;
+                deeper = (layer, wanted, found);
             }
             let lambda = as_tensor(&self.lambdas).index_select(0, &level) * r.ramp_at(self.step);
             let mut loss = &error + lambda * &passed.bits;

@@ -6,7 +6,6 @@ use std::path::Path;
 use isthmus_codec::bundle::{MANIFEST, sha256};
 use isthmus_codec::manifest::{DecoderEntry, EncoderEntry, FORMAT, Golden, Input, Manifest, QualityEntry, Resize, Training};
 use isthmus_codec::{BundleHash, ChannelTable, LatentShape, LevelTables, Tables, coder, container, golden, pmf};
-use isthmus_nets::encoder::{LATENT_CHANNELS, LATENT_STRIDE};
 use isthmus_nets::pth::RawTensor;
 use isthmus_nets::weights::to_safetensors;
 use isthmus_nets::{Encoder, EncoderKind};
@@ -17,6 +16,7 @@ use crate::distill::Run;
 use crate::error::TrainError;
 use crate::photos::{self, Set};
 use crate::quick::CurvePoint;
+use crate::recipe::Recipe;
 use crate::{onnx, quick};
 
 /// Symbols to either side of a channel's median that get an own width; the rest are escapes.
@@ -39,7 +39,7 @@ pub(crate) fn values(t: &Tensor) -> Result<Vec<f32>, TrainError> {
 /// If a density cannot be tabulated.
 pub fn tables(run: &Run) -> Result<Tables, TrainError> {
     let (gains, inverses) = (values(&run.net.gains())?, values(&run.net.inverses())?);
-    let channels = LATENT_CHANNELS as usize;
+    let channels = run.recipe.encoder.latent_channels() as usize;
     let mut levels = Vec::new();
     for level in 0..run.recipe.lambdas.len() {
         let mut tables = Vec::new();
@@ -53,10 +53,10 @@ pub fn tables(run: &Run) -> Result<Tables, TrainError> {
     Ok(Tables { levels })
 }
 
-/// The latent of square inputs of `side` pixels.
-pub fn latent_shape(side: u32) -> LatentShape {
-    let extent = (i64::from(side) / LATENT_STRIDE) as u16;
-    LatentShape { channels: LATENT_CHANNELS as u16, height: extent, width: extent }
+/// The latent of a recipe's encoder.
+pub fn latent_shape(recipe: &Recipe) -> LatentShape {
+    let [channels, height, width] = recipe.encoder.latent(recipe.input_size().into()).map(|d| d as u16);
+    LatentShape { channels, height, width }
 }
 
 /// Mean size of the containers of square `photos` at each level.
@@ -65,7 +65,7 @@ pub fn latent_shape(side: u32) -> LatentShape {
 /// If a photo cannot be coded.
 pub fn coded_bytes(run: &Run, tables: &Tables, photos: &[Rgb]) -> Result<Vec<f64>, TrainError> {
     let _frozen = tch::no_grad_guard();
-    let shape = latent_shape(run.recipe.input_size());
+    let shape = latent_shape(&run.recipe);
     let mut sums = vec![0usize; tables.levels.len()];
     for photo in photos {
         let y = values(&run.net.encoder.forward(&quick::stack(std::slice::from_ref(photo), run.net.vs.device())))?;
@@ -92,8 +92,8 @@ pub(crate) fn graph(kind: EncoderKind, weights: &BTreeMap<String, Tensor>, side:
     for (name, t) in weights {
         raw.insert(name.clone(), RawTensor { data: values(t)?, shape: t.size().iter().map(|&d| d as usize).collect() });
     }
-    let extent = i64::from(side) / LATENT_STRIDE;
-    onnx::encoder(kind, &raw, side.into(), [1, LATENT_CHANNELS, extent, extent])
+    let [channels, height, width] = kind.latent(side.into());
+    onnx::encoder(kind, &raw, side.into(), [1, channels, height, width])
 }
 
 /// A graph with fresh weights: engines take as long on it as on a trained one.
@@ -124,7 +124,7 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
     let _frozen = tch::no_grad_guard();
     let r = &run.recipe;
     let side = r.input_size();
-    let latent = latent_shape(side);
+    let latent = latent_shape(r);
     let extent = latent.height;
 
     let encoder = part(run, "encoder.");
@@ -143,7 +143,7 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
     // the manifest holds this file's hash, so the container cannot hold the manifest's
     let unbound = BundleHash([0; 32]);
     let golden_file = container::encode(&symbols, quality, &unbound, latent, tables)?;
-    let input = Tensor::from_slice(&dequantised).view([1, LATENT_CHANNELS, extent.into(), extent.into()]);
+    let input = Tensor::from_slice(&dequantised).view([1, latent.channels.into(), extent.into(), extent.into()]);
     let features = run.net.decoder.forward(&input.to_device(run.net.vs.device()));
     let logits = values(&run.teacher.tail(&features, r.split()))?;
     let le_bytes = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
@@ -176,6 +176,7 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
         decoders: vec![DecoderEntry {
             backbone: r.backbone.name().into(),
             backbone_sha256: origin.backbone_sha256.clone(),
+            kind: (!spec.kind.is_default()).then(|| spec.kind.name().into()),
             split_block: r.split_block,
             width: spec.width,
             hidden: spec.hidden,
@@ -184,7 +185,7 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
             features,
             weights: decoder_file.clone(),
             parameters: spec.parameters(),
-            macs: spec.macs(extent.into(), extent.into()),
+            macs: spec.macs(extent.into()),
         }],
         quality: point
             .levels
@@ -215,4 +216,27 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
     // read it back the way client and server do
     isthmus_codec::Bundle::load(|name| std::fs::read(folder.join(name)), |_| true)?;
     Ok(manifest)
+}
+
+#[cfg(test)]
+mod tests {
+    use edge_client::engine::{Engine, RtenEngine};
+
+    use super::*;
+
+    #[test]
+    fn on_the_device_every_encoder_computes_what_was_trained() {
+        const SIDE: u32 = 32;
+        for kind in EncoderKind::ALL {
+            let vs = nn::VarStore::new(tch::Device::Cpu);
+            let network = Encoder::new(&vs.root(), kind);
+            let graph = graph(kind, &vs.variables().into_iter().collect(), SIDE).unwrap();
+            let pixels = Tensor::rand([1, 3, SIDE.into(), SIDE.into()], (tch::Kind::Float, tch::Device::Cpu)) * 2.0 - 1.0;
+            let wanted = tch::no_grad(|| network.forward(&pixels));
+            assert_eq!(wanted.size()[1..], kind.latent(SIDE.into()), "{kind:?}");
+            let found = RtenEngine::new(&graph, SIDE, 1).unwrap().run(values(&pixels).unwrap()).unwrap();
+            let worst = values(&wanted).unwrap().iter().zip(&found).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < 1e-4, "{kind:?}: {worst}");
+        }
+    }
 }

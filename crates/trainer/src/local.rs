@@ -49,7 +49,7 @@ impl Local {
         let kind = BackboneKind::from_name(&entry.backbone)
             .ok_or_else(|| TrainError::data("bundle", format!("unknown backbone {}", entry.backbone)))?;
         let backbone = Backbone::open(kind, &backbones.join(format!("{}.safetensors", kind.name())), Device::Cpu)?;
-        let spec = DecoderSpec::from_entry(&entry, bundle.manifest.latent);
+        let spec = DecoderSpec::from_entry(&entry, bundle.manifest.latent)?;
         let weights = Weights::from_safetensors(bundle.file(&entry.weights)?, &entry.weights, Device::Cpu)?;
         let vs = nn::VarStore::new(Device::Cpu);
         let decoder = Decoder::new(&vs.root(), &spec);

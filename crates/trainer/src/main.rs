@@ -422,7 +422,7 @@ fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path
     let manifest = active.with_average(|r| {
         let mut point = quick::score(r, &held_out)?;
         point.crops += history.crops();
-        let tables = contexts::fit(r, &export::tables(r)?, export::latent_shape(side), &pack, contexts::CROPS)?;
+        let tables = contexts::fit(r, &export::tables(r)?, export::latent_shape(&r.recipe), &pack, contexts::CROPS)?;
         for (score, bytes) in point.levels.iter_mut().zip(export::coded_bytes(r, &tables, &held_out)?) {
             println!("q{}  {:.0} B with static tables, {bytes:.0} B with contexts", score.level, score.bytes);
             score.bytes = bytes;

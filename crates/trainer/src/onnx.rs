@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use isthmus_nets::backbone::{CLASSES, Operation};
 use isthmus_nets::encoder::Op;
-use isthmus_nets::{Backbone, EncoderKind, Layer, pth::RawTensor};
+use isthmus_nets::{Backbone, EncoderKind, Layer, gdn, pth::RawTensor};
 use prost::Message;
 use tch::Tensor;
 
@@ -150,6 +150,10 @@ fn convolution(kernel: i64, stride: i64, (before, after): (i64, i64), groups: i6
     ]
 }
 
+fn weight<'a>(weights: &'a BTreeMap<String, RawTensor>, name: &str) -> Result<&'a RawTensor, TrainError> {
+    weights.get(name).ok_or_else(|| TrainError::data("encoder weights", format!("{name} is missing")))
+}
+
 impl Writer {
     fn node(&mut self, op: &str, input: Vec<String>, attribute: Vec<AttributeProto>) -> String {
         let output = format!("v{}", self.next);
@@ -174,11 +178,19 @@ impl Writer {
         for op in ops {
             x = match op {
                 Op::Relu => self.node("Relu", vec![x], vec![]),
-                Op::Conv { name, kernel, stride, padding, .. } => {
+                Op::Gdn { name, channels } => {
+                    let part = |part: &str| weight(weights, &format!("{name}.{part}")).map(|t| Tensor::from_slice(&t.data));
+                    let (beta, gamma) = gdn::effective(&part("beta")?, &part("gamma")?.view([*channels, *channels]));
+                    let magnitude = self.node("Abs", vec![x.clone()], vec![]);
+                    let input = vec![magnitude, self.tensor(&gamma)?, self.tensor(&beta)?];
+                    let norm = self.node("Conv", input, convolution(1, 1, (0, 0), 1));
+                    self.node("Div", vec![x, norm], vec![])
+                }
+                Op::Conv { name, kernel, stride, padding, bias, .. } => {
                     let mut input = vec![x];
-                    for part in ["weight", "bias"] {
+                    for part in ["weight", "bias"].into_iter().take(1 + usize::from(*bias)) {
                         let name = format!("{name}.{part}");
-                        let t = weights.get(&name).ok_or_else(|| TrainError::data("encoder weights", format!("{name} is missing")))?;
+                        let t = weight(weights, &name)?;
                         input.push(self.constant(name, t.shape.iter().map(|&d| d as i64).collect(), &t.data));
                     }
                     self.node("Conv", input, convolution(*kernel, *stride, (*padding, *padding), 1))

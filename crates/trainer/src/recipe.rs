@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use isthmus_nets::encoder::LATENT_STRIDE;
-use isthmus_nets::{BackboneKind, DecoderSpec, EncoderKind, Layer};
+use isthmus_nets::encoder::SIDE_MULTIPLE;
+use isthmus_nets::{BackboneKind, DecoderKind, DecoderSpec, EncoderKind, Layer};
 use serde::{Deserialize, Serialize};
 
 use crate::augment::Augment;
@@ -30,6 +30,12 @@ pub struct Recipe {
     pub measure_block: usize,
     /// Weight of the rebuilt layer's own error (per element), beside that of the measured layer.
     pub rebuild_weight: f64,
+    /// Further blocks after which the error counts too, each like the measured layer's, per element.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hooks: Vec<usize>,
+    /// Shape of the decoder.
+    #[serde(default, skip_serializing_if = "DecoderKind::is_default")]
+    pub decoder_kind: DecoderKind,
     /// Decoder trunk.
     pub decoder_width: i64,
     /// Channels inside a decoder block.
@@ -125,12 +131,20 @@ impl Recipe {
             return Err("measure_block: must not come before split_block".into());
         }
         let side = i64::from(self.input_size());
-        if side < LATENT_STRIDE || side % LATENT_STRIDE != 0 {
-            return Err(format!("input: the encoder takes sides that are multiples of {LATENT_STRIDE}, not {side}"));
+        if side < SIDE_MULTIPLE || side % SIDE_MULTIPLE != 0 {
+            return Err(format!("input: the encoder takes sides that are multiples of {SIDE_MULTIPLE}, not {side}"));
         }
-        let latent = side / LATENT_STRIDE;
-        if shape[1] < latent {
-            return Err(format!("split_block: {} x {} is coarser than the latent's {latent}", shape[1], shape[2]));
+        let latent = self.encoder.latent(side)[1];
+        let fits = match self.decoder_kind {
+            DecoderKind::Residual => shape[1] >= latent,
+            DecoderKind::EntropicStudent => shape[1] == latent + 1,
+        };
+        if !fits {
+            return Err(format!("split_block: {} x {} does not fit the latent's {latent} x {latent}", shape[1], shape[2]));
+        }
+        let layers: Vec<usize> = std::iter::once(self.measure_block).chain(self.hooks.iter().copied()).collect();
+        if !layers.is_sorted_by(|a, b| a < b) || layers.last().is_some_and(|&l| l >= self.backbone.block_count()) {
+            return Err("hooks: rising, behind measure_block, and blocks of the backbone".into());
         }
         if self.batch == 0 || self.steps == 0 {
             return Err("batch and steps must be positive".into());
@@ -154,10 +168,16 @@ impl Recipe {
     /// The decoder for this recipe's backbone and split.
     pub fn decoder(&self) -> DecoderSpec {
         let [output, height, _] = self.backbone.layer_shape(self.split()).unwrap_or_default();
-        let latent = i64::from(self.input_size()) / LATENT_STRIDE;
-        let upsample = height / latent;
-        let resize = (latent * upsample != height).then_some(height);
-        DecoderSpec { width: self.decoder_width, hidden: self.decoder_hidden, blocks: self.decoder_blocks, output, upsample, resize }
+        let [input, latent, _] = self.encoder.latent(self.input_size().into());
+        let (upsample, resize) = match self.decoder_kind {
+            DecoderKind::Residual => {
+                let upsample = height / latent;
+                (upsample, (latent * upsample != height).then_some(height))
+            }
+            DecoderKind::EntropicStudent => (1, None),
+        };
+        let (width, hidden, blocks) = (self.decoder_width, self.decoder_hidden, self.decoder_blocks);
+        DecoderSpec { kind: self.decoder_kind, input, width, hidden, blocks, output, upsample, resize }
     }
 
     /// Side of the square that the encoder takes.

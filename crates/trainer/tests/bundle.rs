@@ -66,6 +66,10 @@ fn encoders_have_the_stated_size() {
     let reference = EncoderKind::Frankensplit;
     assert_eq!(reference.parameters(), 141_696);
     assert_eq!(reference.macs(224) / 1_000_000, 530);
+    // Entropic Student's own numbers (torchdistill's sc2 benchmark)
+    let rival = EncoderKind::EntropicStudent;
+    assert_eq!(rival.parameters(), 138_672);
+    assert_eq!((rival.macs(224) / 1_000_000, rival.latent(224)), (588, [24, 55, 55]));
 }
 
 #[test]

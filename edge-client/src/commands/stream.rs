@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use edge_client::stream::{Answer, Receiver, Sender, open};
+use edge_client::stream::{Receiver, Sender, open};
 use edge_client::{Client, ClientError, EncodeTiming, InferOptions, Payload};
 
+use isthmus_proto::offload_v1::InferResponse;
+use tokio::task::JoinSet;
 use tonic::Status;
 
 use super::output::{Line, Printer};
@@ -111,6 +113,9 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
     let total = files.len() as u64 * u64::from(pace.repeat);
     let mut printer = Printer::new(ask.json, total);
     let mut under_way = UnderWay::new();
+    // photos that the stream's server refused, each by itself, at others
+    let (mut refused, mut elsewhere) = (UnderWay::new(), JoinSet::new());
+    let mut ended = false;
     let mut queue = (0..pace.repeat).flat_map(|_| files.iter());
     let interrupted = tokio::signal::ctrl_c();
     tokio::pin!(interrupted);
@@ -143,9 +148,26 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
                     (Ok(_), None) => {}
                 }
             }
-            answer = receiver.next() => match answer {
-                Ok(Some(answer)) => print(&mut printer, &mut under_way, answer)?,
-                Ok(None) if under_way.is_empty() && ending => break,
+            Some(Ok((id, answer))) = elsewhere.join_next() => {
+                if let Some(sent) = refused.remove(&id) {
+                    print(&mut printer, sent, answer)?;
+                }
+            }
+            // once the stream has ended, only those are awaited
+            answer = receiver.next(), if !ended => match answer {
+                Ok(Some(answer)) => {
+                    let Some(sent) = under_way.remove(&answer.id) else { continue };
+                    match answer.result.map_err(ClientError::from) {
+                        Err(error) if error.is_transient() && client.has_others() && refused.len() < pace.window => {
+                            let (mut client, id, payload) = (client.clone(), answer.id, Payload::Bitstream(sent.container.clone()));
+                            let left = InferOptions { deadline: options.deadline.saturating_sub(sent.at.elapsed()), ..options.clone() };
+                            elsewhere.spawn(async move { (id, client.infer(payload, &left).await) });
+                            refused.insert(id, sent);
+                        }
+                        result => print(&mut printer, sent, result)?,
+                    }
+                }
+                Ok(None) if under_way.is_empty() && ending => ended = true,
                 broken => {
                     let error = broken.err().unwrap_or_else(|| Status::unavailable("the stream has ended").into());
                     give_up_late(&mut printer, &mut under_way, options.deadline)?;
@@ -153,13 +175,16 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
                     match again {
                         Ok((open, answers)) => (sender, receiver) = ((!ending).then_some(open), answers),
                         Err(error) => {
+                            under_way.append(&mut refused);
                             give_up(&mut printer, under_way, &error)?;
                             return Err(error.into());
                         }
                     }
                 }
             },
+            () = std::future::ready(()), if ended && elsewhere.is_empty() => break,
             _ = &mut interrupted => {
+                under_way.append(&mut refused);
                 give_up(&mut printer, under_way, &ClientError::Usage("interrupted before the answer came".into()))?;
                 eprintln!("edge-client: interrupted");
                 return Ok(false);
@@ -190,11 +215,10 @@ fn give_up(printer: &mut Printer, under_way: UnderWay, error: &ClientError) -> R
     Ok(())
 }
 
-fn print(printer: &mut Printer, under_way: &mut UnderWay, answer: Answer) -> Result<()> {
-    let Some(sent) = under_way.remove(&answer.id) else { return Ok(()) };
-    let line = match answer.result {
+fn print(printer: &mut Printer, sent: Sent, answer: Result<InferResponse, ClientError>) -> Result<()> {
+    let line = match answer {
         Ok(response) => Line::answered(sent.file, Some(sent.quality), sent.container.len(), Some(sent.timing), sent.at.elapsed(), response),
-        Err(status) => Line::failed(sent.file, &ClientError::from(status)),
+        Err(error) => Line::failed(sent.file, &error),
     };
     Ok(printer.print(&line)?)
 }

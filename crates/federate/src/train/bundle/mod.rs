@@ -155,7 +155,8 @@ impl Adaptation {
             }
         }
         let frozen = nn::VarStore::new(Device::Cpu);
-        let decoder = Decoder::new(&frozen.root(), &DecoderSpec::from_entry(entry, bundle.manifest.latent));
+        let spec = DecoderSpec::from_entry(entry, m.latent).map_err(net)?;
+        let decoder = Decoder::new(&frozen.root(), &spec);
         let weights = Weights::from_safetensors(bundle.file(&entry.weights)?, &entry.weights, Device::Cpu).map_err(net)?;
         weights.copy_to(&frozen).map_err(net)?;
         let mut frozen = frozen;
