@@ -2,6 +2,7 @@
 
 use edge_client::{Encoder, Payload};
 use indicatif::{ProgressBar, ProgressStyle};
+use isthmus_codec::Quality;
 use serde::Serialize;
 
 use crate::codecs::Codec;
@@ -18,6 +19,8 @@ pub trait Backend {
 /// What to compare.
 #[derive(Debug, Clone)]
 pub struct Plan {
+    /// The bundle's qualities from one level to the next: 1 for the levels alone, 2 with those halfway, and so on.
+    pub each_level: u8,
     /// WebP qualities.
     pub webp: Vec<u8>,
     /// JPEG qualities.
@@ -28,14 +31,24 @@ pub struct Plan {
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { webp: vec![0, 1, 5, 10, 20, 30, 50, 75, 90], jpeg: vec![5, 10, 20, 30, 50, 75, 90], avif: vec![1, 15, 30, 50, 75] }
+        Self {
+            each_level: 1,
+            webp: vec![0, 1, 5, 10, 20, 30, 50, 75, 90],
+            jpeg: vec![5, 10, 20, 30, 50, 75, 90],
+            avif: vec![1, 15, 30, 50, 75],
+        }
     }
 }
 
 impl Plan {
     /// Fewer settings, for a demonstration.
     pub fn short() -> Self {
-        Self { webp: vec![0, 10, 30, 60, 85], jpeg: vec![10, 30, 60], avif: vec![] }
+        Self { each_level: 1, webp: vec![0, 10, 30, 60, 85], jpeg: vec![10, 30, 60], avif: vec![] }
+    }
+
+    /// The bundle alone.
+    pub fn ours(each_level: u8) -> Self {
+        Self { each_level, webp: vec![], jpeg: vec![], avif: vec![] }
     }
 }
 
@@ -71,11 +84,15 @@ pub struct Comparison {
     pub teacher_accuracy: Option<Interval>,
     /// One per method and setting.
     pub rows: Vec<Row>,
+    #[serde(skip)]
+    reference: Reference,
 }
 
 /// The family name of the bundle's own rows.
 pub const OURS: &str = "Isthmus";
 
+/// The teacher's answers to the uncompressed crops.
+#[derive(Debug, Clone, Default)]
 struct Reference {
     logits: Vec<Vec<f32>>,
 }
@@ -85,7 +102,7 @@ struct Reference {
 /// # Errors
 /// If encoding or the backend fails.
 pub async fn run(set: &PhotoSet, encoder: &mut Encoder, backend: &mut impl Backend, plan: &Plan) -> Result<Comparison, HarnessError> {
-    let levels = encoder.bundle().levels();
+    let qualities = qualities(encoder, plan.each_level);
     let mut codecs = Vec::new();
     for (key, qualities) in [("webp", &plan.webp), ("jpeg", &plan.jpeg), ("avif", &plan.avif)] {
         for &q in qualities {
@@ -93,7 +110,7 @@ pub async fn run(set: &PhotoSet, encoder: &mut Encoder, backend: &mut impl Backe
         }
     }
     codecs.push(Codec::png());
-    let bar = ProgressBar::new(set.photos.len() as u64 * (u64::from(levels) + codecs.len() as u64));
+    let bar = ProgressBar::new(set.photos.len() as u64 * (qualities.len() + codecs.len()) as u64);
     if let Ok(style) = ProgressStyle::with_template("{msg:12} {bar:30} {pos}/{len} requests, {eta} left") {
         bar.set_style(style);
     }
@@ -105,15 +122,9 @@ pub async fn run(set: &PhotoSet, encoder: &mut Encoder, backend: &mut impl Backe
         bar.inc(1);
     }
     let mut rows = Vec::new();
-    for quality in 1..=levels {
-        let mut answers = Vec::new();
-        for photo in &set.photos {
-            let container = encoder.encode_rgb(&photo.pixels, quality)?.container;
-            let bytes = container.len();
-            answers.push((bytes, backend.logits(Payload::Bitstream(container.into())).await?));
-            bar.inc(1);
-        }
-        rows.push(row(set, &reference, format!("{OURS} q{quality}"), OURS, &answers));
+    for quality in qualities {
+        let answers = bitstreams(set, encoder, backend, quality, &bar).await?;
+        rows.push(row(set, &reference, named(OURS, quality), OURS, &answers));
     }
     for codec in codecs {
         let mut answers = Vec::new();
@@ -138,7 +149,59 @@ pub async fn run(set: &PhotoSet, encoder: &mut Encoder, backend: &mut impl Backe
         bundle: format!("{} {}", manifest.name, manifest.version),
         teacher_accuracy: accuracy(set, reference.logits.iter().map(Vec::as_slice)),
         rows,
+        reference,
     })
+}
+
+/// Sends every photo of the set that was compared through another bundle, a rival, too: its rows are of the family of its name. `backend` has
+/// the same backbone.
+///
+/// # Errors
+/// If encoding or the backend fails.
+pub async fn add(
+    comparison: &mut Comparison,
+    set: &PhotoSet,
+    encoder: &mut Encoder,
+    backend: &mut impl Backend,
+    plan: &Plan,
+) -> Result<(), HarnessError> {
+    let (family, version) = (encoder.bundle().manifest.name.clone(), encoder.bundle().manifest.version.clone());
+    let bar = ProgressBar::hidden();
+    for quality in qualities(encoder, plan.each_level) {
+        let answers = bitstreams(set, encoder, backend, quality, &bar).await?;
+        let name = named(&format!("{family} {version}"), quality);
+        comparison.rows.push(row(set, &comparison.reference, name, &family, &answers));
+    }
+    Ok(())
+}
+
+/// So many from each level of the encoder's bundle to the next.
+fn qualities(encoder: &Encoder, each_level: u8) -> Vec<Quality> {
+    let each = f64::from(each_level.max(1));
+    let steps = u32::from(encoder.bundle().levels().saturating_sub(1)) * u32::from(each_level.max(1));
+    (0..=steps).map(|step| Quality::nearest(1.0 + f64::from(step) / each)).collect()
+}
+
+fn named(method: &str, quality: Quality) -> String {
+    format!("{method} q{}", quality.value())
+}
+
+/// Bytes and logits of every photo.
+async fn bitstreams(
+    set: &PhotoSet,
+    encoder: &mut Encoder,
+    backend: &mut impl Backend,
+    quality: Quality,
+    bar: &ProgressBar,
+) -> Result<Vec<(usize, Vec<f32>)>, HarnessError> {
+    let mut answers = Vec::new();
+    for photo in &set.photos {
+        let container = encoder.encode_rgb(&photo.pixels, quality)?.container;
+        let bytes = container.len();
+        answers.push((bytes, backend.logits(Payload::Bitstream(container.into())).await?));
+        bar.inc(1);
+    }
+    Ok(answers)
 }
 
 fn accuracy<'a>(set: &PhotoSet, logits: impl Iterator<Item = &'a [f32]>) -> Option<Interval> {

@@ -79,6 +79,9 @@ enum Command {
         /// Fewer codec settings.
         #[arg(long)]
         short: bool,
+        /// Qualities from one level to the next: 1 for the levels alone, 2 with those halfway.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+        each_level: u8,
         /// Folder for results as JSON, Markdown and plots.
         #[arg(long)]
         out: Option<PathBuf>,
@@ -118,14 +121,14 @@ async fn run(command: Command) -> Result<()> {
             let results: Results = serde_json::from_slice(&text).with_context(|| format!("{}: no results of a run", path.display()))?;
             write_report(&results, &folder)?;
         }
-        Command::Compare { photos, server, bundle, deadline, short, out } => {
+        Command::Compare { photos, server, bundle, deadline, short, each_level, out } => {
             let mut encoder = Encoder::new(open_bundle(&bundle)?, 1)?;
             let side = encoder.bundle().manifest.input.size;
             let sets = photos.iter().map(|p| PhotoSet::open(p, side)).collect::<Result<Vec<_>, _>>()?;
             let mut client = Client::connect(&Endpoint::new(&server)?).await?;
             client.describe(Some(&encoder.bundle().hash), deadline).await?;
             let mut backend = Remote::new(client, deadline);
-            let plan = if short { compare::Plan::short() } else { compare::Plan::default() };
+            let plan = compare::Plan { each_level, ..if short { compare::Plan::short() } else { compare::Plan::default() } };
             for set in &sets {
                 let comparison = compare::run(set, &mut encoder, &mut backend, &plan).await?;
                 println!("{}", report::table(&comparison));

@@ -47,8 +47,8 @@ pub fn table(c: &Comparison) -> String {
          over photos. \"Needs\": bytes of that codec at equal agreement, interpolated, and how many times ours."
     );
     for (what, quality) in QUALITIES {
-        let deltas: Vec<String> = RIVALS
-            .iter()
+        let deltas: Vec<String> = rivals(c)
+            .into_iter()
             .filter_map(|rival| delta(c, rival, quality).map(|d| format!("{:+.1} % against {rival}", 100.0 * d.rate)))
             .collect();
         if !deltas.is_empty() {
@@ -65,8 +65,17 @@ pub fn table(c: &Comparison) -> String {
     text
 }
 
-/// Image codecs that are plotted and compared with.
-const RIVALS: [&str; 3] = ["WebP", "JPEG", "AVIF"];
+/// Families that are plotted and compared with: all that have more than one setting but ours.
+fn rivals(c: &Comparison) -> Vec<&str> {
+    let mut found: Vec<&str> = Vec::new();
+    for (i, row) in c.rows.iter().enumerate() {
+        let several = c.rows[i + 1..].iter().any(|later| later.family == row.family);
+        if several && row.family != OURS && !found.contains(&row.family.as_str()) {
+            found.push(&row.family);
+        }
+    }
+    found
+}
 
 type Value = fn(&Row) -> f64;
 
@@ -106,8 +115,7 @@ pub fn write(c: &Comparison, folder: &Path) -> Result<(), HarnessError> {
     ];
     for (name, label, value) in charts {
         let line = |family: &str| Line { name: family.into(), points: points(c, family, value) };
-        let families = std::iter::once(OURS).chain(RIVALS).filter(|family| c.rows.iter().any(|r| r.family == *family));
-        let lines: Vec<Line> = families.map(line).collect();
+        let lines: Vec<Line> = std::iter::once(OURS).chain(rivals(c)).map(line).collect();
         let title = format!("{}: {} crops of {} photos", c.set, c.crops, c.photos);
         let path = folder.join(format!("{}-{name}.svg", c.set));
         chart(&path, &title, &Axis::log("bytes per 224 x 224 crop"), &Axis::linear(label), &lines)

@@ -234,7 +234,7 @@ impl AutoClient {
         let payload = match choice {
             Choice::Bottleneck(level) => {
                 let encoded = self.encoder.encode_rgb(&photo.pixels, level)?;
-                choice = Choice::Bottleneck(encoded.quality);
+                choice = Choice::Bottleneck(encoded.quality.level);
                 Payload::Bitstream(encoded.container.into())
             }
             Choice::Jpeg(quality) => Payload::Image(images::jpeg(&photo.pixels.network_input(side)?, quality)?.into()),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use isthmus_codec::{Bundle, Trust, folder};
+use isthmus_codec::{Bundle, Quality, Trust, folder};
 use isthmus_pixels::Rgb;
 
 use crate::ClientError;
@@ -61,7 +61,7 @@ impl EncodeTiming {
 /// How long containers may be. Content that no training saw (noise, for example) takes many times the usual bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Budget {
-    /// Levels below the asked one are tried until a container has at most so many bytes; if none has, the lowest level's is taken.
+    /// The highest quality up to the asked one is taken whose container has at most so many bytes; if none has, the lowest level.
     pub target: Option<usize>,
     /// The same, but longer ones are never made: an error instead.
     pub most: Option<usize>,
@@ -70,8 +70,8 @@ pub struct Budget {
 /// An encoded photo.
 #[derive(Debug, Clone)]
 pub struct Encoded {
-    /// The level that was used: the asked one, or what the budget left.
-    pub quality: u8,
+    /// The quality that was used: the asked one, or what the budget left.
+    pub quality: Quality,
     /// The container to send.
     pub container: Vec<u8>,
     /// How long it took.
@@ -84,6 +84,9 @@ pub struct Encoder {
     engine: Box<dyn Engine>,
     budget: Budget,
 }
+
+/// How near a quality is brought to what a budget allows, in 256ths of the way from one level to the next.
+const FINEST: u16 = 4;
 
 fn micros(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
@@ -122,22 +125,22 @@ impl Encoder {
         self.bundle.levels() / 2 + 1
     }
 
-    /// Encodes a JPEG, PNG or WebP file at quality level `quality` (from 1), or a lower one if the budget wants it.
+    /// Encodes a JPEG, PNG or WebP file at this quality (from 1), or a lower one if the budget wants it.
     ///
     /// # Errors
-    /// If the photo cannot be decoded, the level does not exist, or the encoder fails; [`ClientError::TooLong`] if no level fits.
-    pub fn encode(&mut self, file: &[u8], quality: u8) -> Result<Encoded, ClientError> {
+    /// If the photo cannot be decoded, the quality does not exist, or the encoder fails; [`ClientError::TooLong`] if no level fits.
+    pub fn encode(&mut self, file: &[u8], quality: impl Into<Quality>) -> Result<Encoded, ClientError> {
         let start = Instant::now();
         let photo = isthmus_pixels::decode(file)?;
-        self.encode_from(&photo, quality, start)
+        self.encode_from(&photo, quality.into(), start)
     }
 
     /// Encodes decoded pixels (a camera frame, for example).
     ///
     /// # Errors
     /// As [`Encoder::encode`].
-    pub fn encode_rgb(&mut self, photo: &Rgb, quality: u8) -> Result<Encoded, ClientError> {
-        self.encode_from(photo, quality, Instant::now())
+    pub fn encode_rgb(&mut self, photo: &Rgb, quality: impl Into<Quality>) -> Result<Encoded, ClientError> {
+        self.encode_from(photo, quality.into(), Instant::now())
     }
 
     /// The latent of a photo before gain and rounding (channel-major).
@@ -150,8 +153,8 @@ impl Encoder {
         self.engine.run(pixels)
     }
 
-    #[tracing::instrument(level = "debug", skip_all, fields(quality), err(level = "debug"))]
-    fn encode_from(&mut self, photo: &Rgb, quality: u8, start: Instant) -> Result<Encoded, ClientError> {
+    #[tracing::instrument(level = "debug", skip_all, fields(%quality), err(level = "debug"))]
+    fn encode_from(&mut self, photo: &Rgb, quality: Quality, start: Instant) -> Result<Encoded, ClientError> {
         self.bundle.tables.level(quality)?;
         let mut pixels = Vec::new();
         photo.network_input(self.bundle.manifest.input.size)?.normalise_into(&mut pixels);
@@ -165,21 +168,42 @@ impl Encoder {
         Ok(Encoded { quality, container, timing: EncodeTiming { preprocess_us, network_us, entropy_us } })
     }
 
-    /// The container of the highest level up to `asked` that is within the budget.
-    fn code(&self, latent: &[f32], asked: u8) -> Result<(u8, Vec<u8>), ClientError> {
+    /// The container of the highest quality up to `asked` that is within the budget.
+    fn code(&self, latent: &[f32], asked: Quality) -> Result<(Quality, Vec<u8>), ClientError> {
         let Budget { target, most } = self.budget;
-        let shape = self.bundle.manifest.latent;
-        let mut quality = asked;
-        loop {
-            let symbols = self.bundle.tables.level(quality)?.quantise(latent, shape)?;
-            let container = isthmus_codec::container::encode(&symbols, quality, &self.bundle.hash, shape, &self.bundle.tables)?;
-            let fits = |limit: Option<usize>| limit.is_none_or(|limit| container.len() <= limit);
-            match quality {
-                _ if fits(target) && fits(most) => return Ok((quality, container)),
-                1 if fits(most) => return Ok((quality, container)),
-                1 => return Err(ClientError::TooLong { bytes: container.len(), most: most.unwrap_or_default() }),
-                _ => quality -= 1,
+        let limit = target.unwrap_or(usize::MAX).min(most.unwrap_or(usize::MAX));
+        let coded = |quality: Quality| Ok::<_, ClientError>((quality, self.bundle.encode(latent, quality)?));
+        let whole = coded(asked)?;
+        if whole.1.len() <= limit {
+            return Ok(whole);
+        }
+        let mut best = coded(1.into())?;
+        match most {
+            Some(most) if best.1.len() > most => return Err(ClientError::TooLong { bytes: best.1.len(), most }),
+            _ if best.1.len() > limit => return Ok(best),
+            _ => {}
+        }
+        // a level, then a part of the way to the next
+        let (mut level, mut above) = (1, asked.level + u8::from(!asked.is_level()));
+        while above - level > 1 {
+            let middle = level + (above - level) / 2;
+            let tried = coded(middle.into())?;
+            if tried.1.len() <= limit {
+                (level, best) = (middle, tried);
+            } else {
+                above = middle;
             }
         }
+        let (mut fits, mut exceeds) = (0u16, if level == asked.level { asked.fraction.into() } else { 256 });
+        while exceeds - fits > FINEST {
+            let middle = fits + (exceeds - fits) / 2;
+            let tried = coded(Quality { level, fraction: middle as u8 })?;
+            if tried.1.len() <= limit {
+                (fits, best) = (middle, tried);
+            } else {
+                exceeds = middle;
+            }
+        }
+        Ok(best)
     }
 }

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use isthmus_codec::Quality;
 use tracing::{Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::LevelFilter;
@@ -144,13 +145,13 @@ struct EncodingArgs {
     /// Use only bundles signed with this key (64 hexadecimal digits; may be given several times).
     #[arg(long, value_name = "KEY", env = "ISTHMUS_TRUST", value_delimiter = ',')]
     trust: Vec<String>,
-    /// Quality level, from 1 (fewest bytes); default: the middle one.
+    /// Quality: a level, from 1 (fewest bytes), or a number between two, such as 2.5; default: the middle level.
     #[arg(long)]
-    quality: Option<u8>,
-    /// For each photo the highest quality level with at most so many bytes (the lowest, if none has).
+    quality: Option<Quality>,
+    /// For each photo the highest quality with at most so many bytes (the lowest level, if none has).
     #[arg(long, value_name = "BYTES", conflicts_with = "quality")]
     target_bytes: Option<usize>,
-    /// Never send more bytes for a photo: lower quality levels are tried, and what is too long at the lowest is not sent.
+    /// Never send more bytes for a photo: lower qualities are tried, and what is too long at the lowest is not sent.
     #[arg(long, value_name = "BYTES")]
     max_bytes: Option<usize>,
     /// Threads of the encoder, 1 to 256.

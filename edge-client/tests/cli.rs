@@ -228,7 +228,7 @@ fn the_client_is_small_and_free_of_libtorch() {
 }
 
 #[test]
-fn a_budget_of_bytes_is_kept_by_lower_quality_levels() {
+fn a_budget_of_bytes_is_kept_by_lower_qualities() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("photo.isth");
     let encode = |photo: &Path, more: &[&str]| {
@@ -236,19 +236,26 @@ fn a_budget_of_bytes_is_kept_by_lower_quality_levels() {
         client(&[&fixed[..], more].concat())
     };
     let photo = demo_photos()[0].clone();
-    let of = |output: &Output| (lines(output)[0]["quality"].as_u64().unwrap(), lines(output)[0]["bytes"].as_u64().unwrap());
-    let all: Vec<_> = (1..=6).map(|q: u64| of(&encode(&photo, &["--quality", &q.to_string()]))).collect();
+    let of = |output: &Output| (lines(output)[0]["quality"].as_f64().unwrap(), lines(output)[0]["bytes"].as_u64().unwrap());
+    let all: Vec<_> = (1..=6).map(|q: u32| of(&encode(&photo, &["--quality", &q.to_string()]))).collect();
     assert!(all.windows(2).all(|w| w[0].1 < w[1].1), "{all:?}");
-    for (quality, bytes) in &all {
-        // exactly that many bytes are allowed, and one less is the level below
-        assert_eq!(of(&encode(&photo, &["--target-bytes", &bytes.to_string()])), (*quality, *bytes));
+    let halves: Vec<_> = (1..6).map(|q: u32| of(&encode(&photo, &["--quality", &format!("{q}.5")]))).collect();
+    for (i, (quality, bytes)) in halves.iter().enumerate() {
+        assert!(*quality == i as f64 + 1.5 && (all[i].1..all[i + 1].1).contains(bytes), "{halves:?} between {all:?}");
+    }
+    for (level, bytes) in &all {
+        // exactly that many bytes are allowed, and one less is just below the level
+        let (quality, used) = of(&encode(&photo, &["--target-bytes", &bytes.to_string()]));
+        assert!(quality >= *level && used <= *bytes, "{quality}, {used} bytes of {bytes}");
         let less = (bytes - 1).to_string();
-        let below = all[(*quality as usize).saturating_sub(2)];
-        assert_eq!(of(&encode(&photo, &["--target-bytes", &less])), below);
+        let below = of(&encode(&photo, &["--target-bytes", &less]));
         let bounded = encode(&photo, &["--quality", "6", "--max-bytes", &less]);
-        match quality {
-            1 => assert!(text(&bounded.stderr).contains("even at the lowest quality level"), "{}", text(&bounded.stderr)),
-            _ => assert_eq!(of(&bounded), below),
+        if *level == 1.0 {
+            assert_eq!(below, all[0], "the lowest, if none fits");
+            assert!(text(&bounded.stderr).contains("even at the lowest quality level"), "{}", text(&bounded.stderr));
+        } else {
+            assert!((level - 0.2..*level).contains(&below.0) && (bytes * 93 / 100..*bytes).contains(&below.1), "{below:?} for {less}");
+            assert_eq!(of(&bounded), below);
         }
     }
     // noise, which takes many times the bytes of a photo
@@ -269,6 +276,9 @@ fn a_budget_of_bytes_is_kept_by_lower_quality_levels() {
         assert!(of(&bounded).1 <= usual);
     } else {
         assert!(text(&bounded.stderr).contains("may be sent") && bounded.stdout.is_empty());
+    }
+    for (wrong, why) in [("6.5", "1 to 6"), ("0", "begin with 1"), ("low", "a number such as")] {
+        assert!(text(&encode(&photo, &["--quality", wrong]).stderr).contains(why), "{wrong}");
     }
     assert!(text(&encode(&photo, &["--target-bytes", "2000", "--quality", "3"]).stderr).contains("cannot be used with"));
 }

@@ -1,13 +1,15 @@
-//! `stream` against a server that takes streams and ends them at once.
+//! `stream` against servers that take streams and end them at once, or refuse what comes on them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
 use isthmus_proto::offload_v1::offload_service_server::{OffloadService, OffloadServiceServer};
-use isthmus_proto::offload_v1::{DescribeRequest, DescribeResponse, InferRequest, InferResponse, InferStreamResponse};
+use isthmus_proto::offload_v1::{DescribeRequest, DescribeResponse, InferError, InferRequest, InferResponse, InferStreamResponse};
 use isthmus_testkit::{binary, bundle, demo_photos};
+use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status, Streaming};
 
 struct Ends(Arc<AtomicUsize>);
@@ -59,4 +61,57 @@ async fn photos_keep_their_time_limit_however_often_a_stream_is_opened_again() {
     assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
     // a pause before each
     assert!((2..40).contains(&asked.load(Ordering::Relaxed)), "{asked:?}");
+}
+
+/// Busy for whoever streams; answers single photos.
+struct Busy(Arc<AtomicUsize>);
+
+#[tonic::async_trait]
+impl OffloadService for Busy {
+    type InferStreamStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<InferStreamResponse, Status>> + Send>>;
+
+    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        Ok(Response::new(DescribeResponse::default()))
+    }
+
+    async fn infer(&self, _: Request<InferRequest>) -> Result<Response<InferResponse>, Status> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(Response::new(InferResponse { model: "other".into(), ..InferResponse::default() }))
+    }
+
+    async fn infer_stream(&self, request: Request<Streaming<InferRequest>>) -> Result<Response<Self::InferStreamStream>, Status> {
+        let refused = |request: InferRequest| {
+            let error = InferError { id: request.id, code: tonic::Code::ResourceExhausted as i32, message: "busy".into() };
+            InferStreamResponse { result: Some(Outcome::Error(error)) }
+        };
+        Ok(Response::new(Box::pin(request.into_inner().map(move |r| r.map(refused)))))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_stream_s_server_refuses_is_asked_of_the_others() {
+    let folder = tempfile::tempdir().unwrap();
+    for photo in &demo_photos()[..4] {
+        std::fs::copy(photo, folder.path().join(photo.file_name().unwrap())).unwrap();
+    }
+    let asked = Arc::new(AtomicUsize::new(0));
+    let mut urls = Vec::new();
+    for _ in 0..2 {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        urls.push(format!("http://{}", listener.local_addr().unwrap()));
+        let incoming = tonic::transport::server::TcpIncoming::from(listener);
+        let server = tonic::transport::Server::builder().add_service(OffloadServiceServer::new(Busy(asked.clone())));
+        tokio::spawn(server.serve_with_incoming(incoming));
+    }
+    for (servers, answered) in [(urls.join(","), 4), (urls[0].clone(), 0)] {
+        let mut command = std::process::Command::new(binary("edge-client"));
+        command.arg("stream").arg(folder.path()).args(["--fps", "20", "--deadline", "2s", "--server", &servers, "--json"]);
+        command.arg("--bundle").arg(bundle());
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        let lines = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert_eq!(lines.lines().count(), 4, "{lines}{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(lines.lines().filter(|l| !l.contains("\"error\"")).count(), answered, "{lines}");
+        assert_eq!(asked.swap(0, Ordering::Relaxed), answered);
+        assert_eq!(output.status.success(), answered == 4);
+    }
 }

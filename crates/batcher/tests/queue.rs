@@ -302,6 +302,21 @@ fn absence_earns_no_claim() {
     assert!((4..=6).contains(&second), "half each from now on: {order:?}");
 }
 
+#[test]
+fn the_backlog_is_what_waits_and_what_is_left_of_what_runs() {
+    let now = Instant::now();
+    let mut queue = Queue::new(Limits { workers: 2, ..limits(2) });
+    assert_eq!(queue.backlog(now), Duration::ZERO);
+    for value in 0..6 {
+        queue.offer(Entry { cost: 10 * MS, ..entry(value, now) }, now).unwrap();
+    }
+    assert_eq!(queue.backlog(now), 30 * MS, "six of 10 ms, two at a time");
+    batch(queue.next(now));
+    assert_eq!(queue.backlog(now + 5 * MS), (40 + 15) * MS / 2);
+    queue.done(now, 20 * MS);
+    assert_eq!(queue.backlog(now + 5 * MS), 20 * MS);
+}
+
 /// Answers in time per second when `rate` a second are offered to one worker that takes what was predicted, in virtual time.
 fn goodput(rate: f64, deadline: Duration) -> (f64, f64) {
     let (alone, each) = (12 * MS, 8 * MS);

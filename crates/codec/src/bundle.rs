@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 use crate::container::{self, Container, HASH_PREFIX};
 use crate::manifest::{FORMAT, Manifest};
+use crate::quality::Quality;
 use crate::signature::{SIGNATURE, Trust};
 use crate::tables::Tables;
 use crate::{CodecError, golden};
@@ -131,7 +132,8 @@ impl Bundle {
     ///
     /// # Errors
     /// As [`container::encode`].
-    pub fn encode(&self, latent: &[f32], quality: u8) -> Result<Vec<u8>, CodecError> {
+    pub fn encode(&self, latent: &[f32], quality: impl Into<Quality>) -> Result<Vec<u8>, CodecError> {
+        let quality = quality.into();
         let symbols = self.tables.level(quality)?.quantise(latent, self.manifest.latent)?;
         container::encode(&symbols, quality, &self.hash, self.manifest.latent, &self.tables)
     }
@@ -179,7 +181,7 @@ impl Bundle {
         if container.header.shape != self.manifest.latent {
             return Err(CodecError::bundle("golden test: the container has another shape"));
         }
-        let symbols = crate::coder::decode(container.payload, level, self.manifest.latent)?;
+        let symbols = crate::coder::decode(container.payload, &level, self.manifest.latent)?;
         Ok((container.header, symbols))
     }
 }

@@ -3,34 +3,38 @@
 //! | offset | size | field |
 //! |---|---|---|
 //! | 0 | 4 | magic `ISTH` |
-//! | 4 | 1 | version, 1 |
+//! | 4 | 1 | version: 1, or 2 for a quality between two levels |
 //! | 5 | 1 | codec id: 1 = ANS with static tables, 2 = ANS with tables chosen by earlier symbols |
 //! | 6 | 8 | first 8 bytes of the bundle's hash |
 //! | 14 | 1 | quality level, from 1 |
 //! | 15 | 6 | C, H, W, u16 each |
 //! | 21 | 4 | symbol count, u32 |
 //! | 25 | 4 | payload length, u32 |
-//! | 29 | n | payload |
-//! | 29 + n | 4 | CRC-32C of everything before |
+//! | 29 | 1 | version 2 only: 256ths of the way to the next level, not 0 |
+//! | h | n | payload; h is 29, or 30 in version 2 |
+//! | h + n | 4 | CRC-32C of everything before |
 //!
 //! All integers are little-endian. Limits come from the registered bundle: the header is compared with
 //! it before anything is allocated.
 
 use crate::bundle::BundleHash;
+use crate::quality::Quality;
 use crate::tables::{LatentShape, LevelTables, Tables};
 use crate::{CodecError, coder};
 
 /// First bytes of every container.
 pub const MAGIC: &[u8; 4] = b"ISTH";
-/// Version of the layout.
+/// Versions of the layout: for the levels themselves, and for what lies between them.
 pub const VERSION: u8 = 1;
+/// See [`VERSION`].
+pub const VERSION_BETWEEN: u8 = 2;
 /// ANS with static integer tables.
 pub const CODEC_ANS_STATIC: u8 = 1;
 /// ANS with integer tables chosen by earlier symbols.
 pub const CODEC_ANS_CONTEXT: u8 = 2;
-/// Bytes before the payload.
+/// Bytes before the payload in version 1.
 pub const HEADER_LEN: usize = 29;
-/// Bytes around the payload.
+/// Bytes around the payload in version 1; one more in version 2.
 pub const OVERHEAD: usize = HEADER_LEN + 4;
 /// Length of the hash prefix.
 pub const HASH_PREFIX: usize = 8;
@@ -42,8 +46,8 @@ pub struct Header {
     pub codec: u8,
     /// Prefix of the bundle's hash.
     pub bundle: [u8; HASH_PREFIX],
-    /// Quality level, from 1.
-    pub quality: u8,
+    /// Quality.
+    pub quality: Quality,
     /// Shape of the latent.
     pub shape: LatentShape,
     /// Symbols coded.
@@ -78,9 +82,12 @@ impl<'a> Container<'a> {
         if &bytes[..4] != MAGIC {
             return Err(CodecError::malformed("wrong magic: not an Isthmus container"));
         }
-        if bytes[4] != VERSION {
-            return Err(CodecError::malformed(format!("version {}, this software reads {VERSION}", bytes[4])));
-        }
+        let between = match bytes[4] {
+            VERSION => 0,
+            VERSION_BETWEEN => 1,
+            other => return Err(CodecError::malformed(format!("version {other}, this software reads {VERSION} and {VERSION_BETWEEN}"))),
+        };
+        let start = HEADER_LEN + between;
         let codec = bytes[5];
         if ![CODEC_ANS_STATIC, CODEC_ANS_CONTEXT].contains(&codec) {
             return Err(CodecError::malformed(format!("codec {codec} is unknown")));
@@ -90,19 +97,26 @@ impl<'a> Container<'a> {
         let mut bundle = [0; HASH_PREFIX];
         bundle.copy_from_slice(&bytes[6..14]);
         let shape = LatentShape { channels: u16_at(15), height: u16_at(17), width: u16_at(19) };
-        let header = Header { codec, bundle, quality: bytes[14], shape, symbols: u32_at(21), payload_len: u32_at(25) };
-        if header.payload_len as u64 != (bytes.len() - OVERHEAD) as u64 {
-            let why = format!("the header claims {} payload bytes, {} are there", header.payload_len, bytes.len() - OVERHEAD);
+        // a container of version 2 that has no room for the fraction fails the check of its length
+        let fraction = if between == 1 { bytes[HEADER_LEN] } else { 0 };
+        let quality = Quality { level: bytes[14], fraction };
+        let header = Header { codec, bundle, quality, shape, symbols: u32_at(21), payload_len: u32_at(25) };
+        let there = bytes.len() as u64 - 4;
+        if start as u64 + u64::from(header.payload_len) != there {
+            let why = format!("the header claims {} payload bytes, {} are there", header.payload_len, there.saturating_sub(start as u64));
             return Err(CodecError::malformed(why));
         }
         let end = bytes.len() - 4;
         if crc32c::crc32c(&bytes[..end]) != u32_at(end) {
             return Err(CodecError::malformed("checksum mismatch: the container was damaged"));
         }
+        if between == 1 && fraction == 0 {
+            return Err(CodecError::malformed("version 2 is for qualities between two levels"));
+        }
         if u64::from(header.symbols) != shape.symbols() as u64 {
             return Err(CodecError::malformed("the symbol count does not fit the shape"));
         }
-        Ok(Self { header, payload: &bytes[HEADER_LEN..end] })
+        Ok(Self { header, payload: &bytes[start..end] })
     }
 
     /// Decodes the symbols with the tables of the bundle whose hash and latent shape are given.
@@ -120,14 +134,14 @@ impl<'a> Container<'a> {
             return Err(CodecError::WrongShape { expected: shape.to_string(), found });
         }
         let level = tables.level(self.header.quality)?;
-        if self.header.codec != codec_of(level) {
-            let why = format!("codec {}, but level {} of the bundle uses {}", self.header.codec, self.header.quality, codec_of(level));
+        if self.header.codec != codec_of(&level) {
+            let why = format!("codec {}, but level {} of the bundle uses {}", self.header.codec, self.header.quality, codec_of(&level));
             return Err(CodecError::malformed(why));
         }
         if self.payload.len() > max_payload(shape) {
             return Err(CodecError::malformed("the payload is longer than any coded latent"));
         }
-        coder::decode(self.payload, level, shape)
+        coder::decode(self.payload, &level, shape)
     }
 }
 
@@ -135,27 +149,37 @@ impl<'a> Container<'a> {
 ///
 /// # Errors
 /// [`CodecError::UnknownQuality`] or [`CodecError::BadLatent`].
-pub fn encode(symbols: &[i32], quality: u8, hash: &BundleHash, shape: LatentShape, tables: &Tables) -> Result<Vec<u8>, CodecError> {
+pub fn encode(
+    symbols: &[i32],
+    quality: impl Into<Quality>,
+    hash: &BundleHash,
+    shape: LatentShape,
+    tables: &Tables,
+) -> Result<Vec<u8>, CodecError> {
+    let quality = quality.into();
     let level = tables.level(quality)?;
-    let payload = coder::encode(symbols, level, shape)?;
-    Ok(wrap(codec_of(level), quality, hash, shape, &payload))
+    let payload = coder::encode(symbols, &level, shape)?;
+    Ok(wrap(codec_of(&level), quality, hash, shape, &payload))
 }
 
 fn codec_of(level: &LevelTables) -> u8 {
     if level.is_static() { CODEC_ANS_STATIC } else { CODEC_ANS_CONTEXT }
 }
 
-fn wrap(codec: u8, quality: u8, hash: &BundleHash, shape: LatentShape, payload: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(payload.len() + OVERHEAD);
+fn wrap(codec: u8, quality: Quality, hash: &BundleHash, shape: LatentShape, payload: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(payload.len() + OVERHEAD + 1);
     out.extend(MAGIC);
-    out.extend([VERSION, codec]);
+    out.extend([if quality.is_level() { VERSION } else { VERSION_BETWEEN }, codec]);
     out.extend(hash.prefix());
-    out.push(quality);
+    out.push(quality.level);
     for extent in [shape.channels, shape.height, shape.width] {
         out.extend(extent.to_le_bytes());
     }
     out.extend((shape.symbols() as u32).to_le_bytes());
     out.extend((payload.len() as u32).to_le_bytes());
+    if !quality.is_level() {
+        out.push(quality.fraction);
+    }
     out.extend(payload);
     out.extend(crc32c::crc32c(&out).to_le_bytes());
     out

@@ -1,5 +1,7 @@
 //! Errors of this crate.
 
+use crate::quality::Quality;
+
 /// Why a container, table file or bundle was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CodecError {
@@ -23,10 +25,10 @@ pub enum CodecError {
         found: String,
     },
     /// There is no such quality level.
-    #[error("quality level {level} does not exist; the bundle has levels 1 to {levels}")]
+    #[error("quality {level} does not exist; the bundle has levels 1 to {levels}")]
     UnknownQuality {
-        /// Level asked for, from 1.
-        level: u8,
+        /// Asked for.
+        level: Quality,
         /// Levels of the bundle.
         levels: u8,
     },

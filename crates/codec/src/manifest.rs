@@ -139,7 +139,7 @@ pub struct Training {
     pub held_out_crops: usize,
     /// The command that made it.
     pub command: String,
-    /// SHA-256 of the manifest of the bundle that a fleet fitted to its photos; absent if this one was trained alone.
+    /// SHA-256 of the manifest of the bundle that a fleet, or somebody by themselves, fitted to their photos; absent if this one began with fresh weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapted_from: Option<String>,
 }

@@ -4,6 +4,7 @@
 use crate::CodecError;
 use crate::contexts::{Contexts, Field};
 use crate::distribution::{Distribution, MAX_MAGNITUDE};
+use crate::quality::Quality;
 
 /// Shape of a latent: channels, height, width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -131,18 +132,7 @@ impl LevelTables {
     /// # Errors
     /// [`CodecError::BadLatent`] if the length does not fit or a value is not finite.
     pub fn quantise(&self, latent: &[f32], shape: LatentShape) -> Result<Vec<i32>, CodecError> {
-        self.check(latent.len(), shape)?;
-        let mut symbols = Vec::with_capacity(latent.len());
-        for (table, plane) in self.channels.iter().zip(latent.chunks_exact(shape.positions())) {
-            for &y in plane {
-                let step = (y * table.gain - table.median).round_ties_even();
-                if !step.is_finite() {
-                    return Err(CodecError::BadLatent("a value is not finite".into()));
-                }
-                symbols.push((step as i32).clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE));
-            }
-        }
-        Ok(symbols)
+        Level::of(self).quantise(latent, shape)
     }
 
     /// De-quantises symbols into the decoder's input, appended to `out`.
@@ -150,12 +140,7 @@ impl LevelTables {
     /// # Errors
     /// [`CodecError::BadLatent`] if the length does not fit.
     pub fn dequantise_into(&self, symbols: &[i32], shape: LatentShape, out: &mut Vec<f32>) -> Result<(), CodecError> {
-        self.check(symbols.len(), shape)?;
-        out.reserve(symbols.len());
-        for (table, plane) in self.channels.iter().zip(symbols.chunks_exact(shape.positions())) {
-            out.extend(plane.iter().map(|&s| (s as f32 + table.median) * table.inverse));
-        }
-        Ok(())
+        Level::of(self).dequantise_into(symbols, shape, out)
     }
 
     /// Number of the distribution that codes each symbol (channel-major), in the order of its channel's distributions.
@@ -181,6 +166,79 @@ impl LevelTables {
     }
 }
 
+/// Quantisation of one latent channel; see [`ChannelTable`].
+#[derive(Debug, Clone, Copy)]
+struct Step {
+    gain: f32,
+    inverse: f32,
+    median: f32,
+}
+
+/// A quality: the tables that code it, which are a level's, and its own quantisation.
+#[derive(Debug, Clone)]
+pub struct Level<'a> {
+    tables: &'a LevelTables,
+    steps: Vec<Step>,
+}
+
+impl std::ops::Deref for Level<'_> {
+    type Target = LevelTables;
+
+    fn deref(&self) -> &LevelTables {
+        self.tables
+    }
+}
+
+impl<'a> Level<'a> {
+    fn of(tables: &'a LevelTables) -> Self {
+        let steps = tables.channels.iter().map(|c| Step { gain: c.gain, inverse: c.inverse, median: c.median }).collect();
+        Self { tables, steps }
+    }
+
+    /// `share` of the way from `below` to `above`, coded with the nearer one's tables.
+    fn between(below: &'a LevelTables, above: &'a LevelTables, share: f32) -> Self {
+        let geometric = |a: f32, b: f32| a * (b / a).powf(share);
+        let steps = below.channels.iter().zip(&above.channels).map(|(a, b)| Step {
+            gain: geometric(a.gain, b.gain),
+            inverse: geometric(a.inverse, b.inverse),
+            median: a.median + (b.median - a.median) * share,
+        });
+        Self { tables: if share < 0.5 { below } else { above }, steps: steps.collect() }
+    }
+
+    /// Rounds a latent (channel-major, `shape.symbols()` values) to symbols.
+    ///
+    /// # Errors
+    /// [`CodecError::BadLatent`] if the length does not fit or a value is not finite.
+    pub fn quantise(&self, latent: &[f32], shape: LatentShape) -> Result<Vec<i32>, CodecError> {
+        self.check(latent.len(), shape)?;
+        let mut symbols = Vec::with_capacity(latent.len());
+        for (step, plane) in self.steps.iter().zip(latent.chunks_exact(shape.positions())) {
+            for &y in plane {
+                let symbol = (y * step.gain - step.median).round_ties_even();
+                if !symbol.is_finite() {
+                    return Err(CodecError::BadLatent("a value is not finite".into()));
+                }
+                symbols.push((symbol as i32).clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE));
+            }
+        }
+        Ok(symbols)
+    }
+
+    /// De-quantises symbols into the decoder's input, appended to `out`.
+    ///
+    /// # Errors
+    /// [`CodecError::BadLatent`] if the length does not fit.
+    pub fn dequantise_into(&self, symbols: &[i32], shape: LatentShape, out: &mut Vec<f32>) -> Result<(), CodecError> {
+        self.check(symbols.len(), shape)?;
+        out.reserve(symbols.len());
+        for (step, plane) in self.steps.iter().zip(symbols.chunks_exact(shape.positions())) {
+            out.extend(plane.iter().map(|&s| (s as f32 + step.median) * step.inverse));
+        }
+        Ok(())
+    }
+}
+
 /// Tables of every quality level.
 #[derive(Debug, Clone)]
 pub struct Tables {
@@ -189,13 +247,19 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// The level `quality` (from 1).
+    /// The level `quality` (from 1), or what lies between two levels.
     ///
     /// # Errors
     /// [`CodecError::UnknownQuality`] if there is no such level.
-    pub fn level(&self, quality: u8) -> Result<&LevelTables, CodecError> {
-        let levels = self.levels.len() as u8;
-        let index = usize::from(quality).checked_sub(1);
-        index.and_then(|i| self.levels.get(i)).ok_or(CodecError::UnknownQuality { level: quality, levels })
+    pub fn level(&self, quality: impl Into<Quality>) -> Result<Level<'_>, CodecError> {
+        let quality = quality.into();
+        let unknown = CodecError::UnknownQuality { level: quality, levels: self.levels.len() as u8 };
+        let at = |level: u8| usize::from(level).checked_sub(1).and_then(|i| self.levels.get(i));
+        let below = at(quality.level).ok_or_else(|| unknown.clone())?;
+        if quality.is_level() {
+            return Ok(Level::of(below));
+        }
+        let above = quality.level.checked_add(1).and_then(at).ok_or(unknown)?;
+        Ok(Level::between(below, above, (quality.value() - f64::from(quality.level)) as f32))
     }
 }

@@ -1,7 +1,7 @@
 //! Container and coder: round trips, sizes, and every way in which bytes can be wrong.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use isthmus_codec::{BundleHash, ChannelTable, CodecError, Container, LatentShape, LevelTables, Tables, coder, container, pmf};
+use isthmus_codec::{BundleHash, ChannelTable, CodecError, Container, LatentShape, LevelTables, Quality, Tables, coder, container, pmf};
 use proptest::prelude::*;
 
 const SHAPE: LatentShape = LatentShape { channels: 6, height: 7, width: 5 };
@@ -9,16 +9,16 @@ const HASH: BundleHash = BundleHash([7; 32]);
 
 /// Two-sided geometric tables, wider for later channels.
 fn tables() -> Tables {
-    let channel = |c: usize| {
+    let channel = |c: usize, gain: f32| {
         let (half, decay) = (3 + 4 * c as i32, 0.4f64 + 0.08 * c as f64);
         let raw: Vec<f64> = (-half..=half).map(|s| decay.powi(s.abs())).collect();
         let total: f64 = raw.iter().sum::<f64>() * 1.001;
         let pmf: Vec<f64> = raw.iter().map(|p| p / total).collect();
         let widths = pmf::quantise(&pmf, 0.001).unwrap();
-        ChannelTable::new(1.5, 0.7, 0.25, -half, widths).unwrap()
+        ChannelTable::new(gain, 1.0 / gain, 0.25, -half, widths).unwrap()
     };
-    let level = || LevelTables::new((0..6).map(channel).collect()).unwrap();
-    Tables { levels: vec![level(), level()] }
+    let level = |gain| LevelTables::new((0..6).map(|c| channel(c, gain)).collect()).unwrap();
+    Tables { levels: vec![level(1.5), level(6.0)] }
 }
 
 fn symbols(seed: u64, escapes: bool) -> Vec<i32> {
@@ -42,26 +42,30 @@ fn decode(bytes: &[u8]) -> Result<Vec<i32>, CodecError> {
 
 #[test]
 fn threat_corruption_every_single_bit_flip_is_refused() {
-    let good = container::encode(&symbols(3, true), 1, &HASH, SHAPE, &tables()).unwrap();
-    assert!(decode(&good).is_ok());
-    for byte in 0..good.len() {
-        for bit in 0..8 {
-            let mut bad = good.clone();
-            bad[byte] ^= 1 << bit;
-            assert!(decode(&bad).is_err(), "flip of bit {bit} of byte {byte} went unnoticed");
+    for quality in [1.0, 1.75] {
+        let good = container::encode(&symbols(3, true), Quality::nearest(quality), &HASH, SHAPE, &tables()).unwrap();
+        assert!(decode(&good).is_ok());
+        for byte in 0..good.len() {
+            for bit in 0..8 {
+                let mut bad = good.clone();
+                bad[byte] ^= 1 << bit;
+                assert!(decode(&bad).is_err(), "flip of bit {bit} of byte {byte} went unnoticed");
+            }
         }
     }
 }
 
 #[test]
 fn threat_corruption_every_truncation_and_extension_is_refused() {
-    let good = container::encode(&symbols(4, true), 2, &HASH, SHAPE, &tables()).unwrap();
-    for len in 0..good.len() {
-        assert!(matches!(decode(&good[..len]), Err(CodecError::Malformed(_))), "length {len}");
+    for quality in [2.0, 1.25] {
+        let good = container::encode(&symbols(4, true), Quality::nearest(quality), &HASH, SHAPE, &tables()).unwrap();
+        for len in 0..good.len() {
+            assert!(matches!(decode(&good[..len]), Err(CodecError::Malformed(_))), "length {len}");
+        }
+        let mut longer = good.clone();
+        longer.push(0);
+        assert!(decode(&longer).is_err());
     }
-    let mut longer = good.clone();
-    longer.push(0);
-    assert!(decode(&longer).is_err());
 }
 
 /// With the checksum made right again, the remaining checks must hold by themselves.
@@ -73,15 +77,46 @@ fn reseal(bytes: &mut [u8]) {
 
 #[test]
 fn resealed_garbage_never_passes_as_another_latent_of_other_size() {
-    let good = container::encode(&symbols(5, false), 1, &HASH, SHAPE, &tables()).unwrap();
-    for byte in 0..good.len() - 4 {
-        let mut bad = good.clone();
-        bad[byte] = bad[byte].wrapping_add(1);
-        reseal(&mut bad);
-        if let Ok(s) = decode(&bad) {
-            assert_eq!(s.len(), SHAPE.symbols());
+    for quality in [1.0, 1.5] {
+        let good = container::encode(&symbols(5, false), Quality::nearest(quality), &HASH, SHAPE, &tables()).unwrap();
+        for byte in 0..good.len() - 4 {
+            let mut bad = good.clone();
+            bad[byte] = bad[byte].wrapping_add(1);
+            reseal(&mut bad);
+            if let Ok(s) = decode(&bad) {
+                assert_eq!(s.len(), SHAPE.symbols());
+            }
         }
     }
+}
+
+#[test]
+fn between_two_levels_gains_lie_between_theirs_and_the_nearer_ones_tables_code() {
+    let t = tables();
+    let latent: Vec<f32> = (0..SHAPE.symbols()).map(|i| (i as f32 * 0.37).sin()).collect();
+    for (value, gain, nearer) in [(1.0, 1.5, 1), (1.25, 1.5 * 2f32.sqrt(), 1), (1.5, 3.0, 2), (2.0, 6.0, 2)] {
+        let quality = Quality::nearest(value);
+        let level = t.level(quality).unwrap();
+        let symbols = level.quantise(&latent, SHAPE).unwrap();
+        let expected: Vec<i32> = latent.iter().map(|y| (y * gain - 0.25).round_ties_even() as i32).collect();
+        assert_eq!(symbols, expected, "{value}");
+        let bytes = container::encode(&symbols, quality, &HASH, SHAPE, &t).unwrap();
+        let parsed = Container::parse(&bytes).unwrap();
+        assert_eq!((parsed.header.quality, bytes[4]), (quality, if quality.is_level() { 1 } else { 2 }));
+        assert_eq!(parsed.decode(&HASH, SHAPE, &t).unwrap(), symbols);
+        assert_eq!(parsed.payload, coder::encode(&symbols, &t.level(nearer).unwrap(), SHAPE).unwrap());
+        let mut restored = Vec::new();
+        level.dequantise_into(&symbols, SHAPE, &mut restored).unwrap();
+        assert!(latent.iter().zip(&restored).all(|(a, b)| (a - b).abs() <= 0.5001 / gain), "{value}");
+    }
+    for outside in [0.5, 2.01, 2.5, 254.5, 255.5] {
+        assert!(matches!(t.level(Quality::nearest(outside)), Err(CodecError::UnknownQuality { .. })), "{outside}");
+    }
+    // a level has one form alone
+    let mut twice = container::encode(&symbols(1, false), Quality::nearest(1.5), &HASH, SHAPE, &t).unwrap();
+    twice[container::HEADER_LEN] = 0;
+    reseal(&mut twice);
+    assert!(matches!(decode(&twice), Err(CodecError::Malformed(_))));
 }
 
 #[test]
@@ -176,8 +211,8 @@ proptest! {
     fn payload_is_within_one_percent_and_32_bytes_of_ideal(seed: u64, escapes: bool) {
         let t = tables();
         let s = symbols(seed, escapes);
-        let payload = coder::encode(&s, t.level(1).unwrap(), SHAPE).unwrap();
-        let ideal = coder::ideal_bits(&s, t.level(1).unwrap(), SHAPE).unwrap() / 8.0;
+        let payload = coder::encode(&s, &t.level(1).unwrap(), SHAPE).unwrap();
+        let ideal = coder::ideal_bits(&s, &t.level(1).unwrap(), SHAPE).unwrap() / 8.0;
         prop_assert!(payload.len() as f64 <= ideal * 1.01 + 32.0, "{} bytes, ideal {ideal}", payload.len());
     }
 
@@ -185,7 +220,7 @@ proptest! {
     fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
         let _ = decode(&bytes);
         let _ = Tables::from_bytes(&bytes);
-        let _ = coder::decode(&bytes, tables().level(1).unwrap(), SHAPE);
+        let _ = coder::decode(&bytes, &tables().level(1).unwrap(), SHAPE);
     }
 
     #[test]

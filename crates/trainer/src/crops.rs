@@ -28,18 +28,6 @@ pub fn of(photo: &Rgb, side: u32, corners: bool) -> Result<Vec<Rgb>, TrainError>
     Ok(out)
 }
 
-/// All crops of the held-out photos.
-///
-/// # Errors
-/// If a photo cannot be decoded.
-pub fn held_out(photos: &[(Entry, Vec<u8>)], side: u32) -> Result<Vec<Rgb>, TrainError> {
-    let mut out = Vec::new();
-    for (_, bytes) in photos.iter().filter(|(e, _)| e.set == Set::HeldOut) {
-        out.extend(of(&isthmus_pixels::decode(bytes)?, side, true)?);
-    }
-    Ok(out)
-}
-
 /// Writes the crops of the evaluation `sets` as PNG into `out/{demo,held-out,labelled}`, named
 /// `NNN-K.png` (photo, crop), with `labels.json` (file name to accepted class ids) where there are labels.
 ///

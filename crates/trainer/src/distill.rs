@@ -25,6 +25,8 @@ use crate::wake::Waker;
 /// Crops from which the features' statistics and Fisher weights are estimated.
 const CALIBRATION_BATCHES: u64 = 24;
 const LOG_EVERY: u64 = 20;
+/// File of a run that names the bundle it started from.
+const STARTED_FROM: &str = "started-from";
 /// How far a step moves the logarithm of a level's lambda, per logarithm of bytes off target.
 const STEERING: f64 = 0.01;
 
@@ -190,6 +192,28 @@ impl Run {
         Ok(taken)
     }
 
+    /// Takes encoder, gains and what fits of the first decoder of a bundle; densities begin anew.
+    ///
+    /// # Errors
+    /// If the bundle's have other shapes.
+    pub fn start_from(&mut self, bundle: &Bundle, device: Device) -> Result<(), TrainError> {
+        let recipe = &self.recipe;
+        let manifest = &bundle.manifest;
+        if manifest.encoder.kind != recipe.encoder.name() || bundle.tables.levels.len() != recipe.lambdas.len() {
+            let why = "the recipe must have the bundle's encoder and as many lambdas as it has levels";
+            return Err(TrainError::data(format!("bundle {}", manifest.name), why));
+        }
+        let _medians = self.take(bundle, true, device)?;
+        self.adam.restart();
+        let path = self.folder.join(STARTED_FROM);
+        std::fs::write(&path, bundle.hash.to_string()).map_err(|e| TrainError::io(&path, e))
+    }
+
+    /// SHA-256 of the manifest of the bundle that the run in `folder` started from.
+    pub fn started_from(folder: &Path) -> Option<String> {
+        std::fs::read_to_string(folder.join(STARTED_FROM)).ok()
+    }
+
     /// Takes encoder, gains and medians of a bundle, which this run then leaves as they are, and for a new run what fits of its first
     /// decoder.
     ///
@@ -203,8 +227,19 @@ impl Run {
             let why = "the recipe must say decoder_only = true and have the bundle's encoder, input and number of lambdas";
             return Err(TrainError::data(format!("bundle {}", manifest.name), why));
         }
+        let table = self.take(bundle, self.step == 0, device)?;
+        self.frozen = Some(Frozen { medians: table, bytes: manifest.quality.iter().map(|q| q.bytes).collect() });
+        if self.step == 0 {
+            self.adam.restart();
+        }
+        Ok(())
+    }
+
+    /// Copies encoder and gains of a bundle, and with `decoder` what fits of its first one; gives the medians (levels, C).
+    fn take(&self, bundle: &Bundle, decoder: bool, device: Device) -> Result<Tensor, TrainError> {
+        let (manifest, levels) = (&bundle.manifest, &bundle.tables.levels);
         let encoder = Weights::from_safetensors(bundle.file(&manifest.encoder.weights)?, &manifest.encoder.weights, device)?;
-        let first = manifest.decoders.first().filter(|_| self.step == 0);
+        let first = manifest.decoders.first().filter(|_| decoder);
         let decoder = match first {
             Some(d) => Some(Weights::from_safetensors(bundle.file(&d.weights)?, &d.weights, device)?),
             None => None,
@@ -226,11 +261,7 @@ impl Run {
                 tch::no_grad(|| variable.copy_(&saved));
             }
         }
-        self.frozen = Some(Frozen { medians: table(&|c| c.median), bytes: manifest.quality.iter().map(|q| q.bytes).collect() });
-        if self.step == 0 {
-            self.adam.restart();
-        }
-        Ok(())
+        Ok(table(&|c| c.median))
     }
 
     /// Medians of all levels (levels, C).

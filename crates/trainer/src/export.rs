@@ -14,7 +14,6 @@ use tch::{Tensor, nn};
 
 use crate::distill::Run;
 use crate::error::TrainError;
-use crate::photos::{self, Set};
 use crate::quick::CurvePoint;
 use crate::recipe::Recipe;
 use crate::{onnx, quick};
@@ -114,6 +113,10 @@ pub struct Origin<'a> {
     pub command: &'a str,
     /// SHA-256 of the backbone's safetensors file.
     pub backbone_sha256: String,
+    /// SHA-256 of the list of photos, and how many of them were trained on ([`crate::own::listed`]).
+    pub photos: (String, usize),
+    /// The bundle that it started from: SHA-256 of its manifest.
+    pub started_from: Option<String>,
 }
 
 /// Writes the bundle of `run` (weights as they stand; use the moving average) into `folder`.
@@ -195,12 +198,12 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
             .collect(),
         training: Training {
             teacher: r.backbone.name().into(),
-            photos_sha256: photos::sha256(photos::FROZEN.as_bytes()),
-            photos: photos::frozen()?.iter().filter(|e| e.set == Set::Train).count(),
+            photos_sha256: origin.photos.0.clone(),
+            photos: origin.photos.1,
             crops: point.crops,
             held_out_crops: point.photos,
             command: origin.command.into(),
-            adapted_from: None,
+            adapted_from: origin.started_from.clone(),
         },
         golden: Golden {
             input_sha256: sha256(&pixels),

@@ -17,6 +17,7 @@ pub mod import;
 pub mod loader;
 pub mod local;
 pub mod onnx;
+pub mod own;
 pub mod pack;
 pub mod photos;
 mod progress;

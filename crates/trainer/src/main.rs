@@ -10,13 +10,12 @@ use clap::{Parser, Subcommand};
 use isthmus_codec::{Trust, folder};
 use isthmus_nets::process::{BOUNDED_SPINNING, KEPT_HEAP, with_environment};
 use isthmus_nets::{Backbone, EncoderKind, device};
-use isthmus_pixels::Rgb;
 use isthmus_trainer::distill::Run;
 use isthmus_trainer::history::History;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
-use isthmus_trainer::{adapt, blueprint, contexts, crops, curves, domain, export, gain, import, local, quick};
+use isthmus_trainer::{adapt, blueprint, contexts, crops, curves, domain, export, gain, import, local, own, quick};
 use tch::Device;
 
 /// Side of the evaluation crops: that of the Lite0 teacher.
@@ -49,6 +48,11 @@ enum Command {
         /// Leave the training photos out: fetch these and cut their crops.
         #[arg(long, value_name = "WHICH")]
         only: Option<Wanted>,
+    },
+    /// Split and pack photos of your own into the --data folder, for `distill` and `export` with the same --data.
+    Prepare {
+        /// Folder with JPEG, PNG and WebP files (subfolders too).
+        photos: PathBuf,
     },
     /// Convert the fetched backbones to safetensors and write the class names.
     Import {
@@ -89,7 +93,7 @@ enum Command {
         #[arg(long, default_value = "data/backbones")]
         backbones: PathBuf,
     },
-    /// Compare a bundle with WebP and JPEG on folders of photos, in this process.
+    /// Compare a bundle with WebP, JPEG, AVIF and other bundles on folders of photos, in this process.
     Evaluate {
         /// Bundle folder.
         #[arg(long, default_value = "bundles/lite0-patch-stem")]
@@ -103,6 +107,15 @@ enum Command {
         /// Folders with photos (and optionally labels.json), one table each.
         #[arg(required = true)]
         photos: Vec<PathBuf>,
+        /// Compare with this bundle, or all versions in this folder, too (may be given several times).
+        #[arg(long, value_name = "FOLDER")]
+        rival: Vec<PathBuf>,
+        /// Leave the image codecs out.
+        #[arg(long)]
+        no_codecs: bool,
+        /// Qualities from one level to the next: 1 for the levels alone, 2 with those halfway.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+        each_level: u8,
         /// Where to write results (JSON) and plots (SVG).
         #[arg(long, default_value = "data/evaluation")]
         out: PathBuf,
@@ -208,6 +221,9 @@ enum Command {
         /// Train a decoder for another backbone on the encoder of this bundle, which stays as it is (the recipe says decoder_only).
         #[arg(long, conflicts_with = "warm_start")]
         bundle: Option<PathBuf>,
+        /// Start from the encoder, gains and first decoder of this bundle and train all of them on.
+        #[arg(long, value_name = "BUNDLE", conflicts_with_all = ["warm_start", "bundle"])]
+        start: Option<PathBuf>,
         /// Start from the weights of this other run, as far as they fit (a resumed run has them already).
         #[arg(long)]
         warm_start: Option<PathBuf>,
@@ -268,6 +284,15 @@ fn main() -> std::process::ExitCode {
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Fetch { ref freeze, offline, only } => fetch(&cli, freeze.as_deref(), offline, only),
+        Command::Prepare { ref photos } => {
+            let entries = own::prepare(photos, EVALUATION_SIDE, &cli.data)?;
+            let of = |set: Set| entries.iter().filter(|e| e.set == set).count();
+            println!("{} photos to train on, {} held out, in {}", of(Set::Train), of(Set::HeldOut), cli.data.display());
+            for entry in entries.iter().filter(|e| e.set == Set::Dropped) {
+                println!("dropped: {} ({})", entry.name, entry.reason.as_deref().unwrap_or("?"));
+            }
+            Ok(())
+        }
         Command::Import { ref out } => Ok(import::run(&cli.third_party, out)?),
         Command::Export { ref run, ref out, ref version, ref backbones } => export_run(&cli, run, out, version, backbones),
         Command::Blueprint { ref run, ref bundle, ref out, ref version, ref backbones } => {
@@ -331,10 +356,11 @@ fn run(cli: Cli) -> Result<()> {
             println!("{train} crops in {}, {held_out} in its folder held-out", out.display());
             Ok(())
         }
-        Command::Evaluate { ref bundle, ref backbones, ref backbone, ref photos, ref out } => {
-            evaluate(bundle, backbones, backbone.as_deref(), photos, out)
+        Command::Evaluate { ref bundle, ref backbones, ref backbone, ref photos, ref rival, no_codecs, each_level, ref out } => {
+            let plan = if no_codecs { compare::Plan::ours(each_level) } else { compare::Plan { each_level, ..compare::Plan::default() } };
+            evaluate(bundle, backbones, backbone.as_deref(), photos, &Rivals { bundles: rival, plan }, out)
         }
-        Command::Distill { ref recipe, ref run, resume, ref warm_start, ref bundle, until, every, ref device, threads } => {
+        Command::Distill { ref recipe, ref run, resume, ref warm_start, ref start, ref bundle, until, every, ref device, threads } => {
             if threads > 0 {
                 tch::set_num_threads(threads);
             }
@@ -343,12 +369,15 @@ fn run(cli: Cli) -> Result<()> {
             let teacher = Backbone::open(recipe.backbone, &import::weights_path(&cli.third_party, recipe.backbone)?, device)?;
             let pack = Arc::new(Pack::open(&cli.data.join("train.pack"))?);
             let side = recipe.input_size();
-            let watched = watched(&cli.third_party, side)?;
+            let watched = own::held_out(&cli.data, &cli.third_party, side, false)?;
             let until = until.unwrap_or(recipe.steps);
             let mut active = Run::open(recipe, run, teacher, device, resume)?;
             if let Some(other) = warm_start.as_ref().filter(|_| active.step == 0) {
                 let taken = active.warm_start(other, device)?;
                 println!("{taken} tensors taken from {}", other.display());
+            }
+            if let Some(folder) = start.as_ref().filter(|_| active.step == 0) {
+                active.start_from(&folder::open(folder, |_| true, &Trust::all())?, device)?;
             }
             if let Some(folder) = bundle {
                 active.freeze(&folder::open(folder, |_| true, &Trust::all())?, device)?;
@@ -403,18 +432,12 @@ fn fetch(cli: &Cli, freeze: Option<&Path>, offline: bool, only: Option<Wanted>) 
     Ok(())
 }
 
-/// Held-out photos for the learning curve, one centre crop each.
-fn watched(third_party: &Path, side: u32) -> Result<Vec<Rgb>> {
-    let photos = photos::load(third_party, &[Set::HeldOut])?;
-    photos.into_iter().map(|(_, bytes)| Ok(isthmus_pixels::decode(&bytes)?.center_square(side)?)).collect()
-}
-
 fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path) -> Result<()> {
     let recipe = Recipe::open(&run.join("recipe.toml"))?;
     let path = backbones.join(format!("{}.safetensors", recipe.backbone.name()));
     let teacher = Backbone::open(recipe.backbone, &path, Device::Cpu).context("run `make setup` first")?;
     let side = recipe.input_size();
-    let held_out = crops::held_out(&photos::load(&cli.third_party, &[Set::HeldOut])?, side)?;
+    let held_out = own::held_out(&cli.data, &cli.third_party, side, true)?;
     let backbone_sha256 = photos::sha256(&std::fs::read(&path)?);
     let history = History::open(run)?;
     let pack = Pack::open(&cli.data.join("train.pack"))?;
@@ -428,7 +451,8 @@ fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path
             score.bytes = bytes;
         }
         let command = history.commands(r.step);
-        export::bundle(r, &tables, &point, &export::Origin { version, command: &command, backbone_sha256 }, out)
+        let (photos, started_from) = (own::listed(&cli.data)?, Run::started_from(run));
+        export::bundle(r, &tables, &point, &export::Origin { version, command: &command, backbone_sha256, photos, started_from }, out)
     })?;
     history.copy(run, out)?;
     for name in ["recipe.toml", "log.jsonl", "curve.jsonl"] {
@@ -439,7 +463,13 @@ fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path
     Ok(())
 }
 
-fn evaluate(bundle: &Path, backbones: &Path, backbone: Option<&str>, photos: &[PathBuf], out: &Path) -> Result<()> {
+/// What is compared with the bundle.
+struct Rivals<'a> {
+    bundles: &'a [PathBuf],
+    plan: compare::Plan,
+}
+
+fn evaluate(bundle: &Path, backbones: &Path, backbone: Option<&str>, photos: &[PathBuf], rivals: &Rivals, out: &Path) -> Result<()> {
     let opened = edge_client::open_bundle(bundle)?;
     let mut backend = local::Local::open(bundle, backbones, backbone)?;
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
@@ -447,7 +477,14 @@ fn evaluate(bundle: &Path, backbones: &Path, backbone: Option<&str>, photos: &[P
     runtime.block_on(async {
         let mut encoder = edge_client::Encoder::new(opened, 1)?;
         for set in &sets {
-            let comparison = compare::run(set, &mut encoder, &mut backend, &compare::Plan::default()).await?;
+            let mut comparison = compare::run(set, &mut encoder, &mut backend, &rivals.plan).await?;
+            for folder in rivals.bundles {
+                for version in edge_client::bundle_versions(folder)?.into_iter().rev() {
+                    let mut rival = edge_client::Encoder::new(edge_client::open_version(&version, &Trust::all())?, 1)?;
+                    let mut its = local::Local::open(&version, backbones, backbone)?;
+                    compare::add(&mut comparison, set, &mut rival, &mut its, &rivals.plan).await?;
+                }
+            }
             println!("{}", report::table(&comparison));
             report::write(&comparison, out)?;
         }

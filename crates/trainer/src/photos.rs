@@ -189,6 +189,29 @@ fn demo_label(name: &str) -> Option<i64> {
 /// # Errors
 /// If the label list cannot be parsed.
 pub fn split(found: &[Found]) -> Result<Vec<Entry>, TrainError> {
+    split_beside(found, Vec::new())
+}
+
+/// The same for somebody's own photos (name, content): none of them is labelled, one in five is held out, and near-duplicates of the photos that
+/// bundles are evaluated on are dropped. In the order of sets, then names.
+///
+/// # Errors
+/// If the frozen split cannot be parsed.
+pub fn split_own(photos: Vec<(String, Vec<u8>)>) -> Result<Vec<(Entry, Vec<u8>)>, TrainError> {
+    let evaluated = frozen()?.into_iter().filter(|e| ![Set::Train, Set::Dropped].contains(&e.set));
+    let known = evaluated.filter_map(|e| Some((e.name, ImageHash::from_base64(&e.phash).ok()?))).collect();
+    let found: Vec<Found> = photos.into_iter().map(|(name, bytes)| Found { name, bytes, role: Role::Split }).collect();
+    let entries = split_beside(&found, known)?;
+    let mut contents: HashMap<String, Vec<u8>> = found.into_iter().map(|f| (f.name, f.bytes)).collect();
+    let content = |entry: Entry| {
+        let bytes = contents.remove(&entry.name).unwrap_or_default();
+        (entry, bytes)
+    };
+    Ok(entries.into_iter().map(content).collect())
+}
+
+/// What is near to a `known` photo is dropped.
+fn split_beside(found: &[Found], known: Vec<(String, ImageHash)>) -> Result<Vec<Entry>, TrainError> {
     let labelled: Labelled = serde_json::from_str(LABELLED).map_err(|e| TrainError::data("labelled.json", e.to_string()))?;
     let labels: HashMap<String, Vec<i64>> =
         labelled.items.into_iter().map(|i| (format!("gcompris-qt-data/{}", i.path), i.imagenet_ids)).collect();
@@ -222,7 +245,7 @@ pub fn split(found: &[Found]) -> Result<Vec<Entry>, TrainError> {
         entries.push((entry, hash));
     }
     entries.sort_by(|a, b| (a.0.set, &a.0.name).cmp(&(b.0.set, &b.0.name)));
-    let mut kept: Vec<(String, ImageHash)> = Vec::new();
+    let mut kept = known;
     for (entry, hash) in &mut entries {
         let Some(hash) = hash.take().filter(|_| entry.set != Set::Dropped) else { continue };
         match kept.iter().find(|(_, other)| other.dist(&hash) <= NEAR) {

@@ -46,7 +46,7 @@ fn edge_engine_equals_libtorch() {
                 let container = edge.bundle().encode(&latent, quality).unwrap();
                 let decoded = Container::parse(&container).unwrap().decode(&edge.bundle().hash, shape, &edge.bundle().tables).unwrap();
                 assert_eq!(decoded, a, "decoded symbols are bit-identical");
-                let ideal = coder::ideal_bits(&a, level, shape).unwrap() / 8.0;
+                let ideal = coder::ideal_bits(&a, &level, shape).unwrap() / 8.0;
                 let payload = container.len() - isthmus_codec::container::OVERHEAD;
                 assert!(payload as f64 <= ideal * 1.01 + 32.0, "payload {payload}, ideal {ideal}");
             }

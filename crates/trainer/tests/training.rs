@@ -15,7 +15,7 @@ use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
 use isthmus_trainer::wake::Waker;
-use isthmus_trainer::{contexts, export};
+use isthmus_trainer::{contexts, export, own};
 use tch::{Device, Kind, Tensor, nn};
 
 fn pack() -> Pack {
@@ -258,4 +258,43 @@ fn fitted_contexts_shorten_streams() {
             assert!(coded.len() < before, "{} bytes with contexts, {before} without", coded.len());
         }
     }
+}
+
+/// Somebody's own photos: split by photo, near-duplicates and what bundles are evaluated on dropped, and a run that starts from the bundle.
+#[test]
+fn own_photos_are_split_and_a_bundle_is_trained_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let (photos, data) = (folder.path().join("photos"), folder.path().join("data"));
+    std::fs::create_dir_all(photos.join("more")).unwrap();
+    assert!(own::prepare(&photos, 224, &data).unwrap_err().to_string().contains("at least"));
+    let training = photos::load(&root().join("third_party"), &[Set::Train, Set::HeldOut]);
+    let Ok(training) = training else { return skipped("the training photos: `make training-photos`") };
+    let of = |set: Set| training.iter().filter(move |(e, _)| e.set == set);
+    for (i, (_, bytes)) in of(Set::Train).take(40).enumerate() {
+        std::fs::write(photos.join(if i % 2 == 0 { "" } else { "more" }).join(format!("{i:02}.jpg")), bytes).unwrap();
+    }
+    std::fs::write(photos.join("twin.png"), std::fs::read(photos.join("00.jpg")).unwrap()).unwrap();
+    std::fs::write(photos.join("evaluated.jpg"), &of(Set::HeldOut).next().unwrap().1).unwrap();
+    std::fs::write(photos.join("damaged.jpg"), b"no photo").unwrap();
+    let entries = own::prepare(&photos, 224, &data).unwrap();
+    let named = |set: Set| entries.iter().filter(|e| e.set == set).map(|e| e.name.as_str()).collect::<Vec<_>>();
+    for dropped in ["evaluated.jpg", "damaged.jpg"] {
+        assert!(named(Set::Dropped).contains(&dropped), "{entries:?}");
+    }
+    assert!(named(Set::Dropped).iter().any(|n| ["twin.png", "00.jpg"].contains(n)), "one of the twins: {entries:?}");
+    assert_eq!(own::listed(&data).unwrap().1, named(Set::Train).len());
+    let all = own::held_out(&data, Path::new("nowhere"), 224, true).unwrap();
+    let centres = own::held_out(&data, Path::new("nowhere"), 224, false).unwrap();
+    assert_eq!((centres.len(), all.len()), (named(Set::HeldOut).len(), 5 * named(Set::HeldOut).len()));
+    assert_eq!(Pack::open(&data.join("train.pack")).unwrap().len(), named(Set::Train).len());
+
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let r = Recipe::open(&root().join("crates/trainer/recipes/your-photos.toml")).unwrap();
+    let bundle = isthmus_codec::folder::open(&isthmus_testkit::bundle(), |_| true, &isthmus_codec::Trust::all()).unwrap();
+    let mut run = open(r, &folder.path().join("run"), false);
+    run.start_from(&bundle, Device::Cpu).unwrap();
+    assert_eq!(Run::started_from(&folder.path().join("run")), Some(bundle.hash.to_string()));
+    // as good from the first step on as the bundle, whose last level agrees on most of these
+    let score = isthmus_trainer::quick::score(&run, &all[..10]).unwrap();
+    assert!(score.levels[5].kl < 0.6, "{score:?}");
 }

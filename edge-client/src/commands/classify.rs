@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use edge_client::{Client, ClientError, Encoder, InferOptions, Payload};
+use isthmus_codec::Quality;
 
 use super::output::{Line, Printer};
 use crate::{AskArgs, EncodingArgs, ServerArgs};
@@ -30,7 +31,12 @@ pub async fn run(files: &[PathBuf], server: &ServerArgs, encoding: &EncodingArgs
     Ok(printer.failures == 0)
 }
 
-async fn one(path: &Path, encoder: Option<&mut (Encoder, u8)>, client: &mut Client, options: &InferOptions) -> Result<Line, ClientError> {
+async fn one(
+    path: &Path,
+    encoder: Option<&mut (Encoder, Quality)>,
+    client: &mut Client,
+    options: &InferOptions,
+) -> Result<Line, ClientError> {
     let file = super::read(path)?;
     let (payload, quality, timing) = match encoder {
         Some((encoder, quality)) => {

@@ -40,7 +40,7 @@ pub fn inspect(file: &Path, bundle: Option<&Path>) -> Result<bool> {
         line["decodes"] = json!(true);
         line["zero_symbols"] = json!(symbols.iter().filter(|&&s| s == 0).count());
         line["largest_symbol"] = json!(symbols.iter().map(|s| s.unsigned_abs()).max());
-        line["ideal_payload_bytes"] = json!(coder::ideal_bits(&symbols, level, bundle.manifest.latent)? / 8.0);
+        line["ideal_payload_bytes"] = json!(coder::ideal_bits(&symbols, &level, bundle.manifest.latent)? / 8.0);
     }
     writeln!(std::io::stdout(), "{line:#}")?;
     Ok(true)

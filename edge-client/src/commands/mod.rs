@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use edge_client::{Budget, Client, ClientError, Encoder, Endpoint, bundle_versions, open_version};
-use isthmus_codec::Trust;
+use isthmus_codec::{Quality, Trust};
 
 use crate::{EncodingArgs, ServerArgs};
 
@@ -44,18 +44,18 @@ pub fn endpoints(args: &ServerArgs) -> Result<Vec<Endpoint>, ClientError> {
     args.server.iter().map(with_credentials).collect()
 }
 
-/// The encoder and the quality level to use, of the newest version.
-pub fn encoder(args: &EncodingArgs) -> Result<(Encoder, u8), ClientError> {
+/// The encoder and the quality to use, of the newest version.
+pub fn encoder(args: &EncodingArgs) -> Result<(Encoder, Quality), ClientError> {
     version(&bundle_versions(&args.bundle)?[0], args)
 }
 
 /// As [`encoder`], of the newest version that the server has.
 pub async fn served(
-    encoder: (Encoder, u8),
+    encoder: (Encoder, Quality),
     client: &mut Client,
     args: &EncodingArgs,
     limit: Duration,
-) -> Result<(Encoder, u8), ClientError> {
+) -> Result<(Encoder, Quality), ClientError> {
     let versions = bundle_versions(&args.bundle)?;
     if versions.len() > 1 {
         let described = client.describe(None, limit).await?;
@@ -71,12 +71,12 @@ pub async fn served(
     Ok(encoder)
 }
 
-fn version(folder: &Path, args: &EncodingArgs) -> Result<(Encoder, u8), ClientError> {
+fn version(folder: &Path, args: &EncodingArgs) -> Result<(Encoder, Quality), ClientError> {
     let trust = Trust::keys(args.trust.iter().map(String::as_str))?;
     let budget = Budget { target: args.target_bytes, most: args.max_bytes };
     let encoder = Encoder::new(open_version(folder, &trust)?, args.threads.into())?.with_budget(budget);
-    let best = args.target_bytes.map(|_| encoder.bundle().levels());
-    let quality = args.quality.or(best).unwrap_or_else(|| encoder.default_quality());
+    let best = args.target_bytes.map(|_| encoder.bundle().levels().into());
+    let quality = args.quality.or(best).unwrap_or_else(|| encoder.default_quality().into());
     encoder.bundle().tables.level(quality)?;
     Ok((encoder, quality))
 }

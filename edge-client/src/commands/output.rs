@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use edge_client::{AutoAnswer, ClientError, EncodeTiming};
 use indicatif::{ProgressBar, ProgressStyle};
+use isthmus_codec::Quality;
 use isthmus_proto::offload_v1::{InferResponse, Label, Timing};
 use serde::Serialize;
 
@@ -15,7 +16,7 @@ pub struct Line {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub quality: Option<u8>,
+    pub quality: Option<Quality>,
     /// What --policy auto chose.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub choice: Option<String>,
@@ -70,7 +71,7 @@ impl Line {
 
     pub fn answered(
         file: String,
-        quality: Option<u8>,
+        quality: Option<Quality>,
         bytes: usize,
         encode: Option<EncodeTiming>,
         round_trip: Duration,

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use edge_client::stream::{Receiver, Sender, open};
 use edge_client::{Client, ClientError, EncodeTiming, InferOptions, Payload};
 
+use isthmus_codec::Quality;
 use isthmus_proto::offload_v1::InferResponse;
 use tokio::task::JoinSet;
 use tonic::Status;
@@ -26,7 +27,7 @@ pub struct Pace {
 struct Sent {
     file: String,
     container: Bytes,
-    quality: u8,
+    quality: Quality,
     timing: EncodeTiming,
     at: Instant,
 }

@@ -1,0 +1,102 @@
+//! A data folder of somebody's own photos: `train.pack`, `eval/held-out`, and `photos.json`, which says what became of each photo.
+
+use std::path::{Path, PathBuf};
+
+use isthmus_pixels::Rgb;
+
+use crate::error::TrainError;
+use crate::pack::Pack;
+use crate::photos::{self, Entry, Set};
+use crate::{crops, photos::FROZEN};
+
+/// Names the photos of a folder; the frozen split counts where it is missing.
+const LIST: &str = "photos.json";
+const EXTENSIONS: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
+/// With fewer photos in a set nothing can be said or learned.
+const FEWEST: (usize, usize) = (8, 2);
+
+/// Photo files in `folder` and its subfolders, by path.
+fn files(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), TrainError> {
+    let entries = std::fs::read_dir(folder).map_err(|e| TrainError::io(folder, e))?;
+    for entry in entries {
+        let path = entry.map_err(|e| TrainError::io(folder, e))?.path();
+        let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
+        if path.is_dir() {
+            files(&path, found)?;
+        } else if EXTENSIONS.contains(&extension.as_str()) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(())
+}
+
+/// Splits the photos of `folder` by photo (one in five is held out; near-duplicates of others, and of the photos that bundles are evaluated on,
+/// are dropped), packs those to train on, and cuts the crops of the others, all into `data`.
+///
+/// # Errors
+/// If too few are left, or a file cannot be read or written.
+pub fn prepare(folder: &Path, side: u32, data: &Path) -> Result<Vec<Entry>, TrainError> {
+    let mut paths = Vec::new();
+    files(folder, &mut paths)?;
+    let named = |path: &PathBuf| {
+        let name = path.strip_prefix(folder).unwrap_or(path).display().to_string();
+        Ok((name, std::fs::read(path).map_err(|e| TrainError::io(path, e))?))
+    };
+    let photos = photos::split_own(paths.iter().map(named).collect::<Result<_, TrainError>>()?)?;
+    let of = |set: Set| photos.iter().filter(|(e, _)| e.set == set).count();
+    if of(Set::Train) < FEWEST.0 || of(Set::HeldOut) < FEWEST.1 {
+        let (train, held_out, dropped) = (of(Set::Train), of(Set::HeldOut), of(Set::Dropped));
+        let why = format!(
+            "{train} photos to train on, {held_out} held out, {dropped} dropped (small, damaged or near-duplicates); at least {} and {} are \
+             needed, some hundreds are better",
+            FEWEST.0, FEWEST.1
+        );
+        return Err(TrainError::data(folder.display().to_string(), why));
+    }
+    std::fs::create_dir_all(data).map_err(|e| TrainError::io(data, e))?;
+    crops::write(&photos, side, &data.join("eval"), &[Set::HeldOut])?;
+    let (train, entries): (Vec<_>, Vec<_>) =
+        photos.into_iter().map(|(entry, bytes)| ((entry.set == Set::Train).then(|| (entry.name.clone(), bytes)), entry)).unzip();
+    Pack::build(train.into_iter().flatten())?.save(&data.join("train.pack"))?;
+    let text = serde_json::to_vec_pretty(&entries).map_err(|e| TrainError::data(LIST, e.to_string()))?;
+    let path = data.join(LIST);
+    std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))?;
+    Ok(entries)
+}
+
+/// SHA-256 of the list of photos, and how many of them are trained on.
+///
+/// # Errors
+/// If the list is damaged.
+pub fn listed(data: &Path) -> Result<(String, usize), TrainError> {
+    let path = data.join(LIST);
+    let text = match path.is_file() {
+        true => std::fs::read_to_string(&path).map_err(|e| TrainError::io(&path, e))?,
+        false => FROZEN.to_owned(),
+    };
+    let entries: Vec<Entry> = serde_json::from_str(&text).map_err(|e| TrainError::data(path.display().to_string(), e.to_string()))?;
+    Ok((photos::sha256(text.as_bytes()), entries.iter().filter(|e| e.set == Set::Train).count()))
+}
+
+/// Crops of the held-out photos at the network's size: the centre of each, with `corners` four more.
+///
+/// # Errors
+/// If they are missing.
+pub fn held_out(data: &Path, third_party: &Path, side: u32, corners: bool) -> Result<Vec<Rgb>, TrainError> {
+    if !data.join(LIST).is_file() {
+        let mut found = Vec::new();
+        for (_, bytes) in photos::load(third_party, &[Set::HeldOut])? {
+            found.extend(crops::of(&isthmus_pixels::decode(&bytes)?, side, corners)?);
+        }
+        return Ok(found);
+    }
+    let mut paths = Vec::new();
+    files(&data.join("eval/held-out"), &mut paths)?;
+    let wanted = |path: &&PathBuf| corners || path.file_stem().is_some_and(|name| name.to_string_lossy().ends_with("-0"));
+    let crop = |path: &PathBuf| {
+        let crop = isthmus_pixels::decode(&std::fs::read(path).map_err(|e| TrainError::io(path, e))?)?;
+        Ok(if crop.width() == side { crop } else { crop.resize(side, side)? })
+    };
+    paths.iter().filter(wanted).map(crop).collect()
+}
