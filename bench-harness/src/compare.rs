@@ -2,7 +2,7 @@
 
 use edge_client::{Encoder, Payload};
 use indicatif::{ProgressBar, ProgressStyle};
-use isthmus_codec::Quality;
+use isthmus_codec::{Quality, coder, container};
 use serde::Serialize;
 
 use crate::codecs::Codec;
@@ -171,6 +171,41 @@ pub async fn add(
         let answers = bitstreams(set, encoder, backend, quality, &bar).await?;
         let name = named(&format!("{family} {version}"), quality);
         comparison.rows.push(row(set, &comparison.reference, name, &family, &answers));
+    }
+    Ok(())
+}
+
+/// Shares of a payload whose answers are compared, in percent.
+const PREFIXES: [usize; 11] = [5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90];
+
+/// What the server would answer had it the first part of each bitstream alone, its words sent from the last to the first
+/// ([`coder::decode_end`]): symbols that have not come are zero. Rows of a family of their own.
+///
+/// # Errors
+/// If encoding or the backend fails.
+pub async fn add_prefixes(
+    comparison: &mut Comparison,
+    set: &PhotoSet,
+    encoder: &mut Encoder,
+    backend: &mut impl Backend,
+    quality: u8,
+) -> Result<(), HarnessError> {
+    let family = format!("{OURS}, first part of q{quality}");
+    let mut answers = PREFIXES.map(|_| Vec::new());
+    for photo in &set.photos {
+        let latent = encoder.latent(&photo.pixels)?;
+        let bundle = encoder.bundle();
+        let (level, shape) = (bundle.tables.level(quality)?, bundle.manifest.latent);
+        let payload = coder::encode(&level.quantise(&latent, shape)?, &level, shape)?;
+        for (share, answers) in PREFIXES.into_iter().zip(&mut answers) {
+            let come = payload.len() * share / 400 * 4;
+            let part = coder::decode_end(&payload[payload.len() - come..], &level, shape)?;
+            let whole = container::encode(&part.symbols, quality, &bundle.hash, shape, &bundle.tables)?;
+            answers.push((come + container::OVERHEAD, backend.logits(Payload::Bitstream(whole.into())).await?));
+        }
+    }
+    for (share, answers) in PREFIXES.into_iter().zip(&answers) {
+        comparison.rows.push(row(set, &comparison.reference, format!("{family}, {share} %"), &family, answers));
     }
     Ok(())
 }

@@ -24,6 +24,9 @@ pub enum HarnessError {
     /// The client failed.
     #[error(transparent)]
     Client(#[from] edge_client::ClientError),
+    /// A bitstream could not be made.
+    #[error(transparent)]
+    Codec(#[from] isthmus_codec::CodecError),
     /// Whatever computes the answers failed.
     #[error("backend: {0}")]
     Backend(String),

@@ -46,6 +46,8 @@ const RETRIES_A_SECOND: u32 = 10;
 const BUDGET_SPAN: Duration = Duration::from_secs(10);
 /// Tries of one request, the first included.
 const MOST_TRIES: u32 = 4;
+/// By so much more than it was asked for a client waits at most.
+const HERD: f64 = 0.5;
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 
 /// When requests may be tried again.
@@ -71,8 +73,9 @@ impl Retries {
     /// How long to wait before try `next` (2 is the second) of a request that `error` ended with `left` of its time left; `None`: not at all.
     /// An inference changes nothing, so it may be repeated whatever became of it.
     pub(crate) fn after(&self, error: &ClientError, next: u32, left: Duration) -> Option<Duration> {
-        // full jitter, so that those that failed together do not come back together; not before the server wants it
-        let pause = FIRST_PAUSE.mul_f64(f64::from(2u32.pow(next.min(10))) * rand::random::<f64>()).max(pushback(error)?);
+        // full jitter, so that those that failed together do not come back together; not before the server wants it, and not all just then
+        let jitter = FIRST_PAUSE.mul_f64(f64::from(2u32.pow(next.min(10))) * rand::random::<f64>());
+        let pause = jitter.max(pushback(error)?.mul_f64(1.0 + HERD * rand::random::<f64>()));
         (error.is_transient() && next <= MOST_TRIES && pause < left && self.0.withdraw()).then_some(pause)
     }
 }

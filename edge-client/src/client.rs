@@ -285,6 +285,30 @@ impl Client {
         self.repeated(options.deadline, asked, |mut inner, request| async move { inner.infer(request).await }).await
     }
 
+    /// Asks once more, within the retry budget and not before the server wants it, for what a server of the set has `refused`.
+    ///
+    /// # Errors
+    /// What was refused, if it may not be tried again; else as [`Client::infer`].
+    pub async fn infer_again(
+        &mut self,
+        payload: Payload,
+        options: &InferOptions,
+        refused: ClientError,
+    ) -> Result<InferResponse, ClientError> {
+        let pause = self.retries.as_ref().and_then(|r| r.after(&refused, 2, options.deadline));
+        let Some(pause) = pause else { return Err(refused) };
+        tokio::time::sleep(pause).await;
+        let left = options.deadline.saturating_sub(pause);
+        let mut request = tonic::Request::new(options.request(0, payload));
+        request.set_timeout(left);
+        within(left, self.inner.infer(request)).await
+    }
+
+    /// The budget of repeated requests, if there is another server to ask.
+    pub(crate) fn retries(&self) -> Option<Retries> {
+        self.retries.clone()
+    }
+
     /// A call within `deadline`, at another server too if there is one and the first cannot answer.
     async fn repeated<M, T, F>(
         &self,

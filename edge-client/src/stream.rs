@@ -10,6 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
+use crate::balance::Retries;
 use crate::{Client, ClientError, InferOptions, Payload};
 
 /// Photos under way: when they were sent, and their place in the window.
@@ -25,6 +26,8 @@ pub struct Sender {
     pending: Pending,
     options: InferOptions,
     next: u64,
+    /// Every photo lets a few be asked again.
+    retries: Option<Retries>,
 }
 
 /// Receiving half.
@@ -56,7 +59,14 @@ pub async fn open(client: &mut Client, window: usize, options: InferOptions) -> 
     let opening = client.raw().infer_stream(ReceiverStream::new(outgoing));
     let answers = tokio::time::timeout(deadline, opening).await.map_err(|_| ClientError::Deadline(deadline))??.into_inner();
     let pending = Pending::default();
-    let sender = Sender { requests, window: Arc::new(Semaphore::new(window)), pending: pending.clone(), options, next: 1 };
+    let sender = Sender {
+        requests,
+        window: Arc::new(Semaphore::new(window)),
+        pending: pending.clone(),
+        options,
+        next: 1,
+        retries: client.retries(),
+    };
     Ok((sender, Receiver { answers, pending, deadline }))
 }
 
@@ -74,6 +84,9 @@ impl Sender {
         let id = self.next;
         self.next += 1;
         self.pending.lock().unwrap_or_else(PoisonError::into_inner).insert(id, (Instant::now(), place));
+        if let Some(retries) = &self.retries {
+            retries.first();
+        }
         self.requests.send(self.options.request(id, payload)).await.map_err(|_| ended())?;
         Ok(id)
     }
@@ -111,7 +124,13 @@ impl Receiver {
             };
             let (id, result) = match message.result {
                 Some(Outcome::Response(response)) => (response.id, Ok(response)),
-                Some(Outcome::Error(error)) => (error.id, Err(Status::new(Code::from(error.code), error.message))),
+                Some(Outcome::Error(error)) => {
+                    let mut status = Status::new(Code::from(error.code), error.message);
+                    if error.retry_pushback_ms > 0 {
+                        status.metadata_mut().insert("grpc-retry-pushback-ms", error.retry_pushback_ms.into());
+                    }
+                    (error.id, Err(status))
+                }
                 None => return Err(Status::internal("the server sent an empty answer").into()),
             };
             // an answer to a photo that was given up comes too late

@@ -81,11 +81,33 @@ impl OffloadService for Busy {
 
     async fn infer_stream(&self, request: Request<Streaming<InferRequest>>) -> Result<Response<Self::InferStreamStream>, Status> {
         let refused = |request: InferRequest| {
-            let error = InferError { id: request.id, code: tonic::Code::ResourceExhausted as i32, message: "busy".into() };
+            let error =
+                InferError { id: request.id, code: tonic::Code::ResourceExhausted as i32, message: "busy".into(), retry_pushback_ms: 20 };
             InferStreamResponse { result: Some(Outcome::Error(error)) }
         };
         Ok(Response::new(Box::pin(request.into_inner().map(move |r| r.map(refused)))))
     }
+}
+
+/// Of two servers that end streams at once, until Ctrl-C.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interruption_is_heard_while_a_stream_is_opened_again() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let incoming = tonic::transport::server::TcpIncoming::from(listener);
+    let server = tonic::transport::Server::builder().add_service(OffloadServiceServer::new(Ends(asked.clone())));
+    tokio::spawn(server.serve_with_incoming(incoming));
+    let mut command = std::process::Command::new(binary("edge-client"));
+    command.arg("stream").arg(demo_photos()[0].parent().unwrap()).args(["--fps", "10", "--deadline", "60s", "--server", &url, "--json"]);
+    let child = command.arg("--bundle").arg(bundle()).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let began = Instant::now();
+    let signalled = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(signalled.success());
+    let output = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
+    assert!(!output.status.success() && began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert!(asked.load(Ordering::Relaxed) >= 2, "it was opening streams");
 }
 
 #[tokio::test(flavor = "multi_thread")]

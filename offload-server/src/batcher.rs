@@ -63,7 +63,14 @@ type Answer = oneshot::Sender<Result<Computed, ServerError>>;
 struct Item {
     input: Vec<f32>,
     answer: Answer,
+    came: Instant,
     deadline: Instant,
+}
+
+/// An item that waited in vain.
+fn gone(model: &'static str, item: &Item) {
+    telemetry::dropped("deadline");
+    telemetry::queued(model, item.came.elapsed());
 }
 
 /// How much longer than the roofline's time an entry takes: by itself, and as a member of the batches of late. The roofline knows the
@@ -97,9 +104,14 @@ impl Pending<'_> {
     /// # Errors
     /// [`ServerError::Deadline`] if it does not come in time, or what the network says.
     pub async fn answer(mut self, deadline: Instant) -> Result<Computed, ServerError> {
-        let answer = tokio::time::timeout_at(deadline.into(), &mut self.answer).await;
-        let answer = answer.map_err(|_| ServerError::Deadline("waiting for the network"))?;
-        answer.map_err(|_| ServerError::Draining)?
+        if let Ok(answer) = tokio::time::timeout_at(deadline.into(), &mut self.answer).await {
+            return answer.map_err(|_| ServerError::Draining)?;
+        }
+        if let Some(item) = self.batcher.pool.cancel(self.ticket) {
+            telemetry::waiting(self.batcher.name, -1.0);
+            gone(self.batcher.name, &item);
+        }
+        Err(ServerError::Deadline("waiting for the network"))
     }
 }
 
@@ -208,7 +220,7 @@ impl Batcher {
     ) -> Result<Pending<'_>, ServerError> {
         let (answer, receiver) = oneshot::channel();
         let (alone, cost) = self.predicted(stage);
-        let value = Item { input, answer, deadline };
+        let value = Item { input, answer, came: Instant::now(), deadline };
         let entry = Entry { key: stage, priority, tenant: tenant.index, weight: tenant.weight, deadline, cost, alone, value };
         match self.pool.submit(entry) {
             Ok(ticket) => {
@@ -254,7 +266,7 @@ impl<R: Runner> Work<Stage, Item> for Worker<R> {
         let _held = cores.as_ref().map(|cores| cores.take(self.threads));
         let now = Instant::now();
         for (item, _) in batch.members.extract_if(.., |(item, _)| item.deadline <= now) {
-            expired(item);
+            expired(self.name, item);
         }
         if batch.members.is_empty() {
             return;
@@ -295,12 +307,12 @@ impl<R: Runner> Work<Stage, Item> for Worker<R> {
 
     fn expired(&mut self, item: Item) {
         telemetry::waiting(self.name, -1.0);
-        expired(item);
+        expired(self.name, item);
     }
 }
 
-fn expired(item: Item) {
-    telemetry::dropped("deadline");
+fn expired(model: &'static str, item: Item) {
+    gone(model, &item);
     let _ = item.answer.send(Err(ServerError::Deadline("waiting for the network")));
 }
 

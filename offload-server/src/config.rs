@@ -75,6 +75,8 @@ pub struct Config {
     pub max_request_bytes: usize,
     /// Largest message of a stream of requests in bytes.
     pub max_stream_message_bytes: usize,
+    /// Largest image in pixels, whatever its file's size: decoding takes up to 11 bytes for each.
+    pub max_image_pixels: u64,
     /// Largest answer in bytes.
     pub max_response_bytes: usize,
     /// Deadline of requests that set none, and upper limit of those that do.
@@ -150,7 +152,8 @@ impl Default for Config {
             max_streams: 256,
             max_connections: 1024,
             max_request_bytes: 8 << 20,
-            max_stream_message_bytes: 8 << 20,
+            max_stream_message_bytes: 2 << 20,
+            max_image_pixels: 16 << 20,
             max_response_bytes: 1 << 20,
             max_deadline: Duration::from_secs(30),
             stream_idle: Duration::from_secs(60),

@@ -98,6 +98,14 @@ impl ServerError {
         }
     }
 
+    /// In milliseconds, when a client that was refused may ask again; 0 for other errors.
+    pub fn retry_pushback_ms(&self) -> u32 {
+        match self {
+            Self::Busy { retry, .. } => u32::try_from(retry.as_millis()).unwrap_or(u32::MAX).max(1),
+            _ => 0,
+        }
+    }
+
     /// The gRPC code of this error.
     pub fn code(&self) -> Code {
         match self {
@@ -118,9 +126,9 @@ impl ServerError {
 impl From<ServerError> for Status {
     fn from(error: ServerError) -> Self {
         let mut status = Self::new(error.code(), error.to_string());
-        if let ServerError::Busy { retry, .. } = error {
+        let pause = error.retry_pushback_ms();
+        if pause > 0 {
             // gRPC clients that retry wait so long first
-            let pause = u32::try_from(retry.as_millis()).unwrap_or(u32::MAX);
             status.metadata_mut().insert("grpc-retry-pushback-ms", pause.into());
         }
         status

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use isthmus_codec::Container;
 use isthmus_nets::Layer;
+use isthmus_pixels::{MAX_SIDE, PixelError};
 use tokio::sync::Semaphore;
 
 use crate::ServerError;
@@ -14,27 +15,32 @@ use crate::features::FeatureMap;
 use crate::model::Stage;
 use crate::registry::{Entry, Registry};
 use crate::telemetry::{self, Kind};
+use crate::tenants::Tenant;
 
 /// Weight of the last decoding in the predicted speed, and how many times as slow as predicted it counts at most.
 const LAST: f64 = 0.1;
 const STALL: f64 = 4.0;
-/// Smaller payloads count as this many bytes, and nothing is predicted to take longer than so long.
-const LEAST_BYTES: usize = 2 << 10;
-const LONGEST: f64 = 0.5;
+/// Smaller payloads count as so large, and nothing is predicted to take longer than so many seconds.
+const LEAST: u64 = 2 << 10;
+const LONGEST: f64 = 5.0;
 /// A bitstream that is predicted to take less is decoded where its request is: another thread would have to be woken, and be waited for.
 const AT_ONCE: f64 = 0.002;
 
-/// The decode pool.
+/// The decode pool. A tenant among several has half of it at most: what one sends is not to stop the others. Bitstreams, which are brief,
+/// need no place in it.
 pub struct Intake {
     workers: Arc<Semaphore>,
     size: usize,
+    /// Of each tenant, by its index.
+    shares: Vec<Arc<Semaphore>>,
+    max_image_pixels: u64,
     paces: Arc<Mutex<Paces>>,
 }
 
-/// How long decoding takes: it grows with the payload, differently for each kind.
+/// How long decoding takes: it grows with the payload's size, differently for each kind.
 #[derive(Default)]
 struct Paces {
-    /// Seconds a byte, by [`Kind::label`].
+    /// Seconds for a pixel of an image or a byte of anything else, by [`Kind::label`].
     of: BTreeMap<&'static str, f64>,
     /// Predicted seconds of what waits or is being decoded.
     ahead: f64,
@@ -51,13 +57,13 @@ fn locked(paces: &Mutex<Paces>) -> MutexGuard<'_, Paces> {
 }
 
 impl Paces {
-    fn seconds(&self, kind: Kind, bytes: usize) -> f64 {
-        (self.of.get(kind.label()).copied().unwrap_or(0.0) * bytes as f64).min(LONGEST)
+    fn seconds(&self, kind: Kind, size: u64) -> f64 {
+        (self.of.get(kind.label()).copied().unwrap_or(0.0) * size as f64).min(LONGEST)
     }
 
-    fn learn(&mut self, kind: Kind, bytes: usize, took: Duration) {
+    fn learn(&mut self, kind: Kind, size: u64, took: Duration) {
         // every payload costs something whatever its size: tiny ones say nothing of a byte's price
-        let seen = took.as_secs_f64() / bytes.max(LEAST_BYTES) as f64;
+        let seen = took.as_secs_f64() / size.max(LEAST) as f64;
         let pace = self.of.entry(kind.label()).or_insert(seen);
         *pace += LAST * (seen.min(STALL * *pace) - *pace);
     }
@@ -83,18 +89,38 @@ pub struct Ready {
 }
 
 impl Intake {
-    /// A pool of `workers` decodings at once.
-    pub fn new(workers: usize) -> Self {
-        Self { workers: Arc::new(Semaphore::new(workers)), size: workers, paces: Arc::default() }
+    /// A pool of `workers` decodings at once for so many tenants, and the largest image that it takes.
+    pub fn new(workers: usize, tenants: usize, max_image_pixels: u64) -> Self {
+        let share = if tenants > 1 { workers.div_ceil(2) } else { workers };
+        let shares = (0..tenants).map(|_| Arc::new(Semaphore::new(share))).collect();
+        Self { workers: Arc::new(Semaphore::new(workers)), size: workers, shares, max_image_pixels, paces: Arc::default() }
     }
 
-    /// Predicted time until a payload that comes now is decoded.
-    pub fn expected(&self, kind: Kind, bytes: usize) -> Duration {
+    /// What decoding a payload depends on: the pixels of an image, the bytes of anything else.
+    ///
+    /// # Errors
+    /// If it is an image that is damaged or too large: nothing has been decoded.
+    pub fn size(&self, kind: Kind, payload: &[u8]) -> Result<u64, ServerError> {
+        let (width, height) = match kind {
+            Kind::Image => isthmus_avif::dimensions_any(payload)?,
+            Kind::Pixels { height, width } => (width, height),
+            _ => return Ok(payload.len() as u64),
+        };
+        let (pixels, max_pixels) = (u64::from(width) * u64::from(height), self.max_image_pixels);
+        if pixels > max_pixels {
+            return Err(PixelError::TooLarge { width, height, max_pixels, max_side: MAX_SIDE }.into());
+        }
+        Ok(pixels)
+    }
+
+    /// Predicted time until a payload of this size that comes now is decoded.
+    pub fn expected(&self, kind: Kind, size: u64) -> Duration {
         let paces = locked(&self.paces);
-        Duration::from_secs_f64(paces.ahead / self.size.max(1) as f64 + paces.seconds(kind, bytes))
+        let ahead = if brief(kind, paces.seconds(kind, size)) { 0.0 } else { paces.ahead };
+        Duration::from_secs_f64(ahead / self.size.max(1) as f64 + paces.seconds(kind, size))
     }
 
-    /// Decodes `payload` for the model `entry`.
+    /// Decodes `payload`, of this [`Self::size`], for the model `entry`.
     ///
     /// # Errors
     /// [`ServerError::Deadline`] if no worker is free in time, and whatever is wrong with the payload.
@@ -104,25 +130,13 @@ impl Intake {
         registry: &Arc<Registry>,
         entry: &Arc<Entry>,
         kind: Kind,
-        payload: Bytes,
-        deadline: Instant,
+        (payload, size): (Bytes, u64),
+        (deadline, tenant): (Instant, &Tenant),
     ) -> Result<Ready, ServerError> {
         let asked = Instant::now();
-        let expected = {
-            let mut paces = locked(&self.paces);
-            let seconds = paces.seconds(kind, payload.len());
-            paces.ahead += seconds;
-            Expected { paces: self.paces.clone(), seconds }
-        };
-        let worker = tokio::time::timeout_at(deadline.into(), self.workers.clone().acquire_owned());
-        let worker = worker.await.map_err(|_| ServerError::Deadline("waiting for the decode pool"))?;
-        let worker = worker.map_err(|_| ServerError::Draining)?;
-        let waited = asked.elapsed();
-        let brief = kind == Kind::Bitstream && expected.seconds > 0.0 && expected.seconds < AT_ONCE;
-        let registry = registry.clone();
-        let entry = entry.clone();
-        let decode = move || {
-            let (_worker, expected, bytes) = (worker, expected, payload.len());
+        let seconds = locked(&self.paces).seconds(kind, size);
+        let (registry, entry, paces) = (registry.clone(), entry.clone(), self.paces.clone());
+        let decode = move |waited: Duration| {
             let start = Instant::now();
             if start >= deadline {
                 return Err(ServerError::Deadline("waiting for the decode pool"));
@@ -136,18 +150,40 @@ impl Intake {
             };
             let took = start.elapsed();
             telemetry::decoded(kind, took);
-            locked(&expected.paces).learn(kind, bytes, took);
+            locked(&paces).learn(kind, size, took);
             Ok(Ready { stage, input, waited, took })
         };
-        if brief {
-            return decode();
+        if brief(kind, seconds) {
+            // as on a thread of the pool, a panic must be one request's alone
+            return std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| decode(Duration::ZERO)))
+                .unwrap_or_else(|_| Err(ServerError::Network("decoding failed".into())));
         }
-        let decoded = tokio::task::spawn_blocking(decode);
+        locked(&self.paces).ahead += seconds;
+        let expected = Expected { paces: self.paces.clone(), seconds };
+        let share = self.shares.get(tenant.index as usize).unwrap_or(&self.workers).clone();
+        let workers = self.workers.clone();
+        let places = async move {
+            let own = share.acquire_owned().await;
+            (own, workers.acquire_owned().await)
+        };
+        let places = tokio::time::timeout_at(deadline.into(), places).await;
+        let (own, worker) = places.map_err(|_| ServerError::Deadline("waiting for the decode pool"))?;
+        let held = (own.map_err(|_| ServerError::Draining)?, worker.map_err(|_| ServerError::Draining)?, expected);
+        let waited = asked.elapsed();
+        let decoded = tokio::task::spawn_blocking(move || {
+            let _held = held;
+            decode(waited)
+        });
         // a decoding cannot be stopped; it keeps its place in the pool, so no more than its worker is lost
         let decoded = tokio::time::timeout_at(deadline.into(), decoded).await;
         let decoded = decoded.map_err(|_| ServerError::Deadline("being decoded"))?;
         decoded.map_err(|e| ServerError::Network(format!("decoding: {e}")))?
     }
+}
+
+/// True for what is decoded where its request is.
+fn brief(kind: Kind, seconds: f64) -> bool {
+    kind == Kind::Bitstream && seconds > 0.0 && seconds < AT_ONCE
 }
 
 fn bitstream(registry: &Registry, entry: &Entry, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {

@@ -1,4 +1,4 @@
-//! Message sizes by method: a generated service has one limit for all of its methods, which would let a health question of 8 MB in.
+//! Message sizes by method, both ways: a generated service has one limit for all of its methods, which would let a health question of 8 MB in.
 
 use std::task::{Context, Poll};
 
@@ -6,8 +6,9 @@ use tonic::body::Body;
 use tonic::codegen::{Service, http};
 use tonic::server::NamedService;
 
-/// Largest message of methods that carry no payload.
+/// Largest message, and largest answer, of methods that carry no payload.
 pub const CONTROL_BYTES: usize = 64 << 10;
+const CONTROL_ANSWER: usize = 256 << 10;
 
 /// Methods that carry one payload for one answer, and streams of them.
 const UNARY: [&str; 2] = ["Infer", "ModelInfer"];
@@ -22,9 +23,10 @@ pub struct PerMethod<S> {
 }
 
 impl<S> PerMethod<S> {
-    /// `make` gives the service with a limit; `unary` and `stream` are those of methods that carry payloads.
-    pub fn new(unary: usize, stream: usize, make: impl Fn(usize) -> S) -> Self {
-        Self { unary: make(unary), stream: make(stream), control: make(CONTROL_BYTES) }
+    /// `make` gives the service with a limit on messages and on answers; `unary` and `stream` are those of methods that carry payloads, whose answers
+    /// may have `answers` bytes.
+    pub fn new(unary: usize, stream: usize, answers: usize, make: impl Fn(usize, usize) -> S) -> Self {
+        Self { unary: make(unary, answers), stream: make(stream, answers), control: make(CONTROL_BYTES, CONTROL_ANSWER) }
     }
 }
 

@@ -22,9 +22,9 @@ struct Cli {
     /// Address of the gRPC listener.
     #[arg(long)]
     listen: Option<SocketAddr>,
-    /// Address of the admin listener (metrics, health).
+    /// Address of the admin listener (metrics, health), or none.
     #[arg(long)]
-    admin_listen: Option<SocketAddr>,
+    admin_listen: Option<Address>,
     /// Bundle folder; may be given several times.
     #[arg(long)]
     bundle: Vec<PathBuf>,
@@ -80,7 +80,7 @@ impl Cli {
             }
         }
         set(&mut c.listen, self.listen);
-        set(&mut c.admin_listen, self.admin_listen.map(Some));
+        set(&mut c.admin_listen, self.admin_listen.map(|a| a.0));
         set(&mut c.bundles, (!self.bundle.is_empty()).then_some(self.bundle));
         set(&mut c.backbones, self.backbones);
         set(&mut c.models, (!self.model.is_empty()).then_some(self.model));
@@ -98,6 +98,18 @@ impl Cli {
             _ => Instead::Nothing,
         };
         Ok((c, instead, self.while_stdin))
+    }
+}
+
+/// An address, or none.
+#[derive(Clone, Copy)]
+struct Address(Option<SocketAddr>);
+
+impl std::str::FromStr for Address {
+    type Err = std::net::AddrParseError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "none" { Ok(Self(None)) } else { text.parse().map(|address| Self(Some(address))) }
     }
 }
 

@@ -83,6 +83,7 @@ pub struct Answer {
 impl Pipeline {
     /// With the limits of `config`.
     pub fn new(repository: Arc<Repository>, config: &Config, tenants: Tenants) -> Self {
+        let intake = Intake::new(config.decode_workers(), tenants.all().count(), config.max_image_pixels);
         Self {
             repository,
             tenants,
@@ -93,7 +94,7 @@ impl Pipeline {
             stream_idle: config.stream_idle,
             stream_age: config.max_connection_age,
             max_response_bytes: config.max_response_bytes,
-            intake: Intake::new(config.decode_workers()),
+            intake,
             in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
             max_in_flight: config.max_in_flight,
             streams: Arc::new(Semaphore::new(config.max_streams)),
@@ -171,11 +172,12 @@ impl Pipeline {
         let registry = self.repository.current();
         let entry = registry.model(ask.model, ask.version)?.clone();
         let deadline = ask.arrived + ask.budget;
-        let decoded_by = deadline.checked_sub(self.intake.expected(ask.kind, ask.payload.len())).unwrap_or(ask.arrived);
+        let size = self.intake.size(ask.kind, &ask.payload)?;
+        let decoded_by = deadline.checked_sub(self.intake.expected(ask.kind, size)).unwrap_or(ask.arrived);
         let admitted = entry.batcher.admit(entry.likely_stage(ask.kind), decoded_by, ask.priority, ask.tenant);
         let admitted = admitted.inspect_err(|error| telemetry::model(entry.name, Some(error)))?;
         let arrived = ask.arrived;
-        let answer = self.compute(ask, &registry, &entry, admitted, deadline).await;
+        let answer = self.compute((ask, size), &registry, &entry, admitted, deadline).await;
         telemetry::model(entry.name, answer.as_ref().err());
         match &answer {
             Ok(answer) => {
@@ -189,13 +191,13 @@ impl Pipeline {
 
     async fn compute(
         &self,
-        ask: Ask<'_>,
+        (ask, size): (Ask<'_>, u64),
         registry: &Arc<Registry>,
         entry: &Arc<Entry>,
         admitted: Admitted<'_>,
         deadline: Instant,
     ) -> Result<Answer, ServerError> {
-        let ready = self.intake.decode(registry, entry, ask.kind, ask.payload, deadline).await?;
+        let ready = self.intake.decode(registry, entry, ask.kind, (ask.payload, size), (deadline, ask.tenant)).await?;
         if Instant::now() >= deadline {
             return Err(ServerError::Deadline("being decoded"));
         }

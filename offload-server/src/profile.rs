@@ -26,11 +26,11 @@ pub fn report(config: &Config) -> Result<String, ServerError> {
         instances.dedup();
         for instance in instances {
             tch::set_num_threads(instance.threads as i32);
-            let machine = Machine::measure(instance.device);
+            let machine = Machine::measure(instance.device, instance.precision.kind());
             let model = Model::load(name, &backbone_path(config, name), &bundles, instance, true)?;
             let _ = writeln!(
                 text,
-                "{name} on {}, {:?}, {} threads: {:.1} GFLOP/s (product of matrices), {:.1} GB/s (copy)",
+                "{name} on {}, {:?}, {} threads: {:.1} GFLOP/s (product of matrices of that precision), {:.1} GB/s (copy)",
                 instance.device_name(),
                 instance.precision,
                 instance.threads,

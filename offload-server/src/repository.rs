@@ -13,12 +13,14 @@ use isthmus_codec::{Bundle, CodecError, Trust, folder};
 use isthmus_nets::BackboneKind;
 use isthmus_nets::backbone::CLASSES;
 use isthmus_nets::profile::Machine;
-use tch::Device;
+use tch::{Device, Kind};
+use tokio::sync::watch;
 
 use crate::batcher::{Batcher, Serving};
 use crate::model::{Model, Stage};
 use crate::placement::{self, Cores};
 use crate::registry::{Entry, Registry};
+use crate::statistics::Statistics;
 use crate::{Config, ServerError, labels};
 
 /// Reason of a model that an operator unloaded.
@@ -28,12 +30,15 @@ const UNLOADED: &str = "unloaded";
 pub struct Repository {
     config: Config,
     cores: Arc<Cores>,
-    machines: Mutex<Vec<(Device, Machine)>>,
+    machines: Mutex<Vec<(Device, Kind, Machine)>>,
     current: RwLock<Arc<Registry>>,
     /// Held while models are read: one change at a time.
     changing: Mutex<()>,
     /// Why a model is not loaded.
     failures: Mutex<BTreeMap<String, String>>,
+    /// Of versions that are or were loaded.
+    statistics: Mutex<BTreeMap<(&'static str, u64), Arc<Statistics>>>,
+    ready: watch::Sender<bool>,
 }
 
 /// A version of a model, as the index lists it.
@@ -120,6 +125,8 @@ impl Repository {
             current: RwLock::new(empty),
             changing: Mutex::default(),
             failures: Mutex::default(),
+            statistics: Mutex::default(),
+            ready: watch::Sender::new(false),
         };
         if config.bundles.is_empty() {
             tracing::warn!("bundles is empty: only whole images will be answered");
@@ -231,6 +238,12 @@ impl Repository {
 
     fn set(&self, next: Registry) {
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
+        self.ready.send_replace(self.is_ready());
+    }
+
+    /// [`Self::is_ready`], and when it changes.
+    pub fn readiness(&self) -> watch::Receiver<bool> {
+        self.ready.subscribe()
     }
 
     /// All bundles; those that are loaded already as they are.
@@ -277,15 +290,14 @@ impl Repository {
         };
         let stages: Vec<_> = model.bundles().copied().filter_map(|h| model.stage(&h).map(|s| (h, s))).collect();
         let alone = model.time_alone()?;
-        let machine = self.machine(first.device);
+        let machine = self.machine(first.device, first.precision.kind());
         let costs: Vec<_> = model.stages().into_iter().map(|s| (s, machine.time(&model.layers(s), 1))).collect();
         let whole = machine.time(&model.layers(Stage::Pixels), 1);
         let factor = alone.as_secs_f64() / whole.as_secs_f64().max(1e-9);
         let (name, kind, input_size) = (model.name(), model.kind(), model.input_size());
         tracing::info!(model = name, version, device = first.device_name(), instances = instances.len(), bundles = stages.len(), ?alone, roofline = ?whole, "model loaded");
         // a version that is loaded anew goes on counting
-        let loaded = self.current().models.iter().find(|m| m.name == name && m.version == version).cloned();
-        let statistics = loaded.map(|m| m.statistics.clone()).unwrap_or_default();
+        let statistics = self.statistics.lock().unwrap_or_else(PoisonError::into_inner).entry((name, version)).or_default().clone();
         let config = &self.config;
         let limits = Limits {
             max_batch: config.max_batch,
@@ -301,14 +313,14 @@ impl Repository {
         Ok(Arc::new(Entry { name, version, kind, input_size, instances, batcher, statistics, stages }))
     }
 
-    /// What a device can do, measured once.
-    fn machine(&self, device: Device) -> Machine {
+    /// What a device can do in this precision, measured once.
+    fn machine(&self, device: Device, kind: Kind) -> Machine {
         let mut machines = self.machines.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, machine)) = machines.iter().find(|(d, _)| *d == device) {
+        if let Some((.., machine)) = machines.iter().find(|(d, k, _)| (*d, *k) == (device, kind)) {
             return *machine;
         }
-        let machine = Machine::measure(device);
-        machines.push((device, machine));
+        let machine = Machine::measure(device, kind);
+        machines.push((device, kind, machine));
         machine
     }
 }

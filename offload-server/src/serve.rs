@@ -11,6 +11,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
+use tonic::server::NamedService;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic_health::ServingStatus;
@@ -148,13 +149,13 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     }
     let (unary, streamed, answers) = (config.max_request_bytes, config.max_stream_message_bytes, config.max_response_bytes);
     let service = Inference::new(pipeline.clone(), &config);
-    let inference = PerMethod::new(unary, streamed, |most| {
+    let inference = PerMethod::new(unary, streamed, answers, |most, answers| {
         let server = GrpcInferenceServiceServer::new(service.clone()).max_decoding_message_size(most).max_encoding_message_size(answers);
         let known = tenants.clone();
         InterceptedService::new(server, move |request| known.intercept(request))
     });
     let service = Offload(pipeline.clone());
-    let offload = PerMethod::new(unary, streamed, |most| {
+    let offload = PerMethod::new(unary, streamed, answers, |most, answers| {
         let server = OffloadServiceServer::new(service.clone()).max_decoding_message_size(most).max_encoding_message_size(answers);
         let known = tenants.clone();
         InterceptedService::new(server, move |request| known.intercept(request))
@@ -162,6 +163,7 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<OffloadServiceServer<Offload>>().await;
     health.set_serving::<GrpcInferenceServiceServer<Inference>>().await;
+    watch_readiness(&pipeline, &health);
     let described = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(isthmus_proto::DESCRIPTORS)
@@ -209,6 +211,21 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     tracing::info!(%address, admin = ?admin_address, tls = config.tls_cert.is_some(), "serving");
     let (drain_delay, drain_limit) = (config.drain_delay, config.drain_limit);
     Ok(Running { address, admin_address, pipeline, health, served, drain_delay, drain_limit, background })
+}
+
+/// Keeps gRPC health at what readiness says, until the server leaves: balancers are to pass by a server whose models were unloaded or are missing.
+fn watch_readiness(pipeline: &Arc<Pipeline>, health: &HealthReporter) {
+    let (mut ready, leaving, health) = (pipeline.repository.readiness(), pipeline.leaving.clone(), health.clone());
+    tokio::spawn(async move {
+        while let Some(Ok(())) = leaving.run_until_cancelled(ready.changed()).await {
+            let status = if *ready.borrow_and_update() { ServingStatus::Serving } else { ServingStatus::NotServing };
+            let services =
+                [<OffloadServiceServer<Offload> as NamedService>::NAME, <GrpcInferenceServiceServer<Inference> as NamedService>::NAME, ""];
+            for service in services {
+                health.set_service_status(service, status).await;
+            }
+        }
+    });
 }
 
 /// Certificate, key and the clients' authority, if the configuration names any.

@@ -222,9 +222,9 @@ pub(crate) fn answered(kind: Kind, bytes: usize, took: Duration, error: Option<&
     let code = error.map_or(tonic::Code::Ok, ServerError::code);
     counter!("isthmus_requests_total", "payload" => kind.label(), "code" => format!("{code:?}")).increment(1);
     histogram!("isthmus_request_bytes", "payload" => kind.label()).record(bytes as f64);
-    histogram!("isthmus_request_seconds", "payload" => kind.label()).record(took);
-    if let Some(error) = error {
-        counter!("isthmus_refused_total", "reason" => error.kind()).increment(1);
+    match error {
+        None => histogram!("isthmus_request_seconds", "payload" => kind.label()).record(took),
+        Some(error) => counter!("isthmus_refused_total", "reason" => error.kind()).increment(1),
     }
 }
 

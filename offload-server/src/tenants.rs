@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
+use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use isthmus_codec::bundle::sha256;
 use serde::{Deserialize, Serialize};
@@ -136,8 +137,9 @@ impl Tenant {
         let quota = self.quota.clone().map(|(_, q)| q.try_acquire_owned()).transpose();
         let quota = quota.map_err(|_| ServerError::busy("this tenant has as many requests in flight as it may"))?;
         let place = self.requests.take().ok_or(ServerError::busy("too many requests in flight"))?;
-        if self.rate.as_ref().is_some_and(|(_, r)| r.check().is_err()) {
-            return Err(ServerError::busy("this tenant sends more requests a second than it may"));
+        if let Some(early) = self.rate.as_ref().and_then(|(_, r)| r.check().err()) {
+            let retry = early.wait_time_from(DefaultClock::default().now());
+            return Err(ServerError::Busy { why: "this tenant sends more requests a second than it may", retry });
         }
         Ok(Entered { _quota: quota, _place: place })
     }

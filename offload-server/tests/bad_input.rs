@@ -154,11 +154,14 @@ async fn threat_bombs_images_of_every_kind_of_wrong() {
 
     let animated_png = png(8, 8, chunk(b"acTL", &[0, 0, 0, 2, 0, 0, 0, 0]));
     let animated_webp = std::fs::read(isthmus_testkit::root().join("fuzz/corpus/image/animated.webp")).unwrap();
+    let mut large = std::io::Cursor::new(Vec::new());
+    ::image::RgbImage::new(5000, 4000).write_to(&mut large, ::image::ImageFormat::Png).unwrap();
     let cases: Vec<(&str, Vec<u8>)> = vec![
         ("empty", vec![]),
         ("text", b"hello, this is not an image".to_vec()),
         ("gif", b"GIF89a\x01\0\x01\0\0\0\0;".to_vec()),
         ("huge header", png(30_000, 30_000, vec![])),
+        ("sound but of more pixels than the server takes", large.into_inner()),
         ("zero size", png(0, 0, vec![])),
         ("animated png", animated_png),
         ("animated webp", animated_webp),
@@ -173,6 +176,7 @@ async fn threat_bombs_images_of_every_kind_of_wrong() {
         let (code, message) = code_of(&mut client, image(bytes)).await;
         assert_eq!(code, Code::InvalidArgument, "{name}: {message}");
         assert!(!message.is_empty() && start.elapsed() < Duration::from_secs(5), "{name}");
+        assert!(!name.starts_with("sound") || message.contains("at most 16777216 pixels"), "{name}: {message}");
         assert!(!name.starts_with("animated") || message.contains("animated"), "{name}: {message}");
     }
     let values = |block, encoding: i32, data: Vec<u8>| Payload::Features(Features { block, encoding, data: data.into() });

@@ -10,11 +10,14 @@ use common::{assert_healthy, client, options, sample};
 use edge_client::Payload;
 use isthmus_proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
 use isthmus_proto::inference::{
-    ModelMetadataRequest, RepositoryIndexRequest, RepositoryModelLoadRequest, RepositoryModelUnloadRequest, ServerReadyRequest,
+    ModelMetadataRequest, ModelStatisticsRequest, RepositoryIndexRequest, RepositoryModelLoadRequest, RepositoryModelUnloadRequest,
+    ServerReadyRequest,
 };
 use isthmus_testkit::{Server, backbones, bundle};
 use tonic::Code;
 use tonic::transport::Channel;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
 
 const LITE0: &str = "efficientnet-lite0";
 const LITE2: &str = "efficientnet-lite2";
@@ -52,6 +55,13 @@ impl Setup {
     async fn unload(&mut self, name: &str) -> Result<(), tonic::Status> {
         let request = RepositoryModelUnloadRequest { model_name: name.into(), ..RepositoryModelUnloadRequest::default() };
         self.inference.repository_model_unload(request).await.map(drop)
+    }
+
+    /// Answers that a model has given.
+    async fn statistics(&mut self, name: &str) -> u64 {
+        let request = ModelStatisticsRequest { name: name.into(), ..ModelStatisticsRequest::default() };
+        let found = self.inference.model_statistics(request).await.unwrap().into_inner().model_stats;
+        found[0].inference_stats.clone().unwrap().success.unwrap().count
     }
 
     /// State and reason of a model.
@@ -155,10 +165,30 @@ async fn the_default_model_stays_the_configurations() {
     assert_eq!(asking.infer(Payload::Image(photo), &options()).await.unwrap().model, LITE0);
     assert_eq!(asking.describe(None, Duration::from_secs(5)).await.unwrap().models[0].name, LITE0);
     assert_healthy(&mut asking, &container).await;
-    // nothing is ready that can answer nothing
+    let answered = setup.statistics(LITE0).await;
+    // nothing is ready that can answer nothing, and balancers hear of it
+    let channel = tonic::transport::Channel::from_shared(setup.server.url()).unwrap().connect().await.unwrap();
+    let health = async |wanted: i32| {
+        let mut health = HealthClient::new(channel.clone());
+        for service in ["", "inference.GRPCInferenceService", "isthmus.offload.v1.OffloadService"] {
+            let ask = || HealthCheckRequest { service: service.into() };
+            for _ in 0..100 {
+                if health.check(ask()).await.unwrap().into_inner().status == wanted {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            assert_eq!(health.check(ask()).await.unwrap().into_inner().status, wanted, "{service:?}");
+        }
+    };
+    health(1).await;
     setup.unload(LITE0).await.unwrap();
     setup.unload(LITE2).await.unwrap();
     assert!(!setup.inference.server_ready(ServerReadyRequest {}).await.unwrap().into_inner().ready);
+    health(2).await;
+    setup.load(LITE0).await.unwrap();
+    health(1).await;
+    assert_eq!(setup.statistics(LITE0).await, answered, "a version that comes back goes on counting");
 }
 
 /// A version of the weights that no bundle was made for does not take a good one's place.

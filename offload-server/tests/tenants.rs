@@ -119,3 +119,34 @@ async fn tokens_do_not_travel_in_the_clear() {
     assert!(matches!(Client::connect(&endpoint).await, Err(ClientError::Usage(why)) if why.contains("TLS")));
     assert!(Endpoint::new("http://localhost:1").unwrap().with_token("line\nbreak").is_err());
 }
+
+/// Large images of one tenant do not keep another's bitstreams from being decoded.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_images_leaves_others_their_share() {
+    let folder = tempfile::tempdir().unwrap();
+    let tenant = |name: &str| format!("[[tenants]]\nname = {name:?}\ntoken_sha256 = {:?}\n", sha256(name.as_bytes()));
+    let server = start(folder.path(), &["flood", "quiet"].map(tenant).concat());
+    let (container, _) = sample();
+    let mut large = std::io::Cursor::new(Vec::new());
+    image::RgbImage::new(4000, 4000).write_to(&mut large, image::ImageFormat::Png).unwrap();
+    let large = bytes::Bytes::from(large.into_inner());
+    let mut quiet = with_token(&server, "quiet").await;
+    quiet.infer(Payload::Bitstream(container.clone()), &options()).await.unwrap();
+    let flood = with_token(&server, "flood").await;
+    let floods: Vec<_> = (0..6)
+        .map(|_| {
+            let (mut flood, large) = (flood.clone(), large.clone());
+            tokio::spawn(async move {
+                loop {
+                    let _ = flood.infer(Payload::Image(large.clone()), &options()).await;
+                }
+            })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let brief = edge_client::InferOptions { deadline: Duration::from_secs(2), ..options() };
+    for i in 0..20 {
+        quiet.infer(Payload::Bitstream(container.clone()), &brief).await.unwrap_or_else(|e| panic!("{i}: {e}"));
+    }
+    floods.iter().for_each(tokio::task::JoinHandle::abort);
+}

@@ -25,6 +25,19 @@ pub fn decode_any(file: &[u8]) -> Result<Rgb, PixelError> {
     if is_avif(file) { decode(file) } else { isthmus_pixels::decode(file) }
 }
 
+/// Width and height of an AVIF file, or of one of the formats of [`isthmus_pixels::decode`], from its header.
+///
+/// # Errors
+/// As [`decode_any`].
+pub fn dimensions_any(file: &[u8]) -> Result<(u32, u32), PixelError> {
+    if !is_avif(file) {
+        return isthmus_pixels::dimensions(file);
+    }
+    let parsed = avif_parse::AvifData::from_reader(&mut &file[..]).map_err(damaged)?;
+    let meta = parsed.primary_item_metadata().map_err(damaged)?;
+    Ok((meta.max_frame_width.get(), meta.max_frame_height.get()))
+}
+
 /// Decodes a still AVIF; alpha is dropped.
 ///
 /// # Errors

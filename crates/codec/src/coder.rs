@@ -8,7 +8,7 @@
 
 use constriction::stream::model::UniformModel;
 use constriction::stream::stack::DefaultAnsCoder;
-use constriction::stream::{Decode, Encode};
+use constriction::stream::{Code, Decode, Encode};
 
 use crate::CodecError;
 use crate::contexts::Field;
@@ -66,6 +66,25 @@ fn pop(coder: &mut DefaultAnsCoder, distribution: &Distribution) -> Result<i32, 
         return Err(CodecError::malformed("a symbol is out of range"));
     }
     Ok(symbol as i32)
+}
+
+/// The next symbol; none where the words that it needs are missing.
+#[inline(always)]
+fn next<const PART: bool>(coder: &mut DefaultAnsCoder, distribution: &Distribution) -> Result<Option<i32>, CodecError> {
+    if !PART {
+        return pop(coder, distribution).map(Some);
+    }
+    if starves(coder) {
+        return Ok(None);
+    }
+    let symbol = pop(coder, distribution);
+    // the rest of an escape may have been missing
+    let whole = |s: i32| usize::try_from(i64::from(s) - i64::from(distribution.offset)).is_ok_and(|i| i < distribution.escape());
+    match symbol {
+        _ if !starves(coder) => symbol.map(Some),
+        Ok(symbol) if whole(symbol) => Ok(Some(symbol)),
+        _ => Ok(None),
+    }
 }
 
 #[cold]
@@ -134,11 +153,47 @@ pub fn encode(symbols: &[i32], level: &LevelTables, shape: LatentShape) -> Resul
     Ok(words.into_iter().flat_map(u32::to_le_bytes).collect())
 }
 
+/// What the end of a payload holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Channel-major; zero where nothing is known.
+    pub symbols: Vec<i32>,
+    /// How many are known: the first ones in coding order.
+    pub known: usize,
+}
+
+/// Decodes as much as the last bytes of a payload allow. A decoder takes the words of a payload from its end, and channels come in the level's coding
+/// order: who sends the words from the last to the first sends a stream of which every prefix decodes.
+///
+/// # Errors
+/// [`CodecError::Malformed`] if they are not the end of what [`encode`] makes.
+pub fn decode_end(end: &[u8], level: &LevelTables, shape: LatentShape) -> Result<Part, CodecError> {
+    if end.len() < 8 {
+        return Ok(Part { symbols: vec![0; shape.symbols()], known: 0 });
+    }
+    let (symbols, known, _) = decode_words::<true>(end, level, shape)?;
+    Ok(Part { symbols, known })
+}
+
 /// Decodes a payload made by [`encode`].
 ///
 /// # Errors
 /// [`CodecError::Malformed`] if the payload is not exactly what the encoder makes.
 pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result<Vec<i32>, CodecError> {
+    let (symbols, _, ended) = decode_words::<false>(payload, level, shape)?;
+    if !ended {
+        return Err(CodecError::malformed("bytes are left after the last symbol"));
+    }
+    Ok(symbols)
+}
+
+/// True if the coder would have to read a word that is not there.
+fn starves(coder: &DefaultAnsCoder) -> bool {
+    coder.bulk().is_empty() && coder.state() < 1 << 32
+}
+
+/// Symbols, how many of them are known if `PART` (words are missing before those of `payload`), and whether the coder is empty.
+fn decode_words<const PART: bool>(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result<(Vec<i32>, usize, bool), CodecError> {
     if !payload.len().is_multiple_of(4) || level.channels.len() != usize::from(shape.channels) {
         return Err(CodecError::malformed("the payload's length is no multiple of 4"));
     }
@@ -150,6 +205,7 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
     let positions = shape.positions();
     let mut symbols = vec![0; shape.symbols()];
     let mut field = (!level.is_static()).then(|| Field::new(shape));
+    let mut known = 0;
     for &channel in level.order() {
         let contexts = &level.channels[usize::from(channel)].contexts;
         let plane = &mut symbols[usize::from(channel) * positions..][..positions];
@@ -157,7 +213,9 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
             None => {
                 let distribution = &contexts.distributions()[0];
                 for symbol in plane.iter_mut() {
-                    *symbol = pop(&mut coder, distribution)?;
+                    let Some(value) = next::<PART>(&mut coder, distribution)? else { return Ok((symbols, known, false)) };
+                    *symbol = value;
+                    known += usize::from(PART);
                 }
             }
             Some(field) => {
@@ -168,7 +226,10 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
                     for (x, symbol) in row.iter_mut().enumerate() {
                         let at = field.place(y, x);
                         let bin = field.complete(contexts, &own, [magnitude[at], signed[at]], start + x);
-                        *symbol = pop(&mut coder, &contexts.distributions()[bin])?;
+                        let distribution = &contexts.distributions()[bin];
+                        let Some(value) = next::<PART>(&mut coder, distribution)? else { return Ok((symbols, known, false)) };
+                        *symbol = value;
+                        known += usize::from(PART);
                         field.put(start + x, *symbol);
                     }
                 }
@@ -179,10 +240,7 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
             plane.iter().enumerate().filter(|(_, s)| **s != 0).for_each(|(at, &s)| field.set(channel.into(), at, s));
         }
     }
-    if !coder.is_empty() {
-        return Err(CodecError::malformed("bytes are left after the last symbol"));
-    }
-    Ok(symbols)
+    Ok((symbols, known, coder.is_empty()))
 }
 
 /// Ideal code length of `symbols` in bits under the integer tables.

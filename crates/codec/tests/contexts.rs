@@ -153,6 +153,31 @@ fn an_empty_latent_is_refused() {
     }
 }
 
+/// Whatever part of a payload has come, from its end on, decodes to the first symbols in coding order and to no wrong one.
+#[test]
+fn every_end_of_a_payload_decodes() {
+    let tables = tables();
+    let level = tables.level(1).unwrap();
+    for seed in 1..40 {
+        let symbols = symbols(seed);
+        let payload = coder::encode(&symbols, &level, SHAPE).unwrap();
+        let in_order = |s: &[i32]| -> Vec<i32> {
+            level.order().iter().flat_map(|&c| s[usize::from(c) * SHAPE.positions()..][..SHAPE.positions()].to_vec()).collect()
+        };
+        let mut before = 0;
+        for words in 0..payload.len() / 4 {
+            let part = coder::decode_end(&payload[payload.len() - 4 * words..], &level, SHAPE).unwrap();
+            let (found, wanted) = (in_order(&part.symbols), in_order(&symbols));
+            assert_eq!(found[..part.known], wanted[..part.known], "{words} words");
+            assert!(found[part.known..].iter().all(|s| *s == 0));
+            assert!(part.known >= before && part.known < SHAPE.symbols(), "{} after {before}", part.known);
+            before = part.known;
+        }
+        // less than the state and one escape is missing at the end
+        assert!(before + 40 > SHAPE.symbols(), "{before} of {}", SHAPE.symbols());
+    }
+}
+
 proptest! {
     #[test]
     fn symbols_round_trip(raw in prop::collection::vec(-32768i32..=32768, SHAPE.symbols()), seed: u64, wild: bool) {

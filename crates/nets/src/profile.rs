@@ -9,8 +9,9 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 const FLOAT: u64 = 4;
-const MATRIX: i64 = 512;
-const COPIED: i64 = 16 << 20;
+/// Side of the matrices that are multiplied and values that are copied: a GPU needs more of both to be busy, and to leave its cache.
+const MATRIX: (i64, i64) = (512, 8192);
+const COPIED: (i64, i64) = (16 << 20, 256 << 20);
 const REPEATS: usize = 5;
 
 /// One layer, for one photo.
@@ -59,11 +60,12 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Measures the device: a product of matrices in single precision, and a copy. Takes some 50 ms on a CPU.
-    pub fn measure(device: Device) -> Self {
+    /// Measures the device: a product of matrices of this precision, and a copy. Takes some 50 ms on a CPU.
+    pub fn measure(device: Device, kind: Kind) -> Self {
         let _inference = tch::no_grad_guard();
-        let matrix = Tensor::ones([MATRIX, MATRIX], (Kind::Float, device));
-        let long = Tensor::ones([COPIED], (Kind::Float, device));
+        let (side, copied) = if device.is_cuda() { (MATRIX.1, COPIED.1) } else { (MATRIX.0, COPIED.0) };
+        let matrix = Tensor::ones([side, side], (kind, device)) / side as f64;
+        let long = Tensor::ones([copied], (Kind::Float, device));
         // waits for the device
         let read = |t: &Tensor| t.view(-1).get(0).double_value(&[]);
         let best = |work: &dyn Fn() -> Tensor| {
@@ -77,7 +79,7 @@ impl Machine {
         };
         let product = best(&|| matrix.matmul(&matrix));
         let copy = best(&|| long.copy());
-        Self { flops: 2.0 * (MATRIX as f64).powi(3) / product, bytes_per_second: 2.0 * (COPIED as u64 * FLOAT) as f64 / copy }
+        Self { flops: 2.0 * (side as f64).powi(3) / product, bytes_per_second: 2.0 * (copied as u64 * FLOAT) as f64 / copy }
     }
 
     /// The roofline's time of a batch.
@@ -119,7 +121,7 @@ mod tests {
         assert!((layer.intensity(1) - 1.0).abs() < 1e-9);
         let heavy = LayerCost { macs: 10_000_000, ..layer };
         assert_eq!(machine.time(&[heavy], 2), Duration::from_millis(40));
-        let here = Machine::measure(Device::Cpu);
+        let here = Machine::measure(Device::Cpu, Kind::Float);
         assert!(here.flops > 1e8 && here.bytes_per_second > 1e8, "{here:?}");
     }
 }

@@ -206,6 +206,28 @@ pub fn decode(bytes: &[u8]) -> Result<Rgb, PixelError> {
     Rgb::new(width, height, rgb.into_raw()).ok_or_else(|| PixelError::Decode("no pixels".into()))
 }
 
+/// Width and height of a JPEG, PNG or WebP file, from its header.
+///
+/// # Errors
+/// As [`decode`].
+pub fn dimensions(bytes: &[u8]) -> Result<(u32, u32), PixelError> {
+    if bytes.is_empty() {
+        return Err(PixelError::Empty);
+    }
+    let size = match image::guess_format(bytes) {
+        Ok(ImageFormat::Jpeg) => {
+            let mut decoder = jpeg_decoder::Decoder::new(bytes);
+            decoder.read_info().map_err(|e| PixelError::Decode(e.to_string()))?;
+            let info = decoder.info().ok_or_else(|| PixelError::Decode("the JPEG has no frame".into()))?;
+            (u32::from(info.width), u32::from(info.height))
+        }
+        Ok(ImageFormat::Png) => PngDecoder::with_limits(Cursor::new(bytes), limits()).map_err(damaged)?.dimensions(),
+        Ok(ImageFormat::WebP) => WebPDecoder::new(Cursor::new(bytes)).map_err(damaged)?.dimensions(),
+        _ => return Err(PixelError::UnknownFormat),
+    };
+    Ok(size)
+}
+
 fn damaged(error: image::ImageError) -> PixelError {
     PixelError::Decode(error.to_string())
 }

@@ -390,7 +390,7 @@ impl Run {
         let as_tensor = |v: &[f64]| Tensor::from_slice(v).to_kind(Kind::Float).to_device(device);
         let balance = as_tensor(&r.level_weights());
         let medians = r.decoder_only.then(|| self.medians());
-        let batches = loader::start(pack, Plan::of(&r), self.step);
+        let mut batches = loader::start(pack, Plan::of(&r), self.step);
         let log_path = self.folder.join("log.jsonl");
         let mut log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path).map_err(|e| TrainError::io(&log_path, e))?;
         let bar = progress(until, self.step);
@@ -398,7 +398,7 @@ impl Run {
         let mut since = Instant::now();
         while self.step < until {
             let asked = Instant::now();
-            let batch = batches.recv().map_err(|_| TrainError::data("loader", "stopped early"))??;
+            let batch = batches.recv()?;
             totals.waited += asked.elapsed().as_secs_f64();
             let (pixels, level) = self.batch_tensors(&batch);
             tch::manual_seed((r.seed << 32 | self.step) as i64);

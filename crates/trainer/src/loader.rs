@@ -13,8 +13,10 @@ use crate::error::TrainError;
 use crate::pack::Pack;
 use crate::recipe::Recipe;
 
-/// Batches kept ready.
+/// Batches that each thread keeps ready.
 const AHEAD: usize = 4;
+/// Most threads that make batches: one is enough for a CPU, a GPU wants more.
+const MOST_THREADS: usize = 6;
 
 /// Pixels (N x 3 x S x S, normalised) and the quality level of each sample.
 pub struct Batch {
@@ -46,17 +48,41 @@ impl Plan {
     }
 }
 
-/// Starts a thread that makes batches from `first` on.
-pub fn start(pack: Arc<Pack>, plan: Plan, first: u64) -> Receiver<Result<Batch, TrainError>> {
-    let (send, receive) = sync_channel(AHEAD);
-    std::thread::spawn(move || {
-        for step in first.. {
-            if send.send(make(&pack, &plan, step)).is_err() {
-                return;
+/// Batches in the order of their steps, made by threads that take turns.
+pub struct Batches {
+    threads: Vec<Receiver<Result<Batch, TrainError>>>,
+    next: usize,
+}
+
+impl Batches {
+    /// The next batch.
+    ///
+    /// # Errors
+    /// If it could not be made.
+    pub fn recv(&mut self) -> Result<Batch, TrainError> {
+        let turn = self.next % self.threads.len();
+        self.next += 1;
+        self.threads[turn].recv().map_err(|_| TrainError::data("loader", "stopped early"))?
+    }
+}
+
+/// Starts threads that make batches from `first` on.
+pub fn start(pack: Arc<Pack>, plan: Plan, first: u64) -> Batches {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let count = (cores / 4).clamp(1, MOST_THREADS);
+    let thread = |turn: usize| {
+        let (send, receive) = sync_channel(AHEAD);
+        let pack = pack.clone();
+        std::thread::spawn(move || {
+            for step in (first + turn as u64..).step_by(count) {
+                if send.send(make(&pack, &plan, step)).is_err() {
+                    return;
+                }
             }
-        }
-    });
-    receive
+        });
+        receive
+    };
+    Batches { threads: (0..count).map(thread).collect(), next: 0 }
 }
 
 /// Batch `step`. Levels are spread evenly over the batch, the remainder drawn at random.

@@ -113,6 +113,9 @@ enum Command {
         /// Leave the image codecs out.
         #[arg(long)]
         no_codecs: bool,
+        /// Also what the first parts of this level's bitstreams are worth.
+        #[arg(long, value_name = "LEVEL")]
+        prefixes: Option<u8>,
         /// Qualities from one level to the next: 1 for the levels alone, 2 with those halfway.
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
         each_level: u8,
@@ -356,9 +359,9 @@ fn run(cli: Cli) -> Result<()> {
             println!("{train} crops in {}, {held_out} in its folder held-out", out.display());
             Ok(())
         }
-        Command::Evaluate { ref bundle, ref backbones, ref backbone, ref photos, ref rival, no_codecs, each_level, ref out } => {
+        Command::Evaluate { ref bundle, ref backbones, ref backbone, ref photos, ref rival, no_codecs, prefixes, each_level, ref out } => {
             let plan = if no_codecs { compare::Plan::ours(each_level) } else { compare::Plan { each_level, ..compare::Plan::default() } };
-            evaluate(bundle, backbones, backbone.as_deref(), photos, &Rivals { bundles: rival, plan }, out)
+            evaluate(bundle, backbones, backbone.as_deref(), photos, &Rivals { bundles: rival, prefixes, plan }, out)
         }
         Command::Distill { ref recipe, ref run, resume, ref warm_start, ref start, ref bundle, until, every, ref device, threads } => {
             if threads > 0 {
@@ -466,6 +469,7 @@ fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path
 /// What is compared with the bundle.
 struct Rivals<'a> {
     bundles: &'a [PathBuf],
+    prefixes: Option<u8>,
     plan: compare::Plan,
 }
 
@@ -478,6 +482,9 @@ fn evaluate(bundle: &Path, backbones: &Path, backbone: Option<&str>, photos: &[P
         let mut encoder = edge_client::Encoder::new(opened, 1)?;
         for set in &sets {
             let mut comparison = compare::run(set, &mut encoder, &mut backend, &rivals.plan).await?;
+            if let Some(level) = rivals.prefixes {
+                compare::add_prefixes(&mut comparison, set, &mut encoder, &mut backend, level).await?;
+            }
             for folder in rivals.bundles {
                 for version in edge_client::bundle_versions(folder)?.into_iter().rev() {
                     let mut rival = edge_client::Encoder::new(edge_client::open_version(&version, &Trust::all())?, 1)?;

@@ -116,7 +116,8 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
     let mut under_way = UnderWay::new();
     // photos that the stream's server refused, each by itself, at others
     let (mut refused, mut elsewhere) = (UnderWay::new(), JoinSet::new());
-    let mut ended = false;
+    let (mut ended, mut refusals) = (false, 0);
+    let interruption = ClientError::Usage("interrupted before the answer came".into());
     let mut queue = (0..pace.repeat).flat_map(|_| files.iter());
     let interrupted = tokio::signal::ctrl_c();
     tokio::pin!(interrupted);
@@ -160,9 +161,12 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
                     let Some(sent) = under_way.remove(&answer.id) else { continue };
                     match answer.result.map_err(ClientError::from) {
                         Err(error) if error.is_transient() && client.has_others() && refused.len() < pace.window => {
-                            let (mut client, id, payload) = (client.clone(), answer.id, Payload::Bitstream(sent.container.clone()));
+                            // ids begin anew with each stream
+                            let id = refusals;
+                            refusals += 1;
+                            let (mut client, payload) = (client.clone(), Payload::Bitstream(sent.container.clone()));
                             let left = InferOptions { deadline: options.deadline.saturating_sub(sent.at.elapsed()), ..options.clone() };
-                            elsewhere.spawn(async move { (id, client.infer(payload, &left).await) });
+                            elsewhere.spawn(async move { (id, client.infer_again(payload, &left, error).await) });
                             refused.insert(id, sent);
                         }
                         result => print(&mut printer, sent, result)?,
@@ -172,12 +176,19 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
                 broken => {
                     let error = broken.err().unwrap_or_else(|| Status::unavailable("the stream has ended").into());
                     give_up_late(&mut printer, &mut under_way, options.deadline)?;
-                    let again = if error.is_transient() { reopen(&mut client, pace.window, &options, &mut under_way).await } else { Err(error) };
+                    let again = tokio::select! {
+                        again = reopen(&mut client, pace.window, &options, &mut under_way), if error.is_transient() => again,
+                        _ = &mut interrupted => {
+                            give_up(&mut printer, refused.into_values().chain(under_way.into_values()), &interruption)?;
+                            eprintln!("edge-client: interrupted");
+                            return Ok(false);
+                        }
+                        () = std::future::ready(()), if !error.is_transient() => Err(error),
+                    };
                     match again {
                         Ok((open, answers)) => (sender, receiver) = ((!ending).then_some(open), answers),
                         Err(error) => {
-                            under_way.append(&mut refused);
-                            give_up(&mut printer, under_way, &error)?;
+                            give_up(&mut printer, refused.into_values().chain(under_way.into_values()), &error)?;
                             return Err(error.into());
                         }
                     }
@@ -185,8 +196,7 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
             },
             () = std::future::ready(()), if ended && elsewhere.is_empty() => break,
             _ = &mut interrupted => {
-                under_way.append(&mut refused);
-                give_up(&mut printer, under_way, &ClientError::Usage("interrupted before the answer came".into()))?;
+                give_up(&mut printer, refused.into_values().chain(under_way.into_values()), &interruption)?;
                 eprintln!("edge-client: interrupted");
                 return Ok(false);
             }
@@ -208,8 +218,8 @@ fn give_up_late(printer: &mut Printer, under_way: &mut UnderWay, limit: Duration
 }
 
 /// Every photo that was sent gets its line, answered or not.
-fn give_up(printer: &mut Printer, under_way: UnderWay, error: &ClientError) -> Result<()> {
-    for (_, sent) in under_way {
+fn give_up(printer: &mut Printer, photos: impl Iterator<Item = Sent>, error: &ClientError) -> Result<()> {
+    for sent in photos {
         printer.print(&Line::failed(sent.file, error))?;
     }
     printer.finish();

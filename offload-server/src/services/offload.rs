@@ -111,7 +111,10 @@ impl OffloadService for Offload {
                 let asked = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms.into()));
                 let result = match infer(&pipeline, request, arrived, pipeline.budget(asked), &tenant).await {
                     Ok(response) => Outcome::Response(response),
-                    Err(error) => Outcome::Error(InferError { id, code: error.code() as i32, message: error.to_string() }),
+                    Err(error) => {
+                        let (code, retry_pushback_ms) = (error.code() as i32, error.retry_pushback_ms());
+                        Outcome::Error(InferError { id, code, message: error.to_string(), retry_pushback_ms })
+                    }
                 };
                 InferStreamResponse { result: Some(result) }
             }

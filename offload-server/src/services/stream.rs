@@ -76,6 +76,9 @@ where
             () = pipeline.draining.cancelled(), if open => ending = Some(Err(ServerError::Draining.into())),
             () = &mut aged, if open => ending = Some(Err(ServerError::Aged.into())),
             done = tasks.join_next(), if !tasks.is_empty() => {
+                if matches!(done, Some(Err(_))) {
+                    return Some(ServerError::Network("an answer failed".into()).into());
+                }
                 if !matches!(done, Some(Ok(Ok(())))) {
                     return Some(ServerError::Deadline("waiting to be read by the client").into());
                 }
