@@ -122,7 +122,7 @@ async fn tokens_do_not_travel_in_the_clear() {
 
 /// Large images of one tenant do not keep another's bitstreams from being decoded.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_flood_of_images_leaves_others_their_share() {
+async fn threat_bombs_a_flood_of_images_leaves_others_their_share() {
     let folder = tempfile::tempdir().unwrap();
     let tenant = |name: &str| format!("[[tenants]]\nname = {name:?}\ntoken_sha256 = {:?}\n", sha256(name.as_bytes()));
     let server = start(folder.path(), &["flood", "quiet"].map(tenant).concat());

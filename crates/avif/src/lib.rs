@@ -17,6 +17,14 @@ fn damaged(e: impl std::fmt::Display) -> PixelError {
     PixelError::Decode(format!("AVIF: {e}"))
 }
 
+/// The parsed container of a file that is not animated.
+fn still(bytes: &[u8]) -> Result<avif_parse::AvifData, PixelError> {
+    if bytes.get(8..12) == Some(b"avis") {
+        return Err(PixelError::Animated("AVIF"));
+    }
+    avif_parse::AvifData::from_reader(&mut &bytes[..]).map_err(damaged)
+}
+
 /// Decodes an AVIF file, or one of the formats of [`isthmus_pixels::decode`].
 ///
 /// # Errors
@@ -33,8 +41,7 @@ pub fn dimensions_any(file: &[u8]) -> Result<(u32, u32), PixelError> {
     if !is_avif(file) {
         return isthmus_pixels::dimensions(file);
     }
-    let parsed = avif_parse::AvifData::from_reader(&mut &file[..]).map_err(damaged)?;
-    let meta = parsed.primary_item_metadata().map_err(damaged)?;
+    let meta = still(file)?.primary_item_metadata().map_err(damaged)?;
     Ok((meta.max_frame_width.get(), meta.max_frame_height.get()))
 }
 
@@ -43,10 +50,7 @@ pub fn dimensions_any(file: &[u8]) -> Result<(u32, u32), PixelError> {
 /// # Errors
 /// A [`PixelError`] for anything else, before more memory is used than the limits of photos allow.
 pub fn decode(bytes: &[u8]) -> Result<Rgb, PixelError> {
-    if bytes.get(8..12) == Some(b"avis") {
-        return Err(PixelError::Animated("AVIF"));
-    }
-    let file = avif_parse::AvifData::from_reader(&mut &bytes[..]).map_err(damaged)?;
+    let file = still(bytes)?;
     let meta = file.primary_item_metadata().map_err(damaged)?;
     check_size((meta.max_frame_width.get(), meta.max_frame_height.get()))?;
     if meta.bit_depth != 8 {
