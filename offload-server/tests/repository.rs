@@ -61,7 +61,7 @@ impl Setup {
     async fn statistics(&mut self, name: &str) -> u64 {
         let request = ModelStatisticsRequest { name: name.into(), ..ModelStatisticsRequest::default() };
         let found = self.inference.model_statistics(request).await.unwrap().into_inner().model_stats;
-        found[0].inference_stats.clone().unwrap().success.unwrap().count
+        found[0].inference_stats.unwrap().success.unwrap().count
     }
 
     /// State and reason of a model.
