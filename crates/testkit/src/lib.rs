@@ -115,7 +115,10 @@ impl Process {
         let mut child = command.stdout(Stdio::piped()).spawn().expect("the program starts");
         let stdout = child.stdout.take().expect("piped");
         let process = Self { child };
-        let line = BufReader::new(stdout).lines().next().and_then(Result::ok);
+        let mut lines = BufReader::new(stdout).lines();
+        let line = lines.next().and_then(Result::ok);
+        // a program that prints more must not find its standard output closed
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
         (process, line.expect("the program says that it is ready (its error is above)"))
     }
 
