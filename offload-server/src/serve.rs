@@ -216,6 +216,8 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
 /// Keeps gRPC health at what readiness says, until the server leaves: balancers are to pass by a server whose models were unloaded or are missing.
 fn watch_readiness(pipeline: &Arc<Pipeline>, health: &HealthReporter) {
     let (mut ready, leaving, health) = (pipeline.repository.readiness(), pipeline.leaving.clone(), health.clone());
+    // also what it is now
+    ready.mark_changed();
     tokio::spawn(async move {
         while let Some(Ok(())) = leaving.run_until_cancelled(ready.changed()).await {
             let status = if *ready.borrow_and_update() { ServingStatus::Serving } else { ServingStatus::NotServing };

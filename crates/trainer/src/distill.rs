@@ -17,6 +17,7 @@ use crate::adam::Adam;
 use crate::error::TrainError;
 use crate::history::History;
 use crate::loader::{self, Plan};
+use crate::measure::{Measure, squared};
 use crate::pack::Pack;
 use crate::progress::{LogLine, Totals, progress};
 use crate::recipe::Recipe;
@@ -53,35 +54,6 @@ struct Frozen {
     medians: Tensor,
     /// A photo's at each level, as measured when the bundle was made.
     bytes: Vec<f64>,
-}
-
-/// How errors at the measured layer count: statistics of the teacher's features there, and channel weights.
-struct Measure {
-    mean: Tensor,
-    std: Tensor,
-    weights: Tensor,
-    /// Deviations at the recipe's hooks.
-    hooks: Vec<Tensor>,
-}
-
-/// Squared difference (N, C, H, W) in units of the teacher's variance.
-fn squared(wanted: &Tensor, got: &Tensor, std: &Tensor) -> Tensor {
-    ((got - wanted) / std.view([1, -1, 1, 1])).square()
-}
-
-impl Measure {
-    fn new(recipe: &Recipe, device: Device) -> Self {
-        let ones = |layer| Tensor::ones([recipe.backbone.layer_shape(layer).map_or(1, |s| s[0])], (Kind::Float, device));
-        let hooks = recipe.hooks.iter().map(|&block| ones(Layer::Block(block))).collect();
-        let measured = || ones(recipe.measure());
-        Self { mean: measured() - 1.0, std: measured(), weights: measured(), hooks }
-    }
-
-    fn parts(&mut self) -> Vec<(String, &mut Tensor)> {
-        let own = [("mean", &mut self.mean), ("std", &mut self.std), ("weights", &mut self.weights)];
-        let hooks = self.hooks.iter_mut().enumerate().map(|(i, t)| (format!("hook{i}"), t));
-        own.into_iter().map(|(name, t)| (name.to_owned(), t)).chain(hooks).collect()
-    }
 }
 
 fn checkpoint(folder: &Path) -> PathBuf {

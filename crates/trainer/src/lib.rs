@@ -16,6 +16,7 @@ pub mod history;
 pub mod import;
 pub mod loader;
 pub mod local;
+mod measure;
 pub mod onnx;
 pub mod own;
 pub mod pack;
