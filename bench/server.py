@@ -85,7 +85,8 @@ def main():
             quiet.append(load(BOTH, url, "--rate", 5, "--even", "--warm-up", "1s", "--window", "8s", "--most-windows", 3, "--stability", 1000))
     n = sum(p["n"] for p in quiet)
     print(f"\nbeside the network at 5 requests a second ({len(quiet)} runs, {n} answers), ms:")
-    for what, name in (("serving", "serving alone"), ("overhead", "with entropy decoding and gRPC on both sides")):
+    names = (("serving", "serving alone"), ("server_overhead", "the server's, with entropy decoding"), ("overhead", "with gRPC on both sides too"))
+    for what, name in names:
         of = lambda which: spread([p[f"{what}_ms"][which] for p in quiet])  # noqa: E731, B023
         print(f"  {name}: median {of('p50')}, 99th percentile {of('p99')}")
 

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use isthmus_listen::Bounds;
 use isthmus_proto::aggregator_v1::client_service_server::ClientServiceServer;
 use isthmus_proto::aggregator_v1::peer_service_server::PeerServiceServer;
 use isthmus_proto::aggregator_v1::round_service_server::RoundServiceServer;
@@ -98,6 +99,8 @@ pub async fn start(config: Config, store: Arc<dyn Store>, metrics: PrometheusHan
     let config = &party.config;
     let stop = CancellationToken::new();
     tokio::spawn(isthmus_listen::admin::upkeep(metrics.clone(), stop.clone()));
+    // a fleet may sit behind one address
+    let bounds = Bounds { most: config.max_connections, each_peer: config.max_connections };
     let mut served = Vec::new();
     let identity = || Identity::from_pem(&party.keys.certificate, party.keys.tls_key.as_str());
     let tls_failed = |e: tonic::transport::Error| AggregatorError::Config(format!("keys: {e}"));
@@ -108,7 +111,7 @@ pub async fn start(config: Config, store: Arc<dyn Store>, metrics: PrometheusHan
     let (listener, peer_address) = bind(config.peer_listen).await?;
     let windows = server().initial_stream_window_size(STREAM_WINDOW).initial_connection_window_size(2 * STREAM_WINDOW);
     let router = windows.tls_config(tls).map_err(tls_failed)?.add_service(peers);
-    let incoming = isthmus_listen::at_most(config.max_connections, listener, || ());
+    let incoming = isthmus_listen::bounded(bounds, listener, || ());
     let stopping = stop.clone();
     served.push(tokio::spawn(async move {
         let served = router.serve_with_incoming_shutdown(incoming, stopping.cancelled_owned()).await;
@@ -133,7 +136,7 @@ pub async fn start(config: Config, store: Arc<dyn Store>, metrics: PrometheusHan
             server = server.tls_config(ServerTlsConfig::new().timeout(HANDSHAKE).identity(identity())).map_err(tls_failed)?;
         }
         let router = server.add_service(health_service).add_service(reflection).add_service(clients).add_service(operators);
-        let incoming = isthmus_listen::at_most(config.max_connections, listener, || ());
+        let incoming = isthmus_listen::bounded(bounds, listener, || ());
         let stopping = stop.clone();
         let shutdown = async move {
             stopping.cancelled().await;

@@ -71,6 +71,8 @@ pub struct Config {
     pub max_streams: usize,
     /// Most open connections.
     pub max_connections: usize,
+    /// Of them, from one address (a proxy has one for all its clients).
+    pub max_connections_per_peer: usize,
     /// Largest request message in bytes.
     pub max_request_bytes: usize,
     /// Largest message of a stream of requests in bytes.
@@ -151,6 +153,7 @@ impl Default for Config {
             stream_window: 32,
             max_streams: 256,
             max_connections: 1024,
+            max_connections_per_peer: 512,
             max_request_bytes: 8 << 20,
             max_stream_message_bytes: 2 << 20,
             max_image_pixels: 16 << 20,
@@ -255,9 +258,12 @@ impl Config {
         if !(1..=16).contains(&self.priority_levels) {
             return bad("priority_levels: 1 to 16");
         }
-        let positive = [self.max_batch, self.max_queue, self.max_in_flight, self.stream_window, self.max_streams, self.max_connections];
+        let connections = [self.max_connections, self.max_connections_per_peer];
+        let positive = [self.max_batch, self.max_queue, self.max_in_flight, self.stream_window, self.max_streams];
+        let positive = [&positive[..], &connections].concat();
         if positive.contains(&0) {
-            return bad("max_batch, max_queue, max_in_flight, stream_window, max_streams and max_connections must be positive");
+            let names = "max_batch, max_queue, max_in_flight, stream_window, max_streams, max_connections and max_connections_per_peer";
+            return bad(&format!("{names} must be positive"));
         }
         if positive.iter().chain([&self.decode_workers, &self.network_threads]).any(|&n| n > MAX_COUNT) {
             return bad("counts are at most 65536");

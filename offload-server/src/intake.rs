@@ -192,10 +192,8 @@ fn bitstream(registry: &Registry, entry: &Entry, payload: &[u8]) -> Result<(Stag
     let stage = entry
         .stage(&bundle.hash)
         .ok_or_else(|| ServerError::UnknownBundle(format!("{} (no decoder for model {})", bundle.manifest.name, entry.name)))?;
-    let shape = bundle.manifest.latent;
-    let symbols = container.decode(&bundle.hash, shape, &bundle.tables)?;
     let mut input = Vec::new();
-    bundle.tables.level(container.header.quality)?.dequantise_into(&symbols, shape, &mut input)?;
+    container.decode_into(&bundle.hash, bundle.manifest.latent, &bundle.tables, &mut input)?;
     Ok((stage, input))
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use isthmus_listen::Bounds;
 use isthmus_proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use isthmus_proto::offload_v1::offload_service_server::OffloadServiceServer;
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -188,7 +189,8 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         server =
             server.tls_config(tls).map_err(|e| ServerError::Config(format!("tls_cert, tls_key: they do not belong together ({e})")))?;
     }
-    let incoming = isthmus_listen::at_most(config.max_connections, listener, telemetry::connection_refused);
+    let bounds = Bounds { most: config.max_connections, each_peer: config.max_connections_per_peer };
+    let incoming = isthmus_listen::bounded(bounds, listener, telemetry::connection_refused);
     let ages = connection_ages(config.max_connection_age);
     let lanes = isthmus_listen::in_turn(incoming, ages.len(), draining.clone());
     let mut servers = JoinSet::new();

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -12,6 +13,8 @@ use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
 use isthmus_proto::offload_v1::offload_service_client::OffloadServiceClient;
 use isthmus_proto::offload_v1::{Features, InferRequest, infer_request};
 use isthmus_testkit::Server;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
@@ -272,6 +275,34 @@ async fn threat_exhaustion_connections_streams_and_uploads_are_bounded() {
     assert!(fourth.await.is_err());
     assert!(!server.metrics().contains("isthmus_connections_refused_total 0"));
     drop((second, third));
+    assert_healthy(&mut first, &good).await;
+}
+
+/// One address holds no more than its share of the connections: others still come in.
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_exhaustion_one_peer_does_not_keep_out_the_others() {
+    let server = configured("max_connections_per_peer = 2\n");
+    let (good, _) = sample();
+    let mut first = client(&server).await;
+    let second = client(&server).await;
+    let address: SocketAddr = server.url().trim_start_matches("http://").parse().unwrap();
+    let from = |host: [u8; 4]| async move {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind((host, 0).into()).unwrap();
+        let mut stream = socket.connect(address).await.unwrap();
+        // the server's settings, or its end
+        let mut settings = [0; 9];
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00").await.is_ok()
+            && stream.read_exact(&mut settings).await.is_ok()
+    };
+    assert!(!from([127, 0, 0, 1]).await);
+    assert!(from([127, 0, 0, 2]).await);
+    drop(second);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !from([127, 0, 0, 1]).await {
+        assert!(Instant::now() < deadline, "the place of a connection that was closed did not come back");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     assert_healthy(&mut first, &good).await;
 }
 

@@ -40,6 +40,8 @@ pub struct Window {
     pub queue: Histogram<u64>,
     /// Of the server's time, what is neither decoding nor the network's: limits, admission, queue, threads that wake each other.
     pub serving: Histogram<u64>,
+    /// The server's time without the network's: entropy decoding and serving.
+    pub server_overhead: Histogram<u64>,
     /// From sending to the answer, without the network's own time: transport, decoding, waiting, batching.
     pub overhead: Histogram<u64>,
     /// Answers with a failure, by kind.
@@ -63,6 +65,7 @@ impl Window {
             server: histogram()?,
             queue: histogram()?,
             serving: histogram()?,
+            server_overhead: histogram()?,
             overhead: histogram()?,
             failed: Default::default(),
             unsent: 0,
@@ -93,6 +96,7 @@ impl Window {
             (&mut self.server, &other.server),
             (&mut self.queue, &other.queue),
             (&mut self.serving, &other.serving),
+            (&mut self.server_overhead, &other.server_overhead),
             (&mut self.overhead, &other.overhead),
         ];
         for (mine, theirs) in pairs {
@@ -139,6 +143,7 @@ async fn one(target: Target, number: u64, intended: Instant, window: Arc<Mutex<W
             w.server.saturating_record(t.total_us);
             w.queue.saturating_record(t.queue_us);
             w.serving.saturating_record(t.total_us.saturating_sub(t.network_us + t.decode_us));
+            w.server_overhead.saturating_record(t.total_us.saturating_sub(t.network_us));
             w.overhead.saturating_record(micros(waited).saturating_sub(t.network_us));
             w.network += t.network_us as f64 / f64::from(t.batch_size.max(1)) / 1e6;
             w.batches += f64::from(t.batch_size);

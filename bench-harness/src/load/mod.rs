@@ -62,6 +62,8 @@ pub struct Point {
     pub queue_ms: Summary,
     /// Of the server's time, what is neither decoding nor the network's.
     pub serving_ms: Summary,
+    /// The server's time without the network's: decoding and serving.
+    pub server_overhead_ms: Summary,
     /// From sending to the answer, without the network's own time: transport, decoding, waiting, batching.
     pub overhead_ms: Summary,
     /// Mean requests computed together.
@@ -140,6 +142,7 @@ pub async fn measure(target: &Target, arrivals: &Arrivals, plan: &Plan) -> Resul
         server_ms: Summary::of(&all.server),
         queue_ms: Summary::of(&all.queue),
         serving_ms: Summary::of(&all.serving),
+        server_overhead_ms: Summary::of(&all.server_overhead),
         overhead_ms: Summary::of(&all.overhead),
         batch_size: all.batches / n.max(1) as f64,
         outside_network: (1.0 - all.network / all.seconds.max(1e-9)).clamp(0.0, 1.0),

@@ -49,7 +49,7 @@ pub fn markdown(points: &[Point]) -> String {
 
 /// One line a point, with a head.
 pub fn csv(points: &[Point]) -> String {
-    let names = ["latency", "lag", "server", "queue", "serving", "overhead"];
+    let names = ["latency", "lag", "server", "queue", "serving", "server_overhead", "overhead"];
     let columns: Vec<String> = names.iter().flat_map(|n| ["mean", "p50", "p95", "p99", "max"].map(|s| format!("{n}_{s}_ms"))).collect();
     let mut out =
         format!("load,n,per_second,percentile_ms,batch_size,outside_network,failed,unsent,windows,stable,{}\n", columns.join(","));
@@ -57,7 +57,7 @@ pub fn csv(points: &[Point]) -> String {
         let of = |s: &Summary| [s.mean, s.p50, s.p95, s.p99, s.max].map(|v| format!("{v:.3}")).join(",");
         let failed = p.failed.values().sum::<u64>();
         out += &format!(
-            "{},{},{:.3},{:.3},{:.3},{:.4},{failed},{},{},{},{},{},{},{},{},{}\n",
+            "{},{},{:.3},{:.3},{:.3},{:.4},{failed},{},{},{},{},{},{},{},{},{},{}\n",
             p.load,
             p.n,
             p.per_second,
@@ -72,6 +72,7 @@ pub fn csv(points: &[Point]) -> String {
             of(&p.server_ms),
             of(&p.queue_ms),
             of(&p.serving_ms),
+            of(&p.server_overhead_ms),
             of(&p.overhead_ms)
         );
     }

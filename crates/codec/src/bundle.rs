@@ -144,8 +144,7 @@ impl Bundle {
     /// As [`Container::parse`] and [`Container::decode`].
     pub fn decode_into(&self, bytes: &[u8], out: &mut Vec<f32>) -> Result<Header, CodecError> {
         let container = Container::parse(bytes)?;
-        let symbols = container.decode(&self.hash, self.manifest.latent, &self.tables)?;
-        self.tables.level(container.header.quality)?.dequantise_into(&symbols, self.manifest.latent, out)?;
+        container.decode_into(&self.hash, self.manifest.latent, &self.tables, out)?;
         Ok(container.header)
     }
 

@@ -6,18 +6,23 @@
 //! stack, so everything is pushed in reverse and the decoder reads forward. Decoding never trusts the
 //! stream: escapes are bounded and the coder must end exactly empty.
 
+use constriction::Stack;
+use constriction::backends::{BoundedReadWords, Cursor};
 use constriction::stream::model::UniformModel;
-use constriction::stream::stack::DefaultAnsCoder;
+use constriction::stream::stack::{AnsCoder, DefaultAnsCoder};
 use constriction::stream::{Code, Decode, Encode};
 
 use crate::CodecError;
-use crate::contexts::Field;
+use crate::contexts::{Contexts, Field};
 use crate::distribution::{Distribution, MAX_MAGNITUDE, ModeFirst};
 use crate::pmf::PRECISION;
 use crate::tables::{LatentShape, LevelTables};
 
 /// Nibbles of the largest escape that a clamped symbol can need.
 const MAX_NIBBLES: usize = 6;
+
+/// Reads the words of a payload. Small and copied where a function that is rarely called needs it: its state stays in registers.
+type Reader<'a> = AnsCoder<u32, u64, Cursor<u32, &'a [u32]>>;
 
 /// Folds a value outside `0..escape` to an unsigned number (odd below, even above).
 pub(crate) fn escape_raw(value: i64, escape: usize) -> u32 {
@@ -57,20 +62,19 @@ fn push(coder: &mut DefaultAnsCoder, distribution: &Distribution, symbol: i32) -
 }
 
 #[inline(always)]
-fn pop(coder: &mut DefaultAnsCoder, distribution: &Distribution) -> Result<i32, CodecError> {
+fn pop(coder: &mut Reader<'_>, distribution: &Distribution) -> Result<i32, CodecError> {
     let index = coder.decode_symbol(ModeFirst(distribution)).map_err(|_| garbage())?;
-    let escape = distribution.escape();
-    let value = if index < escape { index as i64 } else { pop_escaped(coder, escape)? };
-    let symbol = value + i64::from(distribution.offset);
-    if symbol.unsigned_abs() > u64::from(MAX_MAGNITUDE.unsigned_abs()) {
-        return Err(CodecError::malformed("a symbol is out of range"));
+    if index < distribution.escape() {
+        return Ok(index as i32 + distribution.offset);
     }
-    Ok(symbol as i32)
+    let (symbol, rest) = pop_escaped(coder.clone(), distribution)?;
+    *coder = rest;
+    Ok(symbol)
 }
 
 /// The next symbol; none where the words that it needs are missing.
 #[inline(always)]
-fn next<const PART: bool>(coder: &mut DefaultAnsCoder, distribution: &Distribution) -> Result<Option<i32>, CodecError> {
+fn next<const PART: bool>(coder: &mut Reader<'_>, distribution: &Distribution) -> Result<Option<i32>, CodecError> {
     if !PART {
         return pop(coder, distribution).map(Some);
     }
@@ -93,7 +97,7 @@ fn garbage() -> CodecError {
 }
 
 #[cold]
-fn pop_escaped(coder: &mut DefaultAnsCoder, escape: usize) -> Result<i64, CodecError> {
+fn pop_escaped<'a>(mut coder: Reader<'a>, distribution: &Distribution) -> Result<(i32, Reader<'a>), CodecError> {
     let nibble = uniform();
     let count = coder.decode_symbol(nibble).map_err(|_| garbage())?;
     if count > MAX_NIBBLES {
@@ -104,7 +108,12 @@ fn pop_escaped(coder: &mut DefaultAnsCoder, escape: usize) -> Result<i64, CodecE
         let digit = coder.decode_symbol(nibble).map_err(|_| garbage())?;
         raw |= (digit as i64) << (4 * n);
     }
-    Ok(if raw & 1 == 1 { -(raw >> 1) - 1 } else { (raw >> 1) + escape as i64 })
+    let value = if raw & 1 == 1 { -(raw >> 1) - 1 } else { (raw >> 1) + distribution.escape() as i64 };
+    let symbol = value + i64::from(distribution.offset);
+    if symbol.unsigned_abs() > u64::from(MAX_MAGNITUDE.unsigned_abs()) {
+        return Err(CodecError::malformed("a symbol is out of range"));
+    }
+    Ok((symbol as i32, coder))
 }
 
 fn check(symbols: &[i32], level: &LevelTables, shape: LatentShape) -> Result<(), CodecError> {
@@ -171,7 +180,8 @@ pub fn decode_end(end: &[u8], level: &LevelTables, shape: LatentShape) -> Result
     if end.len() < 8 {
         return Ok(Part { symbols: vec![0; shape.symbols()], known: 0 });
     }
-    let (symbols, known, _) = decode_words::<true>(end, level, shape)?;
+    let mut symbols = vec![0; shape.symbols()];
+    let (known, _) = decode_words::<true>(end, level, shape, gather(&mut symbols, shape))?;
     Ok(Part { symbols, known })
 }
 
@@ -180,20 +190,41 @@ pub fn decode_end(end: &[u8], level: &LevelTables, shape: LatentShape) -> Result
 /// # Errors
 /// [`CodecError::Malformed`] if the payload is not exactly what the encoder makes.
 pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result<Vec<i32>, CodecError> {
-    let (symbols, _, ended) = decode_words::<false>(payload, level, shape)?;
-    if !ended {
-        return Err(CodecError::malformed("bytes are left after the last symbol"));
-    }
+    let mut symbols = vec![0; shape.symbols()];
+    decode_planes(payload, level, shape, gather(&mut symbols, shape))?;
     Ok(symbols)
 }
 
-/// True if the coder would have to read a word that is not there.
-fn starves(coder: &DefaultAnsCoder) -> bool {
-    coder.bulk().is_empty() && coder.state() < 1 << 32
+/// As [`decode`], handing over the symbols of one channel after the other, in the level's coding order: nothing has to be held but one plane.
+///
+/// # Errors
+/// As [`decode`]; what was handed over before means nothing then.
+pub fn decode_planes(payload: &[u8], level: &LevelTables, shape: LatentShape, each: impl FnMut(usize, &[i32])) -> Result<(), CodecError> {
+    let (_, ended) = decode_words::<false>(payload, level, shape, each)?;
+    if !ended {
+        return Err(CodecError::malformed("bytes are left after the last symbol"));
+    }
+    Ok(())
 }
 
-/// Symbols, how many of them are known if `PART` (words are missing before those of `payload`), and whether the coder is empty.
-fn decode_words<const PART: bool>(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result<(Vec<i32>, usize, bool), CodecError> {
+/// Writes planes where they belong.
+fn gather(symbols: &mut [i32], shape: LatentShape) -> impl FnMut(usize, &[i32]) {
+    let positions = shape.positions();
+    move |channel, plane| symbols[channel * positions..][..positions].copy_from_slice(plane)
+}
+
+/// True if the coder would have to read a word that is not there.
+fn starves(coder: &Reader<'_>) -> bool {
+    BoundedReadWords::<u32, Stack>::is_exhausted(coder.bulk()) && coder.state() < 1 << 32
+}
+
+/// Hands over planes; how many symbols are known if `PART` (words are missing before those of `payload`), and whether the coder is empty.
+fn decode_words<const PART: bool>(
+    payload: &[u8],
+    level: &LevelTables,
+    shape: LatentShape,
+    mut each: impl FnMut(usize, &[i32]),
+) -> Result<(usize, bool), CodecError> {
     if !payload.len().is_multiple_of(4) || level.channels.len() != usize::from(shape.channels) {
         return Err(CodecError::malformed("the payload's length is no multiple of 4"));
     }
@@ -201,46 +232,61 @@ fn decode_words<const PART: bool>(payload: &[u8], level: &LevelTables, shape: La
         return Err(CodecError::malformed("the latent is empty"));
     }
     let words: Vec<u32> = payload.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
-    let mut coder = DefaultAnsCoder::from_compressed(words).map_err(|_| CodecError::malformed("the payload ends in a zero word"))?;
-    let positions = shape.positions();
-    let mut symbols = vec![0; shape.symbols()];
-    let mut field = (!level.is_static()).then(|| Field::new(shape));
+    let mut coder = Reader::from_compressed_slice(&words).map_err(|_| CodecError::malformed("the payload ends in a zero word"))?;
+    let mut plane = vec![0; shape.positions()];
+    let mut field = (!level.is_static()).then(|| Field::new(shape, |channel| level.is_read(channel)));
     let mut known = 0;
     for &channel in level.order() {
         let contexts = &level.channels[usize::from(channel)].contexts;
-        let plane = &mut symbols[usize::from(channel) * positions..][..positions];
-        match field.as_mut().filter(|_| !contexts.is_static()) {
-            None => {
-                let distribution = &contexts.distributions()[0];
-                for symbol in plane.iter_mut() {
-                    let Some(value) = next::<PART>(&mut coder, distribution)? else { return Ok((symbols, known, false)) };
-                    *symbol = value;
-                    known += usize::from(PART);
-                }
-            }
-            Some(field) => {
-                let [magnitude, signed] = field.estimate_others(contexts, channel);
-                let own = field.own_taps(contexts, channel);
-                for (y, row) in plane.chunks_exact_mut(shape.width.into()).enumerate() {
-                    let start = field.index(channel.into(), y, 0);
-                    for (x, symbol) in row.iter_mut().enumerate() {
-                        let at = field.place(y, x);
-                        let bin = field.complete(contexts, &own, [magnitude[at], signed[at]], start + x);
-                        let distribution = &contexts.distributions()[bin];
-                        let Some(value) = next::<PART>(&mut coder, distribution)? else { return Ok((symbols, known, false)) };
-                        *symbol = value;
-                        known += usize::from(PART);
-                        field.put(start + x, *symbol);
-                    }
-                }
-            }
+        let new = match field.as_mut().filter(|_| !contexts.is_static()) {
+            None => decode_static::<PART>(&mut coder, &contexts.distributions()[0], &mut plane)?,
+            Some(field) => decode_in_context::<PART>(&mut coder, (channel, contexts), field, &mut plane)?,
+        };
+        plane[new..].fill(0);
+        each(channel.into(), &plane);
+        known += new;
+        if new < plane.len() {
+            return Ok((known, false));
         }
-        // predictors of later channels may read this one even if its own table is static; a new field is zero
-        if let Some(field) = field.as_mut().filter(|_| contexts.is_static()) {
-            plane.iter().enumerate().filter(|(_, s)| **s != 0).for_each(|(at, &s)| field.set(channel.into(), at, s));
+        if let Some(field) = field.as_mut() {
+            field.note(channel, &plane);
         }
     }
-    Ok((symbols, known, coder.is_empty()))
+    Ok((known, coder.is_empty()))
+}
+
+/// Symbols of one channel that have one distribution; how many are known.
+fn decode_static<const PART: bool>(coder: &mut Reader<'_>, distribution: &Distribution, plane: &mut [i32]) -> Result<usize, CodecError> {
+    // a copy stays in registers
+    let mut reader = coder.clone();
+    for (at, symbol) in plane.iter_mut().enumerate() {
+        let Some(value) = next::<PART>(&mut reader, distribution)? else { return Ok(at) };
+        *symbol = value;
+    }
+    *coder = reader;
+    Ok(plane.len())
+}
+
+/// Symbols of one channel whose distributions depend on earlier ones; how many are known.
+fn decode_in_context<const PART: bool>(
+    coder: &mut Reader<'_>,
+    (channel, contexts): (u16, &Contexts),
+    field: &Field,
+    plane: &mut [i32],
+) -> Result<usize, CodecError> {
+    let mut reader = coder.clone();
+    let mut decoding = field.decoding(contexts, channel);
+    let width = field.width();
+    for (y, row) in plane.chunks_exact_mut(width).enumerate() {
+        decoding.begin_row(y);
+        for (x, symbol) in row.iter_mut().enumerate() {
+            let Some(value) = next::<PART>(&mut reader, decoding.distribution(x))? else { return Ok(y * width + x) };
+            *symbol = value;
+            decoding.put(x, value);
+        }
+    }
+    *coder = reader;
+    Ok(plane.len())
 }
 
 /// Ideal code length of `symbols` in bits under the integer tables.

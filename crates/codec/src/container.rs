@@ -19,7 +19,7 @@
 
 use crate::bundle::BundleHash;
 use crate::quality::Quality;
-use crate::tables::{LatentShape, LevelTables, Tables};
+use crate::tables::{LatentShape, Level, LevelTables, Tables};
 use crate::{CodecError, coder};
 
 /// First bytes of every container.
@@ -125,6 +125,30 @@ impl<'a> Container<'a> {
     /// [`CodecError::WrongBundle`], [`CodecError::WrongShape`], [`CodecError::UnknownQuality`] if the
     /// container does not belong to the bundle, [`CodecError::Malformed`] if the payload is damaged.
     pub fn decode(&self, hash: &BundleHash, shape: LatentShape, tables: &Tables) -> Result<Vec<i32>, CodecError> {
+        let level = self.level(hash, shape, tables)?;
+        coder::decode(self.payload, &level, shape)
+    }
+
+    /// Decodes and de-quantises into the decoder's input (channel-major), appended to `out`.
+    ///
+    /// # Errors
+    /// As [`Self::decode`]; `out` is then as it was.
+    pub fn decode_into(&self, hash: &BundleHash, shape: LatentShape, tables: &Tables, out: &mut Vec<f32>) -> Result<(), CodecError> {
+        let level = self.level(hash, shape, tables)?;
+        let (start, positions) = (out.len(), shape.positions());
+        out.resize(start + shape.symbols(), 0.0);
+        let latent = &mut out[start..];
+        let decoded = coder::decode_planes(self.payload, &level, shape, |channel, plane| {
+            level.dequantise_plane(channel, plane, &mut latent[channel * positions..][..positions]);
+        });
+        if decoded.is_err() {
+            out.truncate(start);
+        }
+        decoded
+    }
+
+    /// The quality's tables, once everything that the header says fits.
+    fn level<'t>(&self, hash: &BundleHash, shape: LatentShape, tables: &'t Tables) -> Result<Level<'t>, CodecError> {
         if self.header.bundle != hash.prefix() {
             let found = crate::bundle::hex(&self.header.bundle);
             return Err(CodecError::WrongBundle { expected: crate::bundle::hex(&hash.prefix()), found });
@@ -141,7 +165,7 @@ impl<'a> Container<'a> {
         if self.payload.len() > max_payload(shape) {
             return Err(CodecError::malformed("the payload is longer than any coded latent"));
         }
-        coder::decode(self.payload, &level, shape)
+        Ok(level)
     }
 }
 

@@ -51,6 +51,49 @@ pub struct Contexts {
     cuts: Vec<i32>,
     signed_cuts: Vec<Vec<i32>>,
     distributions: Vec<Distribution>,
+    steps: Steps,
+}
+
+/// Thresholds as they are looked up: counting those that a value reaches, all of them, is faster than a search, whose branches cannot be foreseen.
+#[derive(Debug, Clone)]
+struct Steps {
+    magnitude: Vec<[i32; LANES]>,
+    /// Equally many rows for every magnitude bin.
+    signed: Vec<[i32; LANES]>,
+    /// Distributions of a magnitude bin.
+    bins: usize,
+}
+
+/// Thresholds that are compared at once.
+const LANES: usize = 4;
+
+impl Steps {
+    fn new(cuts: &[i32], signed_cuts: &[Vec<i32>]) -> Self {
+        let rows = |cuts: &[i32]| -> Vec<[i32; LANES]> {
+            // sums stay far below the largest integer: it is never reached
+            cuts.chunks(LANES).map(|c| std::array::from_fn(|i| c.get(i).copied().unwrap_or(i32::MAX))).collect()
+        };
+        let bins = signed_cuts.first().map_or(0, Vec::len) + 1;
+        Self { magnitude: rows(cuts), signed: signed_cuts.iter().flat_map(|c| rows(c)).collect(), bins }
+    }
+
+    #[inline(always)]
+    fn reached(rows: &[[i32; LANES]], value: i32) -> usize {
+        let mut counts = [0; LANES];
+        for row in rows {
+            for (count, &cut) in counts.iter_mut().zip(row) {
+                *count += i32::from(cut <= value);
+            }
+        }
+        counts.iter().sum::<i32>() as usize
+    }
+
+    #[inline(always)]
+    fn bin(&self, magnitude: i32, signed: i32) -> usize {
+        let bin = Self::reached(&self.magnitude, magnitude);
+        let rows = self.bins.saturating_sub(1).div_ceil(LANES);
+        bin * self.bins + Self::reached(&self.signed[bin * rows..][..rows], signed)
+    }
 }
 
 impl Contexts {
@@ -62,6 +105,7 @@ impl Contexts {
             cuts: Vec::new(),
             signed_cuts: vec![Vec::new()],
             distributions: vec![distribution],
+            steps: Steps::new(&[], &[]),
         }
     }
 
@@ -96,7 +140,8 @@ impl Contexts {
             }
         }
         let [magnitude, signed] = predictors;
-        Ok(Self { magnitude, signed, cuts, signed_cuts, distributions })
+        let steps = Steps::new(&cuts, &signed_cuts);
+        Ok(Self { magnitude, signed, cuts, signed_cuts, distributions, steps })
     }
 
     /// True if every symbol has the same distribution.
@@ -134,10 +179,9 @@ impl Contexts {
         }
     }
 
+    #[inline(always)]
     pub(crate) fn bin(&self, magnitude: i32, signed: i32) -> usize {
-        let bin = self.cuts.partition_point(|&c| c <= magnitude);
-        let signed_cuts = &self.signed_cuts[bin];
-        bin * (signed_cuts.len() + 1) + signed_cuts.partition_point(|&c| c <= signed)
+        self.steps.bin(magnitude, signed)
     }
 }
 
@@ -146,76 +190,101 @@ fn before(t: &Tap) -> bool {
     t.dy < 0 || (t.dy == 0 && t.dx < 0)
 }
 
-/// Symbols as predictors see them: saturated, in planes with a border of zeros.
+/// Symbols as predictors see them: saturated, in planes with a border of zeros. Channels that no predictor reads have none.
 pub struct Field {
     width: usize,
     height: usize,
     stride: usize,
-    magnitudes: Vec<i16>,
-    signed: Vec<i16>,
+    /// Where each channel's plane begins.
+    planes: Vec<Option<usize>>,
+    magnitudes: Vec<i8>,
+    signed: Vec<i8>,
+}
+
+/// Magnitude and value of a symbol as predictors see it.
+#[inline(always)]
+fn saturated(symbol: i32) -> [i8; 2] {
+    let signed = symbol.clamp(-SATURATION, SATURATION);
+    [signed.abs().min(SATURATION / 2) as i8, signed as i8]
+}
+
+/// Adds `weight` times the values to the sums.
+#[inline(always)]
+fn add(sums: &mut [i32], weight: i16, values: &[i8]) {
+    for (sum, &value) in sums.iter_mut().zip(values) {
+        *sum += i32::from(weight) * i32::from(value);
+    }
 }
 
 impl Field {
-    /// All symbols zero.
-    pub fn new(shape: LatentShape) -> Self {
+    /// All symbols zero; predictors read only channels that are `wanted`.
+    pub fn new(shape: LatentShape, wanted: impl Fn(u16) -> bool) -> Self {
         let (width, height) = (usize::from(shape.width), usize::from(shape.height));
         let stride = width + 2 * REACH;
-        let len = usize::from(shape.channels) * stride * (height + 2 * REACH);
-        Self { width, height, stride, magnitudes: vec![0; len], signed: vec![0; len] }
+        let mut len = 0;
+        let planes = (0..shape.channels).map(|channel| {
+            let begin = len;
+            wanted(channel).then(|| {
+                len += stride * (height + 2 * REACH);
+                begin
+            })
+        });
+        let planes = planes.collect();
+        Self { width, height, stride, planes, magnitudes: vec![0; len], signed: vec![0; len] }
     }
 
-    /// Notes the symbol of `channel` at position `at` (row-major).
-    pub fn set(&mut self, channel: usize, at: usize, symbol: i32) {
-        self.put(self.index(channel, at / self.width, at % self.width), symbol);
+    /// Columns of the latent.
+    pub(crate) fn width(&self) -> usize {
+        self.width
     }
 
-    /// Notes a symbol at a place given by [`Field::index`].
-    pub(crate) fn put(&mut self, index: usize, symbol: i32) {
-        let signed = symbol.clamp(-SATURATION, SATURATION);
-        self.signed[index] = signed as i16;
-        self.magnitudes[index] = signed.abs().min(SATURATION / 2) as i16;
-    }
-
-    /// Place of row `y`, column `x` (of the latent) in the planes.
-    pub(crate) fn index(&self, channel: usize, y: usize, x: usize) -> usize {
-        (channel * (self.height + 2 * REACH) + y + REACH) * self.stride + x + REACH
-    }
-
-    fn at(&self, tap: &Tap, y: usize, x: usize) -> usize {
-        let (y, x) = (y as isize + isize::from(tap.dy), x as isize + isize::from(tap.dx));
-        let row = (usize::from(tap.channel) * (self.height + 2 * REACH) + REACH) as isize + y;
-        (row * self.stride as isize + x) as usize + REACH
-    }
-
-    /// The symbol that `tap` reads from position `at` (row-major): magnitude and signed value, saturated.
-    pub fn read(&self, tap: &Tap, at: usize) -> [i16; 2] {
-        let i = self.at(tap, at / self.width, at % self.width);
-        [self.magnitudes[i], self.signed[i]]
-    }
-
-    /// Adds the terms of `predictor` whose tap passes `wanted` to `sums`: rows as far apart as in the planes, so that all of them are one
-    /// loop; what lies between them means nothing.
-    fn add(&self, planes: &[i16], predictor: &Predictor, wanted: impl Fn(&Tap) -> bool, sums: &mut [i32]) {
-        for tap in predictor.taps.iter().filter(|t| wanted(t)) {
-            let from = self.at(tap, 0, 0);
-            for (sum, &value) in sums.iter_mut().zip(&planes[from..]) {
-                *sum += i32::from(tap.weight) * i32::from(value);
+    /// Notes the symbols of `channel` (row-major), once.
+    pub fn note(&mut self, channel: u16, symbols: &[i32]) {
+        // most channels of most levels are empty: a new field is zero
+        let empty = symbols.iter().fold(0, |any, s| any | s) == 0;
+        let Some(begin) = self.planes.get(usize::from(channel)).copied().flatten().filter(|_| !empty) else { return };
+        for (y, row) in symbols.chunks_exact(self.width).enumerate() {
+            let at = begin + self.inside(y, 0);
+            for ((magnitude, signed), &symbol) in self.magnitudes[at..].iter_mut().zip(&mut self.signed[at..]).zip(row) {
+                [*magnitude, *signed] = saturated(symbol);
             }
         }
     }
 
-    /// Estimates (magnitude, signed) from the taps that pass `wanted`, at [`Field::place`].
-    fn estimates(&self, contexts: &Contexts, wanted: impl Fn(&Tap) -> bool) -> [Vec<i32>; 2] {
-        let len = self.place(self.height - 1, self.width);
-        let mut sums = contexts.predictors().map(|p| vec![p.bias; len]);
-        self.add(&self.magnitudes, &contexts.magnitude, &wanted, &mut sums[0]);
-        self.add(&self.signed, &contexts.signed, &wanted, &mut sums[1]);
-        sums
+    /// Row `y`, column `x` of the latent in a plane.
+    fn inside(&self, y: usize, x: usize) -> usize {
+        (y + REACH) * self.stride + x + REACH
     }
 
-    /// Where [`Field::estimate_others`] has row `y`, column `x`.
-    pub(crate) fn place(&self, y: usize, x: usize) -> usize {
-        y * self.stride + x
+    /// Where `tap` reads from for row `y`, column `x` in a plane.
+    fn shifted(&self, tap: &Tap, y: usize, x: usize) -> usize {
+        let distance = isize::from(tap.dy) * self.stride as isize + isize::from(tap.dx);
+        self.inside(y, x).wrapping_add_signed(distance)
+    }
+
+    /// The symbol that `tap` reads from position `at` (row-major): magnitude and signed value, saturated.
+    pub fn read(&self, tap: &Tap, at: usize) -> [i8; 2] {
+        let begin = self.planes.get(usize::from(tap.channel)).copied().flatten();
+        begin.map_or([0; 2], |begin| {
+            let i = begin + self.shifted(tap, at / self.width, at % self.width);
+            [self.magnitudes[i], self.signed[i]]
+        })
+    }
+
+    /// Estimates (magnitude, signed) from the taps that pass `wanted`, in rows as far apart as in the planes, so that all of them are one loop; what
+    /// lies between them means nothing.
+    fn estimates(&self, contexts: &Contexts, wanted: impl Fn(&Tap) -> bool) -> [Vec<i32>; 2] {
+        let len = (self.height - 1) * self.stride + self.width;
+        let of = |predictor: &Predictor, planes: &[i8]| {
+            let mut sums = vec![predictor.bias; len];
+            for tap in predictor.taps.iter().filter(|t| wanted(t)) {
+                if let Some(begin) = self.planes.get(usize::from(tap.channel)).copied().flatten() {
+                    add(&mut sums, tap.weight, &planes[begin + self.shifted(tap, 0, 0)..]);
+                }
+            }
+            sums
+        };
+        [of(&contexts.magnitude, &self.magnitudes), of(&contexts.signed, &self.signed)]
     }
 
     /// Estimates at every position from all taps, once all symbols they read are known.
@@ -229,39 +298,80 @@ impl Field {
         magnitude.into_iter().zip(signed).map(|(m, s)| contexts.bin(m, s)).collect()
     }
 
-    /// Estimates from other channels at [`Field::place`], to be completed position by position with [`Field::complete`].
-    pub(crate) fn estimate_others(&self, contexts: &Contexts, channel: u16) -> [Vec<i32>; 2] {
-        self.estimates(contexts, |t| t.channel != channel)
-    }
-
-    /// The channel's taps on itself: distance in the planes, weights in both predictors.
-    pub(crate) fn own_taps(&self, contexts: &Contexts, channel: u16) -> Vec<(isize, [i32; 2])> {
-        let mut own: Vec<(isize, [i32; 2])> = Vec::new();
+    /// The channel that is decoded now: what other channels say of it is known.
+    pub(crate) fn decoding<'a>(&'a self, contexts: &'a Contexts, channel: u16) -> Decoding<'a> {
+        let mut left = [[0; 2]; REACH];
         for (which, predictor) in contexts.predictors().into_iter().enumerate() {
-            for tap in predictor.taps.iter().filter(|t| t.channel == channel) {
-                let distance = isize::from(tap.dy) * self.stride as isize + isize::from(tap.dx);
-                match own.iter_mut().find(|(d, _)| *d == distance) {
-                    Some((_, weights)) => weights[which] += i32::from(tap.weight),
-                    None => {
-                        let mut weights = [0; 2];
-                        weights[which] = tap.weight.into();
-                        own.push((distance, weights));
-                    }
+            for tap in predictor.taps.iter().filter(|t| t.channel == channel && t.dy == 0) {
+                // a channel's taps on its own row lie to the left: `check_causal`
+                if let Some(weights) = left.get_mut(usize::from(tap.dx.unsigned_abs()).wrapping_sub(1)) {
+                    weights[which] += i32::from(tap.weight);
                 }
             }
         }
-        own
+        let above = contexts.predictors().map(|p| p.taps.iter().filter(|t| t.channel == channel && t.dy < 0).collect());
+        let len = self.stride * (self.height + 2 * REACH);
+        Decoding {
+            field: self,
+            contexts,
+            estimates: self.estimates(contexts, |t| t.channel != channel),
+            above,
+            left,
+            planes: [vec![0; len], vec![0; len]],
+            near: [[0; 2]; REACH],
+            row: [0; 2],
+        }
+    }
+}
+
+/// A channel of which symbols become known one by one.
+pub(crate) struct Decoding<'a> {
+    field: &'a Field,
+    contexts: &'a Contexts,
+    /// As of [`Field::estimates`].
+    estimates: [Vec<i32>; 2],
+    /// Taps of both predictors on the channel's own rows above.
+    above: [Vec<&'a Tap>; 2],
+    /// Weights of both predictors on its own symbols to the left, nearest first.
+    left: [[i32; 2]; REACH],
+    /// Magnitudes and signed values so far.
+    planes: [Vec<i8>; 2],
+    /// The last ones of this row, the last first.
+    near: [[i32; 2]; REACH],
+    /// Where this row begins in estimates and in planes.
+    row: [usize; 2],
+}
+
+impl Decoding<'_> {
+    /// Goes on to row `y`: those above are known.
+    pub(crate) fn begin_row(&mut self, y: usize) {
+        self.row = [y * self.field.stride, self.field.inside(y, 0)];
+        self.near = [[0; 2]; REACH];
+        let columns = self.row[0]..self.row[0] + self.field.width;
+        for ((sums, taps), plane) in self.estimates.iter_mut().zip(&self.above).zip(&self.planes) {
+            for tap in taps {
+                add(&mut sums[columns.clone()], tap.weight, &plane[self.field.shifted(tap, y, 0)..]);
+            }
+        }
     }
 
-    /// Number of the distribution at `index`, given the `partial` sums of other channels.
-    #[inline]
-    pub(crate) fn complete(&self, contexts: &Contexts, own: &[(isize, [i32; 2])], partial: [i32; 2], index: usize) -> usize {
-        let [mut magnitude, mut signed] = partial;
-        for &(distance, weights) in own {
-            let at = index.wrapping_add_signed(distance);
-            magnitude += weights[0] * i32::from(self.magnitudes[at]);
-            signed += weights[1] * i32::from(self.signed[at]);
+    /// The distribution of column `x`: those to the left are known.
+    #[inline(always)]
+    pub(crate) fn distribution(&self, x: usize) -> &Distribution {
+        let [mut magnitude, mut signed] = [self.estimates[0][self.row[0] + x], self.estimates[1][self.row[0] + x]];
+        for (weights, symbol) in self.left.iter().zip(&self.near) {
+            magnitude += weights[0] * symbol[0];
+            signed += weights[1] * symbol[1];
         }
-        contexts.bin(magnitude, signed)
+        &self.contexts.distributions[self.contexts.bin(magnitude, signed)]
+    }
+
+    /// Notes the symbol of column `x`.
+    #[inline(always)]
+    pub(crate) fn put(&mut self, x: usize, symbol: i32) {
+        let seen = saturated(symbol);
+        [self.planes[0][self.row[1] + x], self.planes[1][self.row[1] + x]] = seen;
+        self.near.rotate_right(1);
+        self.near[0] = seen.map(i32::from);
     }
 }

@@ -69,6 +69,9 @@ impl Distribution {
         if widths.iter().map(|&w| u64::from(w)).sum::<u64>() != u64::from(TOTAL) {
             return Err(CodecError::tables("the widths of a table do not sum to 65536"));
         }
+        if i64::from(offset) + widths.len() as i64 - 2 > i64::from(MAX_MAGNITUDE) {
+            return Err(CodecError::tables(format!("{} symbols from {offset} on: the last is out of range", widths.len() - 1)));
+        }
         let model = Model::from_nonzero_fixed_point_probabilities(&narrow, false)
             .map_err(|()| CodecError::tables("the widths of a table are no distribution"))?;
         let most =

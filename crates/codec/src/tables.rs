@@ -76,6 +76,8 @@ pub struct LevelTables {
     /// One per latent channel.
     pub channels: Vec<ChannelTable>,
     order: Vec<u16>,
+    /// Channels that predictors read.
+    read: Vec<bool>,
 }
 
 impl LevelTables {
@@ -103,7 +105,13 @@ impl LevelTables {
         if order.len() != channels.len() {
             return Err(CodecError::tables("the coding order is no permutation of the channels"));
         }
-        Ok(Self { channels, order })
+        let mut read = vec![false; channels.len()];
+        for tap in channels.iter().flat_map(|c| c.contexts.predictors()).flat_map(|p| &p.taps) {
+            if let Some(read) = read.get_mut(usize::from(tap.channel)) {
+                *read = true;
+            }
+        }
+        Ok(Self { channels, order, read })
     }
 
     /// Order in which the channels are coded.
@@ -116,12 +124,17 @@ impl LevelTables {
         self.channels.iter().all(|c| c.contexts.is_static())
     }
 
+    /// True if some distribution depends on symbols of `channel`.
+    pub(crate) fn is_read(&self, channel: u16) -> bool {
+        self.read.get(usize::from(channel)).copied().unwrap_or(false)
+    }
+
     /// Symbols (channel-major) as predictors see them; nothing is noted where all tables are static.
     pub(crate) fn field(&self, symbols: &[i32], shape: LatentShape) -> Option<Field> {
         (!self.is_static()).then(|| {
-            let mut field = Field::new(shape);
-            for (c, plane) in symbols.chunks_exact(shape.positions()).enumerate() {
-                plane.iter().enumerate().for_each(|(at, &s)| field.set(c, at, s));
+            let mut field = Field::new(shape, |channel| self.is_read(channel));
+            for (channel, plane) in (0..shape.channels).zip(symbols.chunks_exact(shape.positions())) {
+                field.note(channel, plane);
             }
             field
         })
@@ -172,6 +185,13 @@ struct Step {
     gain: f32,
     inverse: f32,
     median: f32,
+}
+
+impl Step {
+    #[inline(always)]
+    fn dequantise(&self, symbol: i32) -> f32 {
+        (symbol as f32 + self.median) * self.inverse
+    }
 }
 
 /// A quality: the tables that code it, which are a level's, and its own quantisation.
@@ -233,9 +253,16 @@ impl<'a> Level<'a> {
         self.check(symbols.len(), shape)?;
         out.reserve(symbols.len());
         for (step, plane) in self.steps.iter().zip(symbols.chunks_exact(shape.positions())) {
-            out.extend(plane.iter().map(|&s| (s as f32 + step.median) * step.inverse));
+            out.extend(plane.iter().map(|&s| step.dequantise(s)));
         }
         Ok(())
+    }
+
+    /// De-quantises the symbols of one channel.
+    pub(crate) fn dequantise_plane(&self, channel: usize, symbols: &[i32], out: &mut [f32]) {
+        if let Some(step) = self.steps.get(channel) {
+            out.iter_mut().zip(symbols).for_each(|(value, &s)| *value = step.dequantise(s));
+        }
     }
 }
 

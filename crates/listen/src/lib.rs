@@ -1,11 +1,13 @@
-//! A bound on open connections: each may hold header tables, windows and half-read messages before anything of it is
-//! admitted.
+//! A bound on open connections, in all and of one peer: each may hold header tables, windows and half-read messages before
+//! anything of it is admitted.
 
 pub mod admin;
 
+use std::collections::HashMap;
 use std::io::{self, IoSlice};
+use std::net::{IpAddr, Ipv6Addr};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -21,27 +23,79 @@ use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 /// A connection that says nothing for so long after it was opened is closed: it would hold its place for ever.
 const FIRST_BYTE: Duration = Duration::from_secs(10);
 
-/// A connection that counts against the bound while it lives.
+/// How many connections may be open at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// In all.
+    pub most: usize,
+    /// From one address, or one IPv6 network of 64 bits: who has one has all of its addresses.
+    pub each_peer: usize,
+}
+
+/// Open connections by peer: no more entries than places.
+type Peers = Arc<Mutex<HashMap<IpAddr, usize>>>;
+
+/// Holds a peer's place until it is dropped.
+#[derive(Debug)]
+struct PeerPlace {
+    peers: Peers,
+    peer: IpAddr,
+}
+
+impl PeerPlace {
+    fn take(peers: &Peers, address: IpAddr, most: usize) -> Option<Self> {
+        let peer = match address.to_canonical() {
+            IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX))),
+            v4 => v4,
+        };
+        let mut open = peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = open.entry(peer).or_default();
+        (*count < most).then(|| {
+            *count += 1;
+            Self { peers: peers.clone(), peer }
+        })
+    }
+}
+
+impl Drop for PeerPlace {
+    fn drop(&mut self) {
+        let mut open = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = open.get_mut(&self.peer) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.peer);
+            }
+        }
+    }
+}
+
+/// A connection that counts against the bounds while it lives.
 #[derive(Debug)]
 pub struct Counted {
     stream: TcpStream,
     /// Until the first byte has come.
     silent: Option<Pin<Box<Sleep>>>,
-    _place: OwnedSemaphorePermit,
+    _places: (OwnedSemaphorePermit, PeerPlace),
 }
 
-/// The connections of `listener`; those beyond `most` are closed at once, and `refused` is called.
-pub fn at_most(most: usize, listener: TcpListener, refused: fn()) -> impl Stream<Item = io::Result<Counted>> {
-    let places = Arc::new(Semaphore::new(most));
-    TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| match accepted {
-        Ok(stream) => match places.clone().try_acquire_owned() {
-            Ok(place) => Some(Ok(Counted { stream, silent: Some(Box::pin(sleep(FIRST_BYTE))), _place: place })),
-            Err(_) => {
-                refused();
-                None
-            }
-        },
-        Err(e) => Some(Err(e)),
+/// The connections of `listener`; those beyond the bounds are closed at once, and `refused` is called.
+pub fn bounded(bounds: Bounds, listener: TcpListener, refused: fn()) -> impl Stream<Item = io::Result<Counted>> {
+    let (places, peers) = (Arc::new(Semaphore::new(bounds.most)), Peers::default());
+    TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| {
+        let stream = match accepted {
+            Ok(stream) => stream,
+            Err(e) => return Some(Err(e)),
+        };
+        let place = places.clone().try_acquire_owned().ok();
+        // one that has left already has no address
+        let places = place.zip(stream.peer_addr().ok()).and_then(|(place, address)| {
+            let of_peer = PeerPlace::take(&peers, address.ip(), bounds.each_peer)?;
+            Some((place, of_peer))
+        });
+        if places.is_none() {
+            refused();
+        }
+        places.map(|_places| Ok(Counted { stream, silent: Some(Box::pin(sleep(FIRST_BYTE))), _places }))
     })
 }
 

@@ -86,9 +86,9 @@ fn fit_level(level: &LevelTables, latents: &[f32], shape: LatentShape, seed: u64
     let mut seen = Seen { symbols: Vec::new(), fields: Vec::new(), shape };
     for latent in latents.chunks_exact(shape.symbols()) {
         let symbols = level.quantise(latent, shape)?;
-        let mut field = Field::new(shape);
-        for (c, plane) in symbols.chunks_exact(shape.positions()).enumerate() {
-            plane.iter().enumerate().for_each(|(at, &s)| field.set(c, at, s));
+        let mut field = Field::new(shape, |_| true);
+        for (channel, plane) in (0..shape.channels).zip(symbols.chunks_exact(shape.positions())) {
+            field.note(channel, plane);
         }
         seen.symbols.push(symbols);
         seen.fields.push(field);
