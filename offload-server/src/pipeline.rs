@@ -172,7 +172,10 @@ impl Pipeline {
         let registry = self.repository.current();
         let entry = registry.model(ask.model, ask.version)?.clone();
         let deadline = ask.arrived + ask.budget;
-        let size = self.intake.size(ask.kind, &ask.payload)?;
+        let size = self.intake.size(ask.kind, &ask.payload).inspect_err(|error| {
+            telemetry::model(entry.name, Some(error));
+            entry.statistics.failed(ask.arrived.elapsed());
+        })?;
         let decoded_by = deadline.checked_sub(self.intake.expected(ask.kind, size)).unwrap_or(ask.arrived);
         let admitted = entry.batcher.admit(entry.likely_stage(ask.kind), decoded_by, ask.priority, ask.tenant);
         let admitted = admitted.inspect_err(|error| telemetry::model(entry.name, Some(error)))?;

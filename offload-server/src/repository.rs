@@ -21,7 +21,7 @@ use crate::model::{Model, Stage};
 use crate::placement::{self, Cores};
 use crate::registry::{Entry, Registry};
 use crate::statistics::Statistics;
-use crate::{Config, ServerError, labels};
+use crate::{Config, ServerError, labels, telemetry};
 
 /// Reason of a model that an operator unloaded.
 const UNLOADED: &str = "unloaded";
@@ -237,7 +237,10 @@ impl Repository {
     }
 
     fn set(&self, next: Registry) {
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
+        let next = Arc::new(next);
+        let old = std::mem::replace(&mut *self.current.write().unwrap_or_else(PoisonError::into_inner), next.clone());
+        old.models.iter().for_each(|m| telemetry::loaded(m.name, m.version, false));
+        next.models.iter().for_each(|m| telemetry::loaded(m.name, m.version, true));
         self.ready.send_replace(self.is_ready());
     }
 
@@ -270,10 +273,14 @@ impl Repository {
         let sole = found.len() == 1;
         let newest = found.into_iter().take(self.config.model_versions);
         let entries: Vec<_> = newest.map(|(version, path)| self.entry(name, version, &path, bundles, sole)).collect::<Result<_, _>>()?;
-        // bitstreams that were answered must be, and a backbone that no bundle vouches for may be anything
+        // bitstreams that were answered must be, and a backbone that no bundle vouches for may be anything: where bundles have to be signed
+        // their manifests sign the backbones too
+        let signed = !self.config.trusted_bundle_keys.is_empty();
         let wanted = bundles.iter().flat_map(|b| &b.manifest.decoders).any(|d| d.backbone == name);
-        if let Some(newest) = entries.first().filter(|e| wanted && e.stages.is_empty()) {
-            let why = format!("no bundle was made for version {} of {name}: its SHA-256 is in no manifest", newest.version);
+        let checked = if signed { &entries[..] } else { &entries[..entries.len().min(wanted.into())] };
+        if let Some(entry) = checked.iter().find(|e| e.stages.is_empty()) {
+            let of = if signed { "signed bundle" } else { "bundle" };
+            let why = format!("no {of} was made for version {} of {name}: its SHA-256 is in no manifest", entry.version);
             return Err(ServerError::Config(why));
         }
         Ok(entries)

@@ -88,6 +88,7 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
     describe_counter!("isthmus_connections_refused_total", "Connections closed at once because too many were open");
     describe_gauge!("isthmus_in_flight", "Requests between arrival and answer");
     describe_gauge!("isthmus_queue_length", "Decoded requests that wait for a model's network");
+    describe_gauge!("isthmus_model_loaded", "1 for a version of a model that is loaded, 0 for one that was");
     describe_counter!("isthmus_model_requests_total", "Requests that reached a loaded model, by gRPC code");
     // autoscalers and alerts take a series that is not there for no data
     counter!("isthmus_connections_refused_total").increment(0);
@@ -207,6 +208,11 @@ pub(crate) fn refused(error: &ServerError, of: Option<&Tenant>) {
     if let Some(of) = of {
         tenant(&of.name, Some(error));
     }
+}
+
+/// A version of a model is loaded now, or not any more.
+pub(crate) fn loaded(model: &'static str, version: u64, loaded: bool) {
+    gauge!("isthmus_model_loaded", "model" => model, "version" => version.to_string()).set(f64::from(u8::from(loaded)));
 }
 
 pub(crate) fn queued(model: &'static str, waited: Duration) {

@@ -21,6 +21,8 @@ use tonic_health::pb::health_client::HealthClient;
 
 const LITE0: &str = "efficientnet-lite0";
 const LITE2: &str = "efficientnet-lite2";
+/// Of the key that signs the bundles here.
+const SIGNER: &str = "ea4a6c63e29c520abef5507b132ec5f9954776aebebe7b92421eea691446d22c";
 
 struct Setup {
     folder: tempfile::TempDir,
@@ -38,7 +40,10 @@ fn copy(from: &Path, to: &Path) {
 impl Setup {
     async fn new(extra: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        copy(&bundle(), &folder.path().join("bundles/5"));
+        let bundles = folder.path().join("bundles/5");
+        copy(&bundle(), &bundles);
+        let signature = isthmus_codec::signature::sign(&std::fs::read(bundles.join("manifest.toml")).unwrap(), &[7; 32]);
+        std::fs::write(bundles.join(isthmus_codec::signature::SIGNATURE), signature).unwrap();
         copy(&backbones(), &folder.path().join("backbones"));
         let config = folder.path().join("server.toml");
         std::fs::write(&config, format!("bundles = [{:?}]\n{extra}", folder.path().join("bundles"))).unwrap();
@@ -207,6 +212,30 @@ async fn weights_that_no_bundle_knows_are_refused() {
     assert!(refused.message().contains("no bundle was made for version 2"), "{refused:?}");
     assert_eq!(setup.state(LITE0).await.0, "UNAVAILABLE", "that of version 2, which is first in the index");
     assert_healthy(&mut asking, &container).await;
+}
+
+/// Where bundles have to be signed, weights have to be named by one, older versions too.
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_unsigned_weights_are_refused_where_bundles_are_signed() {
+    for (keys, passes) in [(String::new(), true), (format!("trusted_bundle_keys = [{SIGNER:?}]\n"), false)] {
+        let mut setup = Setup::new(&format!("model_control = true\nmodel_versions = 2\n{keys}")).await;
+        let (container, _) = sample();
+        let mut asking = client(&setup.server).await;
+        let folder = setup.folder.path().join("backbones");
+        std::fs::create_dir(folder.join(LITE0)).unwrap();
+        let good = std::fs::read(folder.join(format!("{LITE0}.safetensors"))).unwrap();
+        let mut changed = good.clone();
+        let end = changed.len();
+        changed[end - 400..].fill(0);
+        std::fs::write(folder.join(format!("{LITE0}/1.safetensors")), changed).unwrap();
+        std::fs::write(folder.join(format!("{LITE0}/2.safetensors")), good).unwrap();
+        let loaded = setup.load(LITE0).await;
+        assert_eq!(loaded.is_ok(), passes, "{loaded:?}");
+        if let Err(refused) = loaded {
+            assert!(refused.message().contains("no signed bundle was made for version 1"), "{refused:?}");
+        }
+        assert_healthy(&mut asking, &container).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use common::{assert_healthy, client, encoder, options, sample};
@@ -118,13 +118,21 @@ async fn sigterm_finishes_what_is_in_flight() {
     let client = client(&server).await;
     let (_, photo) = sample();
     let mut tasks = Vec::new();
-    for _ in 0..20 {
+    for _ in 0..60 {
         let (mut client, photo) = (client.clone(), photo.clone());
         tasks.push(tokio::spawn(async move { client.infer(Payload::Image(photo), &options()).await }));
     }
-    tokio::time::sleep(Duration::from_millis(150)).await;
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let in_flight = loop {
+        let metrics = server.metrics();
+        let gauge = metrics.lines().find_map(|l| l.strip_prefix("isthmus_in_flight ")).unwrap_or("0");
+        match gauge.parse().unwrap() {
+            n @ 20.. => break n,
+            n => assert!(Instant::now() < deadline, "{n} in flight"),
+        }
+    };
     server.process.signal("TERM");
-    let mut answered = 0;
+    let mut answered: u32 = 0;
     for task in tasks {
         match task.await.unwrap() {
             Ok(_) => answered += 1,
@@ -133,7 +141,7 @@ async fn sigterm_finishes_what_is_in_flight() {
             Err(other) => panic!("{other:?}"),
         }
     }
-    assert!(answered > 0);
+    assert!(answered >= in_flight, "{answered} answered, {in_flight} were in flight");
     drop(client);
     assert_eq!(server.process.wait(Duration::from_secs(30)), Some(0));
 }

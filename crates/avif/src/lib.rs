@@ -25,12 +25,20 @@ fn still(bytes: &[u8]) -> Result<avif_parse::AvifData, PixelError> {
     avif_parse::AvifData::from_reader(&mut &bytes[..]).map_err(damaged)
 }
 
+/// Names AVIF among the formats that are known here.
+fn with_avif(error: PixelError) -> PixelError {
+    match error {
+        PixelError::UnknownFormat(_) => PixelError::UnknownFormat("JPEG, PNG, WebP or AVIF"),
+        other => other,
+    }
+}
+
 /// Decodes an AVIF file, or one of the formats of [`isthmus_pixels::decode`].
 ///
 /// # Errors
 /// As [`decode`] and [`isthmus_pixels::decode`].
 pub fn decode_any(file: &[u8]) -> Result<Rgb, PixelError> {
-    if is_avif(file) { decode(file) } else { isthmus_pixels::decode(file) }
+    if is_avif(file) { decode(file) } else { isthmus_pixels::decode(file).map_err(with_avif) }
 }
 
 /// Width and height of an AVIF file, or of one of the formats of [`isthmus_pixels::decode`], from its header.
@@ -39,7 +47,7 @@ pub fn decode_any(file: &[u8]) -> Result<Rgb, PixelError> {
 /// As [`decode_any`].
 pub fn dimensions_any(file: &[u8]) -> Result<(u32, u32), PixelError> {
     if !is_avif(file) {
-        return isthmus_pixels::dimensions(file);
+        return isthmus_pixels::dimensions(file).map_err(with_avif);
     }
     let meta = still(file)?.primary_item_metadata().map_err(damaged)?;
     Ok((meta.max_frame_width.get(), meta.max_frame_height.get()))

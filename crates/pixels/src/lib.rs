@@ -22,15 +22,18 @@ pub const MAX_SIDE: u32 = 20_000;
 /// Memory a decoder may use beside the pixels.
 const MAX_DECODER_BYTES: u64 = 512 << 20;
 
+/// What [`decode`] takes.
+const FORMATS: &str = "JPEG, PNG or WebP";
+
 /// Why a photo could not be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PixelError {
     /// The file has no bytes.
     #[error("the image is empty (0 bytes)")]
     Empty,
-    /// Not one of the supported formats.
-    #[error("not a JPEG, PNG or WebP image (the first bytes match none of these formats)")]
-    UnknownFormat,
+    /// Not one of the supported formats, which are named.
+    #[error("not a {0} image (the first bytes match none of these formats)")]
+    UnknownFormat(&'static str),
     /// More than one frame.
     #[error("animated {0} images are not supported: send one frame as a still image")]
     Animated(&'static str),
@@ -197,7 +200,7 @@ pub fn decode(bytes: &[u8]) -> Result<Rgb, PixelError> {
             }
             finish(decoder)?
         }
-        _ => return Err(PixelError::UnknownFormat),
+        _ => return Err(PixelError::UnknownFormat(FORMATS)),
     };
     let mut image = image;
     image.apply_orientation(orientation);
@@ -223,7 +226,7 @@ pub fn dimensions(bytes: &[u8]) -> Result<(u32, u32), PixelError> {
         }
         Ok(ImageFormat::Png) => PngDecoder::with_limits(Cursor::new(bytes), limits()).map_err(damaged)?.dimensions(),
         Ok(ImageFormat::WebP) => WebPDecoder::new(Cursor::new(bytes)).map_err(damaged)?.dimensions(),
-        _ => return Err(PixelError::UnknownFormat),
+        _ => return Err(PixelError::UnknownFormat(FORMATS)),
     };
     Ok(size)
 }

@@ -41,7 +41,7 @@ fn wrong_sizes_and_formats_are_refused() {
     assert!(Rgb::new(2, 2, vec![0; 11]).is_none());
     assert!(Rgb::new(0, 2, vec![]).is_none());
     assert_eq!(decode(&[]), Err(PixelError::Empty));
-    assert_eq!(decode(b"GIF89a......"), Err(PixelError::UnknownFormat));
+    assert_eq!(decode(b"GIF89a......"), Err(PixelError::UnknownFormat("JPEG, PNG or WebP")));
     assert!(gradient(4, 4).resize(0, 4).is_err());
 }
 

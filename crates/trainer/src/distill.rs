@@ -15,6 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::adam::Adam;
 use crate::error::TrainError;
+use crate::guide;
 use crate::history::History;
 use crate::loader::{self, Plan};
 use crate::measure::{Measure, squared};
@@ -297,7 +298,10 @@ impl Run {
         }
         let (mean, variance) = rebuilt.finish();
         self.net.decoder.set_statistics(&mean, &variance.sqrt());
-        let (mean, variance) = measured.finish();
+        let (mean, mut variance) = measured.finish();
+        if !r.by_channel {
+            variance = variance.ones_like() * variance.mean(Kind::Float);
+        }
         let need = Tensor::stack(&fisher, 0).mean_dim([0i64].as_slice(), false, Kind::Float) * &variance;
         let need = &need / need.mean(Kind::Float);
         let hooks = hooked.into_iter().map(|moments| moments.finish().1.sqrt()).collect();
@@ -385,7 +389,11 @@ impl Run {
             let got = self.teacher.between(&rebuilt, r.split(), r.measure());
             let difference = squared(&target, &got, &self.measure.std);
             let over = [1i64, 2, 3];
-            let mut error = (&difference * self.measure.weights.view([1, -1, 1, 1])).sum_dim_intlist(over.as_slice(), false, Kind::Float);
+            let mut weighted = &difference * self.measure.weights.view([1, -1, 1, 1]);
+            if let Some(weights) = guide::weights(&self.teacher, &r, &target, &self.measure.std) {
+                weighted *= weights;
+            }
+            let mut error = weighted.sum_dim_intlist(over.as_slice(), false, Kind::Float);
             let elements = (target.numel() as i64 / pixels.size()[0]) as f64;
             if r.rebuild_weight > 0.0 && r.split() != r.measure() {
                 let own = (&passed.rebuilt - self.net.decoder.normalise(&layer)).square().mean_dim(over.as_slice(), false, Kind::Float);

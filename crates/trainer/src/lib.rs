@@ -12,6 +12,7 @@ pub mod domain;
 pub mod error;
 pub mod export;
 pub mod gain;
+pub mod guide;
 pub mod history;
 pub mod import;
 pub mod loader;

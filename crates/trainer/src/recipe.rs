@@ -28,6 +28,9 @@ pub struct Recipe {
     pub split_block: Option<usize>,
     /// The distortion is measured after this block: the frozen blocks between the two are reused.
     pub measure_block: usize,
+    /// Errors count in units of each channel's deviation; if false, of all channels' together.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub by_channel: bool,
     /// Weight of the rebuilt layer's own error (per element), beside that of the measured layer.
     pub rebuild_weight: f64,
     /// Further blocks after which the error counts too, each like the measured layer's, per element.
@@ -79,6 +82,12 @@ pub struct Recipe {
     pub kl_sharpness: f64,
     /// Share of the distortion weight that follows the channels' Fisher information (0: plain sum).
     pub fisher: f64,
+    /// Share that follows each photo's own Fisher information, by channel and position (0: all positions alike).
+    #[serde(default, skip_serializing_if = "is_nothing")]
+    pub fisher_positions: f64,
+    /// Share that follows each photo's class activation map (0.5: as FrankenSplit has it).
+    #[serde(default, skip_serializing_if = "is_nothing")]
+    pub saliency: f64,
     /// Loss of level q is weighted by `(lambda_mean / lambda_q)^level_balance`.
     pub level_balance: f64,
     /// Half-width of the initial densities, in quantisation steps.
@@ -95,6 +104,20 @@ pub struct Recipe {
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "the shape that serde asks for")]
 fn is_zero(n: &usize) -> bool {
     *n == 0
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "the shape that serde asks for")]
+fn is_nothing(share: &f64) -> bool {
+    *share == 0.0
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "the shape that serde asks for")]
+fn is_yes(v: &bool) -> bool {
+    *v
 }
 
 fn one() -> f64 {
@@ -145,6 +168,10 @@ impl Recipe {
         let layers: Vec<usize> = std::iter::once(self.measure_block).chain(self.hooks.iter().copied()).collect();
         if !layers.is_sorted_by(|a, b| a < b) || layers.last().is_some_and(|&l| l >= self.backbone.block_count()) {
             return Err("hooks: rising, behind measure_block, and blocks of the backbone".into());
+        }
+        let shares = [self.fisher, self.fisher_positions, self.saliency, self.lambda_ramp, self.kl_from];
+        if shares.iter().any(|s| !(0.0..=1.0).contains(s)) {
+            return Err("fisher, fisher_positions, saliency, lambda_ramp and kl_from are shares between 0 and 1".into());
         }
         if self.batch == 0 || self.steps == 0 {
             return Err("batch and steps must be positive".into());
