@@ -14,7 +14,7 @@ use constriction::stream::{Code, Decode, Encode};
 
 use crate::CodecError;
 use crate::contexts::{Contexts, Field};
-use crate::distribution::{Distribution, MAX_MAGNITUDE, ModeFirst};
+use crate::distribution::{Counted, Distribution, MAX_MAGNITUDE, ModeFirst};
 use crate::pmf::PRECISION;
 use crate::tables::{LatentShape, LevelTables};
 
@@ -62,8 +62,9 @@ fn push(coder: &mut DefaultAnsCoder, distribution: &Distribution, symbol: i32) -
 }
 
 #[inline(always)]
-fn pop(coder: &mut Reader<'_>, distribution: &Distribution) -> Result<i32, CodecError> {
-    let index = coder.decode_symbol(ModeFirst(distribution)).map_err(|_| garbage())?;
+fn pop<const MANY: bool>(coder: &mut Reader<'_>, distribution: &Distribution) -> Result<i32, CodecError> {
+    let index = if MANY { coder.decode_symbol(Counted(distribution)) } else { coder.decode_symbol(ModeFirst(distribution)) };
+    let index = index.map_err(|_| garbage())?;
     if index < distribution.escape() {
         return Ok(index as i32 + distribution.offset);
     }
@@ -74,14 +75,14 @@ fn pop(coder: &mut Reader<'_>, distribution: &Distribution) -> Result<i32, Codec
 
 /// The next symbol; none where the words that it needs are missing.
 #[inline(always)]
-fn next<const PART: bool>(coder: &mut Reader<'_>, distribution: &Distribution) -> Result<Option<i32>, CodecError> {
+fn next<const PART: bool, const MANY: bool>(coder: &mut Reader<'_>, distribution: &Distribution) -> Result<Option<i32>, CodecError> {
     if !PART {
-        return pop(coder, distribution).map(Some);
+        return pop::<MANY>(coder, distribution).map(Some);
     }
     if starves(coder) {
         return Ok(None);
     }
-    let symbol = pop(coder, distribution);
+    let symbol = pop::<MANY>(coder, distribution);
     // the rest of an escape may have been missing
     let whole = |s: i32| usize::try_from(i64::from(s) - i64::from(distribution.offset)).is_ok_and(|i| i < distribution.escape());
     match symbol {
@@ -260,7 +261,7 @@ fn decode_static<const PART: bool>(coder: &mut Reader<'_>, distribution: &Distri
     // a copy stays in registers
     let mut reader = coder.clone();
     for (at, symbol) in plane.iter_mut().enumerate() {
-        let Some(value) = next::<PART>(&mut reader, distribution)? else { return Ok(at) };
+        let Some(value) = next::<PART, false>(&mut reader, distribution)? else { return Ok(at) };
         *symbol = value;
     }
     *coder = reader;
@@ -280,7 +281,7 @@ fn decode_in_context<const PART: bool>(
     for (y, row) in plane.chunks_exact_mut(width).enumerate() {
         decoding.begin_row(y);
         for (x, symbol) in row.iter_mut().enumerate() {
-            let Some(value) = next::<PART>(&mut reader, decoding.distribution(x))? else { return Ok(y * width + x) };
+            let Some(value) = next::<PART, true>(&mut reader, decoding.distribution(x))? else { return Ok(y * width + x) };
             *symbol = value;
             decoding.put(x, value);
         }

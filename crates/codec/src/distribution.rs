@@ -23,7 +23,12 @@ pub struct Distribution {
     widths: Vec<u32>,
     pub(crate) model: Model,
     mode: Mode,
+    /// Where the quantiles of symbols begin but for the first one's, filled up with the largest number.
+    begins: Vec<[u16; LANES]>,
 }
+
+/// Quantiles that are compared at once.
+const LANES: usize = 8;
 
 /// The most probable table index: where its quantiles begin, and how many they are.
 #[derive(Debug, Clone, Copy)]
@@ -53,6 +58,33 @@ impl DecoderModel<PRECISION> for ModeFirst<'_> {
     }
 }
 
+/// The model of a distribution that counts the symbols that begin at or below a quantile: no branch to foresee, where symbols are many.
+#[derive(Clone, Copy)]
+pub(crate) struct Counted<'a>(pub &'a Distribution);
+
+impl EntropyModel<PRECISION> for Counted<'_> {
+    type Symbol = usize;
+    type Probability = u16;
+}
+
+impl DecoderModel<PRECISION> for Counted<'_> {
+    #[inline(always)]
+    fn quantile_function(&self, quantile: u16) -> (usize, u16, NonZeroU16) {
+        let mut counts = [0u16; LANES];
+        for begins in &self.0.begins {
+            for (count, &begin) in counts.iter_mut().zip(begins) {
+                *count += u16::from(begin <= quantile);
+            }
+        }
+        // the largest quantile, the last symbol's, also reaches what fills up
+        let index = usize::from(counts.iter().sum::<u16>()).min(self.0.escape());
+        let flat = self.0.begins.as_flattened();
+        let left = index.checked_sub(1).map_or(0, |i| flat[i]);
+        let width = NonZeroU16::new(self.0.widths[index] as u16).unwrap_or(NonZeroU16::MIN);
+        (index, left, width)
+    }
+}
+
 impl Distribution {
     /// Builds a table; the last of `widths` is the escape symbol's.
     ///
@@ -78,7 +110,16 @@ impl Distribution {
             narrow.iter().enumerate().max_by_key(|(_, width)| **width).and_then(|(index, width)| Some((index, NonZeroU16::new(*width)?)));
         let (index, width) = most.ok_or_else(|| CodecError::tables("a table is empty"))?;
         let mode = Mode { index, left: narrow[..index].iter().sum(), width };
-        Ok(Self { offset, widths, model, mode })
+        let mut ends: Vec<u16> = narrow
+            .iter()
+            .scan(0u16, |sum, w| {
+                *sum = sum.wrapping_add(*w);
+                Some(*sum)
+            })
+            .collect();
+        ends.pop();
+        let begins = ends.chunks(LANES).map(|c| std::array::from_fn(|i| c.get(i).copied().unwrap_or(u16::MAX))).collect();
+        Ok(Self { offset, widths, model, mode, begins })
     }
 
     /// Widths of the symbols from `offset` on, the escape symbol's last.
