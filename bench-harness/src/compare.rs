@@ -110,11 +110,7 @@ pub async fn run(set: &PhotoSet, encoder: &mut Encoder, backend: &mut impl Backe
         }
     }
     codecs.push(Codec::png());
-    let bar = ProgressBar::new(set.photos.len() as u64 * (qualities.len() + codecs.len()) as u64);
-    if let Ok(style) = ProgressStyle::with_template("{msg:12} {bar:30} {pos}/{len} requests, {eta} left") {
-        bar.set_style(style);
-    }
-    bar.set_message(set.name.clone());
+    let bar = progress(set, qualities.len() + codecs.len(), set.name.clone());
 
     let mut reference = Reference { logits: Vec::new() };
     for photo in &set.photos {
@@ -166,13 +162,25 @@ pub async fn add(
     plan: &Plan,
 ) -> Result<(), HarnessError> {
     let (family, version) = (encoder.bundle().manifest.name.clone(), encoder.bundle().manifest.version.clone());
-    let bar = ProgressBar::hidden();
-    for quality in qualities(encoder, plan.each_level) {
+    let qualities = qualities(encoder, plan.each_level);
+    let bar = progress(set, qualities.len(), format!("{family} {version}"));
+    for quality in qualities {
         let answers = bitstreams(set, encoder, backend, quality, &bar).await?;
         let name = named(&format!("{family} {version}"), quality);
         comparison.rows.push(row(set, &comparison.reference, name, &family, &answers));
     }
+    bar.finish_and_clear();
     Ok(())
+}
+
+/// A bar over so many requests with each photo.
+fn progress(set: &PhotoSet, each: usize, what: String) -> ProgressBar {
+    let bar = ProgressBar::new((set.photos.len() * each) as u64);
+    if let Ok(style) = ProgressStyle::with_template("{msg:12} {bar:30} {pos}/{len} requests, {eta} left") {
+        bar.set_style(style);
+    }
+    bar.set_message(what);
+    bar
 }
 
 /// Shares of a payload whose answers are compared, in percent.
@@ -192,6 +200,7 @@ pub async fn add_prefixes(
 ) -> Result<(), HarnessError> {
     let family = format!("{OURS}, first part of q{quality}");
     let mut answers = PREFIXES.map(|_| Vec::new());
+    let bar = progress(set, PREFIXES.len(), "prefixes".into());
     for photo in &set.photos {
         let latent = encoder.latent(&photo.pixels)?;
         let bundle = encoder.bundle();
@@ -202,8 +211,10 @@ pub async fn add_prefixes(
             let part = coder::decode_end(&payload[payload.len() - come..], &level, shape)?;
             let whole = container::encode(&part.symbols, quality, &bundle.hash, shape, &bundle.tables)?;
             answers.push((come + container::OVERHEAD, backend.logits(Payload::Bitstream(whole.into())).await?));
+            bar.inc(1);
         }
     }
+    bar.finish_and_clear();
     for (share, answers) in PREFIXES.into_iter().zip(&answers) {
         comparison.rows.push(row(set, &comparison.reference, format!("{family}, {share} %"), &family, answers));
     }

@@ -134,21 +134,24 @@ where
         .y_label_area_size(64)
         .build_cartesian_2d(xs, ys)
         .map_err(|e| fail(&e))?;
-    let number = |v: &f64| {
-        if *v == 0.0 {
-            "0".to_owned()
-        } else if v.abs() >= 10.0 {
-            format!("{v:.0}")
-        } else {
-            format!("{v:.2}")
+    let number = |v: f64, log: bool| {
+        if v == 0.0 {
+            return "0".to_owned();
+        }
+        // what lies close together on a logarithmic axis would overlap
+        let first = v.abs() / 10f64.powf(v.abs().log10().floor());
+        match first.round() as u8 {
+            4 | 6 | 8 | 9 if log => String::new(),
+            _ if v.abs() >= 10.0 => format!("{v:.0}"),
+            _ => format!("{v:.2}"),
         }
     };
     chart
         .configure_mesh()
         .x_desc(&x.label)
         .y_desc(&y.label)
-        .x_label_formatter(&number)
-        .y_label_formatter(&number)
+        .x_label_formatter(&|v| number(*v, x.log))
+        .y_label_formatter(&|v| number(*v, y.log))
         .light_line_style(WHITE)
         .label_style(("sans-serif", 15))
         .axis_desc_style(("sans-serif", 16))

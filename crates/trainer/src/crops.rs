@@ -1,5 +1,6 @@
 //! The fixed evaluation crops: the centre crop of every photo, and for held-out photos four more.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -28,12 +29,18 @@ pub fn of(photo: &Rgb, side: u32, corners: bool) -> Result<Vec<Rgb>, TrainError>
     Ok(out)
 }
 
-/// Writes the crops of the evaluation `sets` as PNG into `out/{demo,held-out,labelled}`, named
+/// Writes the crops (`content` gives the file of a photo by its index) of the evaluation `sets` as PNG into `out/{demo,held-out,labelled}`, named
 /// `NNN-K.png` (photo, crop), with `labels.json` (file name to accepted class ids) where there are labels.
 ///
 /// # Errors
 /// If a photo cannot be decoded or a file cannot be written.
-pub fn write(photos: &[(Entry, Vec<u8>)], side: u32, out: &Path, sets: &[Set]) -> Result<(), TrainError> {
+pub fn write<'a>(
+    photos: &[Entry],
+    content: impl Fn(usize) -> Result<Cow<'a, [u8]>, TrainError>,
+    side: u32,
+    out: &Path,
+    sets: &[Set],
+) -> Result<(), TrainError> {
     for (set, name) in [(Set::Demo, "demo"), (Set::HeldOut, "held-out"), (Set::Labelled, "labelled")] {
         if !sets.contains(&set) {
             continue;
@@ -41,8 +48,8 @@ pub fn write(photos: &[(Entry, Vec<u8>)], side: u32, out: &Path, sets: &[Set]) -
         let folder = out.join(name);
         std::fs::create_dir_all(&folder).map_err(|e| TrainError::io(&folder, e))?;
         let mut labels: BTreeMap<String, Vec<i64>> = BTreeMap::new();
-        for (i, (entry, bytes)) in photos.iter().filter(|(e, _)| e.set == set).enumerate() {
-            let photo = isthmus_pixels::decode(bytes)?;
+        for (i, (at, entry)) in photos.iter().enumerate().filter(|(_, e)| e.set == set).enumerate() {
+            let photo = isthmus_pixels::decode(&content(at)?)?;
             for (k, crop) in of(&photo, side, set == Set::HeldOut)?.into_iter().enumerate() {
                 let file = format!("{i:03}-{k}.png");
                 let path = folder.join(&file);

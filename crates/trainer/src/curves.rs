@@ -1,12 +1,13 @@
 //! Learning curves of a run as SVG.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bench_harness::plot::{Axis, Line, chart};
+use isthmus_codec::Trust;
 
 use crate::error::TrainError;
 use crate::history::History;
-use crate::quick::CurvePoint;
+use crate::quick::{CurvePoint, LevelScore};
 
 fn read(path: &Path) -> Result<Vec<CurvePoint>, TrainError> {
     let text = std::fs::read_to_string(path).map_err(|e| TrainError::io(path, e))?;
@@ -28,29 +29,63 @@ fn whole(run: &Path) -> Result<Vec<CurvePoint>, TrainError> {
     Ok(points)
 }
 
+type Value = fn(&LevelScore) -> f64;
+
 /// Draws `curve-agreement.svg`, `curve-kl.svg` and `curve-bytes.svg` into `out` from the learning curve in `run`.
 ///
 /// # Errors
 /// If the curve is missing or a file cannot be written.
 pub fn plot(run: &Path, out: &Path) -> Result<(), TrainError> {
     let points = whole(run)?;
-    let levels = points.first().map_or(0, |p| p.levels.len());
-    let line = |level: usize, value: &dyn Fn(&crate::quick::LevelScore) -> f64| Line {
-        name: format!("quality {}", level + 1),
-        points: points.iter().map(|p| (p.crops as f64, value(&p.levels[level]))).collect(),
-    };
     // the last run's; earlier ones may have watched others
     let n = points.last().map_or(0, |p| p.photos);
-    type Value = fn(&crate::quick::LevelScore) -> f64;
+    let levels = points.first().map_or(0, |p| p.levels.len());
+    let lines = (0..levels).map(|level| (format!("quality {}", level + 1), points.as_slice(), level)).collect::<Vec<_>>();
+    draw(&format!("Learning curve, {n} held-out centre crops (last run)"), &lines, out)
+}
+
+/// The same charts with the learning curves of several bundles, or of all versions in a folder; `levels` of those that have several, all
+/// if empty.
+///
+/// # Errors
+/// If a folder is no bundle with a curve, or a file cannot be written.
+pub fn together(folders: &[PathBuf], levels: &[usize], out: &Path) -> Result<(), TrainError> {
+    let of_bundle = |e: isthmus_codec::CodecError| TrainError::data("bundle", e.to_string());
+    let mut bundles = Vec::new();
+    for folder in folders {
+        for version in isthmus_codec::folder::versions(folder).map_err(of_bundle)? {
+            let manifest = isthmus_codec::folder::open(&version, |_| false, &Trust::all()).map_err(of_bundle)?.manifest;
+            bundles.push((format!("{} {}", manifest.name, manifest.version), whole(&version)?));
+        }
+    }
+    let mut lines = Vec::new();
+    for (name, points) in &bundles {
+        let count = points.first().map_or(0, |p| p.levels.len());
+        for level in (0..count).filter(|l| count == 1 || levels.is_empty() || levels.contains(&(l + 1))) {
+            let bytes = points.last().map_or(0.0, |p| p.levels[level].bytes);
+            lines.push((format!("{name} q{} ({bytes:.0} B)", level + 1), points.as_slice(), level));
+        }
+    }
+    std::fs::create_dir_all(out).map_err(|e| TrainError::io(out, e))?;
+    draw("Learning curves, held-out centre crops", &lines, out)
+}
+
+/// One line for each name, curve and level.
+fn draw(title: &str, curves: &[(String, &[CurvePoint], usize)], out: &Path) -> Result<(), TrainError> {
     let charts: [(&str, Axis, Value); 3] = [
         ("curve-agreement.svg", Axis::linear("top-1 agreement with the teacher"), |l| l.agreement),
         ("curve-kl.svg", Axis::log("KL to the teacher (nats)"), |l| l.kl),
         ("curve-bytes.svg", Axis::log("bytes per photo (ideal code length)"), |l| l.bytes),
     ];
     for (file, axis, value) in charts {
-        let lines: Vec<Line> = (0..levels).map(|l| line(l, &value)).collect();
-        let title = format!("Learning curve, {n} held-out centre crops (last run)");
-        chart(&out.join(file), &title, &Axis::linear("crops seen"), &axis, &lines).map_err(|e| TrainError::data(file, e))?;
+        let lines: Vec<Line> = curves
+            .iter()
+            .map(|(name, points, level)| Line {
+                name: name.clone(),
+                points: points.iter().filter_map(|p| Some((p.crops as f64, value(p.levels.get(*level)?)))).collect(),
+            })
+            .collect();
+        chart(&out.join(file), title, &Axis::linear("crops seen"), &axis, &lines).map_err(|e| TrainError::data(file, e))?;
     }
     Ok(())
 }

@@ -33,6 +33,12 @@ pub enum TrainError {
     /// Federated models and keys.
     #[error(transparent)]
     Federate(#[from] isthmus_federate::FederateError),
+    /// The edge client's encoder.
+    #[error(transparent)]
+    Client(#[from] edge_client::ClientError),
+    /// Comparison and plots.
+    #[error(transparent)]
+    Harness(#[from] bench_harness::error::HarnessError),
     /// Pixels.
     #[error(transparent)]
     Pixels(#[from] isthmus_pixels::PixelError),

@@ -10,6 +10,7 @@ pub mod curves;
 pub mod distill;
 pub mod domain;
 pub mod error;
+pub mod evaluation;
 pub mod export;
 pub mod gain;
 pub mod guide;

@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use bench_harness::photos::PhotoSet;
-use bench_harness::{compare, report};
+use bench_harness::compare;
 use clap::{Parser, Subcommand};
 use isthmus_codec::{Trust, folder};
 use isthmus_nets::process::{BOUNDED_SPINNING, KEPT_HEAP, with_environment};
@@ -15,7 +14,7 @@ use isthmus_trainer::history::History;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
-use isthmus_trainer::{adapt, blueprint, contexts, crops, curves, domain, export, gain, import, local, own, quick};
+use isthmus_trainer::{adapt, blueprint, contexts, crops, curves, domain, evaluation, export, gain, import, local, own, quick};
 use tch::Device;
 
 /// Side of the evaluation crops: that of the Lite0 teacher.
@@ -120,6 +119,18 @@ enum Command {
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
         each_level: u8,
         /// Where to write results (JSON) and plots (SVG).
+        #[arg(long, default_value = "data/evaluation")]
+        out: PathBuf,
+    },
+    /// Draw the learning curves of several bundles in one chart each for agreement, KL and bytes.
+    Curves {
+        /// Bundle folders, or folders of their versions.
+        #[arg(required = true)]
+        bundles: Vec<PathBuf>,
+        /// Of bundles with several levels these alone.
+        #[arg(long, value_delimiter = ',')]
+        level: Vec<usize>,
+        /// Where to write the charts (SVG).
         #[arg(long, default_value = "data/evaluation")]
         out: PathBuf,
     },
@@ -361,7 +372,15 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::Evaluate { ref bundle, ref backbones, ref backbone, ref photos, ref rival, no_codecs, prefixes, each_level, ref out } => {
             let plan = if no_codecs { compare::Plan::ours(each_level) } else { compare::Plan { each_level, ..compare::Plan::default() } };
-            evaluate(bundle, backbones, backbone.as_deref(), photos, &Rivals { bundles: rival, prefixes, plan }, out)
+            let rivals = evaluation::Rivals { bundles: rival, prefixes, plan };
+            evaluation::run(bundle, (backbones, backbone.as_deref()), photos, &rivals, out)?;
+            println!("results in {}", out.display());
+            Ok(())
+        }
+        Command::Curves { ref bundles, ref level, ref out } => {
+            curves::together(bundles, level, out)?;
+            println!("curve-agreement.svg, curve-kl.svg and curve-bytes.svg in {}", out.display());
+            Ok(())
         }
         Command::Distill { ref recipe, ref run, resume, ref warm_start, ref start, ref bundle, until, every, ref device, threads } => {
             if threads > 0 {
@@ -411,7 +430,7 @@ fn fetch(cli: &Cli, freeze: Option<&Path>, offline: bool, only: Option<Wanted>) 
         anyhow::ensure!(status.success(), "setup/fetch.py failed; its message is above");
     }
     if let Some(path) = freeze {
-        let entries = photos::split(&photos::find(&cli.third_party, None)?)?;
+        let entries = photos::split(photos::find(&cli.third_party, None)?)?;
         for set in [Set::Demo, Set::HeldOut, Set::Labelled, Set::Train, Set::Dropped] {
             println!("{set:?}: {}", entries.iter().filter(|e| e.set == set).count());
         }
@@ -419,18 +438,17 @@ fn fetch(cli: &Cli, freeze: Option<&Path>, offline: bool, only: Option<Wanted>) 
         return Ok(());
     }
     let sets = Wanted::sets(only);
-    let files = photos::load(&cli.third_party, sets)?;
-    println!("{} photos match the frozen split", files.len());
+    let (entries, contents): (Vec<_>, Vec<_>) = photos::load(&cli.third_party, sets)?.into_iter().unzip();
+    println!("{} photos match the frozen split", entries.len());
     std::fs::create_dir_all(&cli.data)?;
-    crops::write(&files, EVALUATION_SIDE, &cli.data.join("eval"), sets)?;
+    crops::write(&entries, |i| Ok(contents[i].as_slice().into()), EVALUATION_SIDE, &cli.data.join("eval"), sets)?;
     println!("evaluation crops in {}", cli.data.join("eval").display());
     if !sets.contains(&Set::Train) {
         return Ok(());
     }
-    let train = files.into_iter().filter(|(e, _)| e.set == Set::Train).map(|(e, b)| (e.name, b));
-    let pack = Pack::build(train)?;
+    let train = entries.into_iter().zip(contents).filter(|(e, _)| e.set == Set::Train).map(|(e, b)| Ok((e.name, b)));
     let path = cli.data.join("train.pack");
-    pack.save(&path)?;
+    let pack = Pack::write(train, &path)?;
     println!("{} training photos packed in {}", pack.len(), path.display());
     Ok(())
 }
@@ -463,40 +481,5 @@ fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path
     }
     curves::plot(run, out)?;
     println!("{} {} written to {}", manifest.name, manifest.version, out.display());
-    Ok(())
-}
-
-/// What is compared with the bundle.
-struct Rivals<'a> {
-    bundles: &'a [PathBuf],
-    prefixes: Option<u8>,
-    plan: compare::Plan,
-}
-
-fn evaluate(bundle: &Path, backbones: &Path, backbone: Option<&str>, photos: &[PathBuf], rivals: &Rivals, out: &Path) -> Result<()> {
-    let opened = edge_client::open_bundle(bundle)?;
-    let mut backend = local::Local::open(bundle, backbones, backbone)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-    let sets = photos.iter().map(|p| PhotoSet::open(p, opened.manifest.input.size)).collect::<Result<Vec<_>, _>>()?;
-    runtime.block_on(async {
-        let mut encoder = edge_client::Encoder::new(opened, 1)?;
-        for set in &sets {
-            let mut comparison = compare::run(set, &mut encoder, &mut backend, &rivals.plan).await?;
-            if let Some(level) = rivals.prefixes {
-                compare::add_prefixes(&mut comparison, set, &mut encoder, &mut backend, level).await?;
-            }
-            for folder in rivals.bundles {
-                for version in edge_client::bundle_versions(folder)?.into_iter().rev() {
-                    let mut rival = edge_client::Encoder::new(edge_client::open_version(&version, &Trust::all())?, 1)?;
-                    let mut its = local::Local::open(&version, backbones, backbone)?;
-                    compare::add(&mut comparison, set, &mut rival, &mut its, &rivals.plan).await?;
-                }
-            }
-            println!("{}", report::table(&comparison));
-            report::write(&comparison, out)?;
-        }
-        anyhow::Ok(())
-    })?;
-    println!("results in {}", out.display());
     Ok(())
 }

@@ -1,12 +1,15 @@
 //! A data folder of somebody's own photos: `train.pack`, `eval/held-out`, and `photos.json`, which says what became of each photo.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use isthmus_pixels::Rgb;
+use walkdir::WalkDir;
 
 use crate::error::TrainError;
 use crate::pack::Pack;
 use crate::photos::{self, Entry, Set};
+use crate::progress::counted;
 use crate::{crops, photos::FROZEN};
 
 /// Names the photos of a folder; the frozen split counts where it is missing.
@@ -15,36 +18,42 @@ const EXTENSIONS: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
 /// With fewer photos in a set nothing can be said or learned.
 const FEWEST: (usize, usize) = (8, 2);
 
-/// Photo files in `folder` and its subfolders, by path.
-fn files(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), TrainError> {
-    let entries = std::fs::read_dir(folder).map_err(|e| TrainError::io(folder, e))?;
-    for entry in entries {
-        let path = entry.map_err(|e| TrainError::io(folder, e))?.path();
+/// Photo files in `folder` and its subfolders, by path; links are followed, but not in circles.
+fn files(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
+    let mut found = Vec::new();
+    for entry in WalkDir::new(folder).follow_links(true) {
+        let path = match entry {
+            Ok(entry) if entry.file_type().is_file() => entry.into_path(),
+            Err(e) if e.loop_ancestor().is_none() => {
+                return Err(TrainError::data(e.path().unwrap_or(folder).display().to_string(), e.to_string()));
+            }
+            _ => continue,
+        };
         let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
-        if path.is_dir() {
-            files(&path, found)?;
-        } else if EXTENSIONS.contains(&extension.as_str()) {
+        if EXTENSIONS.contains(&extension.as_str()) {
             found.push(path);
         }
     }
     found.sort();
-    Ok(())
+    Ok(found)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, TrainError> {
+    std::fs::read(path).map_err(|e| TrainError::io(path, e))
 }
 
 /// Splits the photos of `folder` by photo (one in five is held out; near-duplicates of others, and of the photos that bundles are evaluated on,
-/// are dropped), packs those to train on, and cuts the crops of the others, all into `data`.
+/// are dropped), packs those to train on, and cuts the crops of the others, all into `data`. One photo at a time is held in memory.
 ///
 /// # Errors
 /// If too few are left, or a file cannot be read or written.
 pub fn prepare(folder: &Path, side: u32, data: &Path) -> Result<Vec<Entry>, TrainError> {
-    let mut paths = Vec::new();
-    files(folder, &mut paths)?;
-    let named = |path: &PathBuf| {
-        let name = path.strip_prefix(folder).unwrap_or(path).display().to_string();
-        Ok((name, std::fs::read(path).map_err(|e| TrainError::io(path, e))?))
-    };
-    let photos = photos::split_own(paths.iter().map(named).collect::<Result<_, TrainError>>()?)?;
-    let of = |set: Set| photos.iter().filter(|(e, _)| e.set == set).count();
+    let named = |path: PathBuf| (path.strip_prefix(folder).unwrap_or(&path).display().to_string(), path);
+    let paths: BTreeMap<String, PathBuf> = files(folder)?.into_iter().map(named).collect();
+    let bar = counted(paths.len() as u64, "looked at");
+    let entries = photos::split_own(bar.wrap_iter(paths.iter()).map(|(name, path)| Ok((name.clone(), read(path)?))))?;
+    bar.finish_and_clear();
+    let of = |set: Set| entries.iter().filter(|e| e.set == set).count();
     if of(Set::Train) < FEWEST.0 || of(Set::HeldOut) < FEWEST.1 {
         let (train, held_out, dropped) = (of(Set::Train), of(Set::HeldOut), of(Set::Dropped));
         let why = format!(
@@ -55,10 +64,12 @@ pub fn prepare(folder: &Path, side: u32, data: &Path) -> Result<Vec<Entry>, Trai
         return Err(TrainError::data(folder.display().to_string(), why));
     }
     std::fs::create_dir_all(data).map_err(|e| TrainError::io(data, e))?;
-    crops::write(&photos, side, &data.join("eval"), &[Set::HeldOut])?;
-    let (train, entries): (Vec<_>, Vec<_>) =
-        photos.into_iter().map(|(entry, bytes)| ((entry.set == Set::Train).then(|| (entry.name.clone(), bytes)), entry)).unzip();
-    Pack::build(train.into_iter().flatten())?.save(&data.join("train.pack"))?;
+    let content = |name: &String| paths.get(name).map_or_else(|| Ok(Vec::new()), |path| read(path));
+    crops::write(&entries, |i| content(&entries[i].name).map(Into::into), side, &data.join("eval"), &[Set::HeldOut])?;
+    let bar = counted(of(Set::Train) as u64, "packed");
+    let train = bar.wrap_iter(entries.iter().filter(|e| e.set == Set::Train)).map(|e| Ok((e.name.clone(), content(&e.name)?)));
+    Pack::write(train, &data.join("train.pack"))?;
+    bar.finish_and_clear();
     let text = serde_json::to_vec_pretty(&entries).map_err(|e| TrainError::data(LIST, e.to_string()))?;
     let path = data.join(LIST);
     std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))?;
@@ -91,8 +102,7 @@ pub fn held_out(data: &Path, third_party: &Path, side: u32, corners: bool) -> Re
         }
         return Ok(found);
     }
-    let mut paths = Vec::new();
-    files(&data.join("eval/held-out"), &mut paths)?;
+    let paths = files(&data.join("eval/held-out"))?;
     let wanted = |path: &&PathBuf| corners || path.file_stem().is_some_and(|name| name.to_string_lossy().ends_with("-0"));
     let crop = |path: &PathBuf| {
         let crop = isthmus_pixels::decode(&std::fs::read(path).map_err(|e| TrainError::io(path, e))?)?;

@@ -188,35 +188,33 @@ fn demo_label(name: &str) -> Option<i64> {
 ///
 /// # Errors
 /// If the label list cannot be parsed.
-pub fn split(found: &[Found]) -> Result<Vec<Entry>, TrainError> {
-    split_beside(found, Vec::new())
+pub fn split(found: Vec<Found>) -> Result<Vec<Entry>, TrainError> {
+    split_beside(found.into_iter().map(Ok), Vec::new())
 }
 
-/// The same for somebody's own photos (name, content): none of them is labelled, one in five is held out, and near-duplicates of the photos that
+/// The same for somebody's own photos (name, content), one of which is held at a time: none of them is labelled, one in five is held out, and near-duplicates of the photos that
 /// bundles are evaluated on are dropped. In the order of sets, then names.
 ///
 /// # Errors
-/// If the frozen split cannot be parsed.
-pub fn split_own(photos: Vec<(String, Vec<u8>)>) -> Result<Vec<(Entry, Vec<u8>)>, TrainError> {
+/// If the frozen split cannot be parsed, or a photo not be had.
+pub fn split_own(photos: impl IntoIterator<Item = Result<(String, Vec<u8>), TrainError>>) -> Result<Vec<Entry>, TrainError> {
     let evaluated = frozen()?.into_iter().filter(|e| ![Set::Train, Set::Dropped].contains(&e.set));
     let known = evaluated.filter_map(|e| Some((e.name, ImageHash::from_base64(&e.phash).ok()?))).collect();
-    let found: Vec<Found> = photos.into_iter().map(|(name, bytes)| Found { name, bytes, role: Role::Split }).collect();
-    let entries = split_beside(&found, known)?;
-    let mut contents: HashMap<String, Vec<u8>> = found.into_iter().map(|f| (f.name, f.bytes)).collect();
-    let content = |entry: Entry| {
-        let bytes = contents.remove(&entry.name).unwrap_or_default();
-        (entry, bytes)
-    };
-    Ok(entries.into_iter().map(content).collect())
+    let found = photos.into_iter().map(|photo| photo.map(|(name, bytes)| Found { name, bytes, role: Role::Split }));
+    split_beside(found, known)
 }
 
 /// What is near to a `known` photo is dropped.
-fn split_beside(found: &[Found], known: Vec<(String, ImageHash)>) -> Result<Vec<Entry>, TrainError> {
+fn split_beside(
+    found: impl IntoIterator<Item = Result<Found, TrainError>>,
+    known: Vec<(String, ImageHash)>,
+) -> Result<Vec<Entry>, TrainError> {
     let labelled: Labelled = serde_json::from_str(LABELLED).map_err(|e| TrainError::data("labelled.json", e.to_string()))?;
     let labels: HashMap<String, Vec<i64>> =
         labelled.items.into_iter().map(|i| (format!("gcompris-qt-data/{}", i.path), i.imagenet_ids)).collect();
     let mut entries = Vec::new();
     for photo in found {
+        let photo = photo?;
         let digest = Sha256::digest(&photo.bytes);
         let label = labels.get(&photo.name);
         let set = match (photo.role, label) {

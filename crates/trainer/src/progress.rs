@@ -39,6 +39,15 @@ pub(crate) fn progress(until: u64, from: u64) -> ProgressBar {
     bar
 }
 
+/// A bar over photos.
+pub(crate) fn counted(photos: u64, what: &str) -> ProgressBar {
+    let bar = ProgressBar::new(photos);
+    if let Ok(style) = ProgressStyle::with_template(&format!("{{bar:30}} {{pos}}/{{len}} photos {what}, {{eta}} left")) {
+        bar.set_style(style);
+    }
+    bar
+}
+
 /// Sums since the last line of the log.
 pub(crate) struct Totals {
     error: Vec<f64>,

@@ -31,7 +31,8 @@ async fn one_bitstream_serves_two_backbones() {
         let opened = folder::open(&bundle(), |_| true, &Trust::all()).unwrap();
         run.freeze(&opened, Device::Cpu).unwrap();
         let files = demo_photos().into_iter().take(3);
-        let pack = Pack::build(files.map(|p| (p.display().to_string(), std::fs::read(p).unwrap()))).unwrap();
+        let files = files.map(|p| Ok((p.display().to_string(), std::fs::read(p).unwrap())));
+        let pack = Pack::write(files, &run_folder.join("photos.pack")).unwrap();
         run.train(Arc::new(pack), 2, 100, |_| Ok(())).unwrap();
         let name = &opened.manifest.encoder.weights;
         let encoder = Weights::from_safetensors(opened.file(name).unwrap(), name, Device::Cpu).unwrap();

@@ -20,7 +20,9 @@ use tch::{Device, Kind, Tensor, nn};
 
 fn pack() -> Pack {
     let files = isthmus_testkit::demo_photos().into_iter().take(3);
-    Pack::build(files.map(|p| (p.display().to_string(), std::fs::read(p).unwrap()))).unwrap()
+    let folder = tempfile::tempdir().unwrap();
+    // a mapped file outlives its name
+    Pack::write(files.map(|p| Ok((p.display().to_string(), std::fs::read(p).unwrap()))), &folder.path().join("photos.pack")).unwrap()
 }
 
 fn recipe() -> Recipe {
@@ -194,7 +196,7 @@ fn the_split_is_frozen_and_disjoint() {
     if !["gcompris-qt-data", "material-kit"].iter().all(|package| third.join(package).exists()) {
         return skipped("the photos on disk against the frozen split: packages are missing, `make training-photos` fetches them");
     }
-    let again = photos::split(&photos::find(&third, None).unwrap()).unwrap();
+    let again = photos::split(photos::find(&third, None).unwrap()).unwrap();
     assert!(again == entries, "`trainer fetch --freeze` gives another split than the committed one");
 }
 
@@ -261,6 +263,45 @@ fn fitted_contexts_shorten_streams() {
 }
 
 /// Somebody's own photos: split by photo, near-duplicates and what bundles are evaluated on dropped, and a run that starts from the bundle.
+/// Ours and the rivals in one chart.
+#[test]
+fn learning_curves_of_several_bundles_are_drawn_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundles = ["bundles/lite0-patch-stem", "bench/rivals/lite0-frankensplit"].map(|p| root().join(p));
+    isthmus_trainer::curves::together(&bundles, &[2, 6], folder.path()).unwrap();
+    for chart in ["curve-agreement.svg", "curve-kl.svg", "curve-bytes.svg"] {
+        let text = std::fs::read_to_string(folder.path().join(chart)).unwrap();
+        for line in ["lite0-patch-stem 5 q2 (", "lite0-patch-stem 5 q6 (", "lite0-frankensplit a q1 (", "lite0-frankensplit b q1 ("] {
+            assert!(text.contains(line), "{chart} has no {line}");
+        }
+        assert!(!text.contains("q5 ("));
+    }
+    let nothing = isthmus_trainer::curves::together(&[folder.path().join("none")], &[], folder.path()).unwrap_err();
+    assert!(nothing.to_string().contains("none"), "{nothing}");
+}
+
+/// What a feature's place is worth reaches the loss: runs that differ in it alone differ.
+#[test]
+fn guides_change_what_is_learned() {
+    let plain = Recipe { kl_from: 1.0, ..recipe() };
+    let guided = [
+        Recipe { fisher_positions: 0.5, ..plain.clone() },
+        Recipe { saliency: 0.5, ..plain.clone() },
+        Recipe { by_channel: false, ..plain.clone() },
+    ];
+    let trained = |r: Recipe| {
+        let folder = tempfile::tempdir().unwrap();
+        run(r, folder.path(), 2, false)
+    };
+    let (once, again) = (trained(plain.clone()), trained(plain));
+    assert_eq!(once, again);
+    for recipe in guided {
+        let other = trained(recipe.clone());
+        assert_ne!(once, other, "{recipe:?}");
+        assert!(other.iter().flat_map(|(_, values)| values).all(|v| v.is_finite()));
+    }
+}
+
 #[test]
 fn own_photos_are_split_and_a_bundle_is_trained_on() {
     let folder = tempfile::tempdir().unwrap();
@@ -276,6 +317,8 @@ fn own_photos_are_split_and_a_bundle_is_trained_on() {
     std::fs::write(photos.join("twin.png"), std::fs::read(photos.join("00.jpg")).unwrap()).unwrap();
     std::fs::write(photos.join("evaluated.jpg"), &of(Set::HeldOut).next().unwrap().1).unwrap();
     std::fs::write(photos.join("damaged.jpg"), b"no photo").unwrap();
+    // a folder that leads to itself has no photos more
+    std::os::unix::fs::symlink(&photos, photos.join("more/again")).unwrap();
     let entries = own::prepare(&photos, 224, &data).unwrap();
     let named = |set: Set| entries.iter().filter(|e| e.set == set).map(|e| e.name.as_str()).collect::<Vec<_>>();
     for dropped in ["evaluated.jpg", "damaged.jpg"] {
