@@ -105,12 +105,23 @@ struct Sheet<'a> {
 fn plot(sheet: &Sheet<'_>, x: &Axis, y: &Axis, lines: &[Line]) -> Result<String, String> {
     let all = || lines.iter().flat_map(|l| l.points.iter().copied());
     let (xs, ys) = (range(all().map(|p| p.0), x.log), range(all().map(|p| p.1), y.log));
+    let log = |range: std::ops::Range<f64>| {
+        let ticks = ticks(&range);
+        range.log_scale().with_key_points(ticks)
+    };
     match (x.log, y.log) {
         (false, false) => draw(sheet, x, y, xs, ys, lines),
-        (true, false) => draw(sheet, x, y, xs.log_scale(), ys, lines),
-        (false, true) => draw(sheet, x, y, xs, ys.log_scale(), lines),
-        (true, true) => draw(sheet, x, y, xs.log_scale(), ys.log_scale(), lines),
+        (true, false) => draw(sheet, x, y, log(xs), ys, lines),
+        (false, true) => draw(sheet, x, y, xs, log(ys), lines),
+        (true, true) => draw(sheet, x, y, log(xs), log(ys), lines),
     }
+}
+
+/// Round numbers in a range, about evenly spread over a logarithmic axis (the library has none below the first power of ten).
+fn ticks(range: &std::ops::Range<f64>) -> Vec<f64> {
+    let decades = (range.start.log10().floor() as i32)..=(range.end.log10().ceil() as i32);
+    let of_decade = |exponent: i32| [1.0, 2.0, 3.0, 5.0, 7.0].map(|first| first * 10f64.powi(exponent));
+    decades.flat_map(of_decade).filter(|tick| range.contains(tick)).collect()
 }
 
 fn draw<X, Y>(sheet: &Sheet<'_>, x: &Axis, y: &Axis, xs: X, ys: Y, lines: &[Line]) -> Result<String, String>
@@ -134,24 +145,21 @@ where
         .y_label_area_size(64)
         .build_cartesian_2d(xs, ys)
         .map_err(|e| fail(&e))?;
-    let number = |v: f64, log: bool| {
-        if v == 0.0 {
-            return "0".to_owned();
-        }
-        // what lies close together on a logarithmic axis would overlap
-        let first = v.abs() / 10f64.powf(v.abs().log10().floor());
-        match first.round() as u8 {
-            4 | 6 | 8 | 9 if log => String::new(),
-            _ if v.abs() >= 10.0 => format!("{v:.0}"),
-            _ => format!("{v:.2}"),
+    let number = |v: &f64| {
+        if *v == 0.0 {
+            "0".to_owned()
+        } else if v.abs() >= 10.0 {
+            format!("{v:.0}")
+        } else {
+            format!("{v:.2}")
         }
     };
     chart
         .configure_mesh()
         .x_desc(&x.label)
         .y_desc(&y.label)
-        .x_label_formatter(&|v| number(*v, x.log))
-        .y_label_formatter(&|v| number(*v, y.log))
+        .x_label_formatter(&number)
+        .y_label_formatter(&number)
         .light_line_style(WHITE)
         .label_style(("sans-serif", 15))
         .axis_desc_style(("sans-serif", 16))
@@ -170,4 +178,16 @@ where
     area.present().map_err(|e| fail(&e))?;
     drop((chart, legend, left, area));
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn logarithmic_axes_have_ticks_in_every_decade() {
+        let of = |range| ticks(&range).iter().map(|t| format!("{t:.1}")).collect::<Vec<_>>();
+        assert_eq!(of(0.13..1.2), ["0.2", "0.3", "0.5", "0.7", "1.0"]);
+        assert_eq!(of(400.0..4_000.0), ["500.0", "700.0", "1000.0", "2000.0", "3000.0"]);
+    }
 }
