@@ -100,7 +100,7 @@ pub async fn start(config: Config, store: Arc<dyn Store>, metrics: PrometheusHan
     let stop = CancellationToken::new();
     tokio::spawn(isthmus_listen::admin::upkeep(metrics.clone(), stop.clone()));
     // a fleet may sit behind one address
-    let bounds = Bounds { most: config.max_connections, each_peer: config.max_connections };
+    let bounds = Bounds { most: isthmus_listen::places(config.max_connections), each_peer: config.max_connections };
     let mut served = Vec::new();
     let identity = || Identity::from_pem(&party.keys.certificate, party.keys.tls_key.as_str());
     let tls_failed = |e: tonic::transport::Error| AggregatorError::Config(format!("keys: {e}"));

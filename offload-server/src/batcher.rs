@@ -26,12 +26,17 @@ const LATE: f64 = 0.5;
 /// A batch counts as at most so many times as slow as predicted; one that was too late may count for more.
 const STALL: f64 = 2.0;
 const STALL_LATE: f64 = 8.0;
+/// Share of a request's time that is left over when it is let in.
+const MARGIN: f64 = 0.05;
 /// Bounds of when those that were refused may come again.
 const SOONEST: Duration = Duration::from_millis(10);
 const LATEST: Duration = Duration::from_secs(5);
 
 /// Runs batches; the seam between queueing and networks.
 pub trait Runner: Send + 'static {
+    /// Runs on the thread that will compute, before the first batch: kernels are chosen and memory is taken for batches of up to `largest`.
+    fn warm_up(&self, _largest: usize) {}
+
     /// Logits of each input.
     ///
     /// # Errors
@@ -40,6 +45,14 @@ pub trait Runner: Send + 'static {
 }
 
 impl Runner for Model {
+    fn warm_up(&self, largest: usize) {
+        for stage in self.stages() {
+            let input = vec![0.0; self.input_len(stage)];
+            // what fails here fails again for the request, which is told
+            let _ = self.run(stage, &vec![input.as_slice(); largest]);
+        }
+    }
+
     fn run(&self, stage: Stage, inputs: &[&[f32]]) -> Result<Vec<Vec<f32>>, ServerError> {
         Self::run(self, stage, inputs)
     }
@@ -166,13 +179,14 @@ impl Batcher {
     ) -> Result<Self, ServerError> {
         let pace = Arc::new(Mutex::new(Pace { alone: serving.factor, each: serving.factor }));
         let costs = Arc::new(serving.costs.clone());
+        let largest = serving.limits.max_batch;
         let workers = runners.into_iter().map(|(runner, instance)| {
             let (pace, costs, statistics) = (pace.clone(), costs.clone(), statistics.clone());
             let cores = (instance.device == Device::Cpu).then(|| cores.clone());
             move || {
                 // OpenMP's number of threads is one for each thread that asks
                 tch::set_num_threads(instance.threads as i32);
-                Worker { name, runner, pace, costs, statistics, cores, threads: instance.threads }
+                Worker { name, runner, pace, costs, statistics, cores, threads: instance.threads, largest }
             }
         });
         let pool = Pool::start(serving.limits.clone(), &format!("network-{name}"), workers);
@@ -186,6 +200,8 @@ impl Batcher {
     /// As [`Self::submit`].
     pub fn admit(&self, stage: Stage, deadline: Instant, priority: u8, tenant: &Tenant) -> Result<Admitted<'_>, ServerError> {
         let (alone, cost) = self.predicted(stage);
+        // a prediction is good to some per cent: who would be just in time would often be late, and was computed in vain
+        let deadline = deadline - deadline.saturating_duration_since(Instant::now()).mul_f64(MARGIN);
         let asked = Asked { tenant: tenant.index, weight: tenant.weight, priority, deadline, cost, alone };
         self.admission.enter(cost, |ahead| self.pool.would_take(&asked, ahead)).map_err(|why| self.refused(why))
     }
@@ -255,9 +271,18 @@ struct Worker<R> {
     /// None if it does not compute on the CPU.
     cores: Option<Arc<Cores>>,
     threads: usize,
+    /// Largest batch.
+    largest: usize,
 }
 
 impl<R: Runner> Work<Stage, Item> for Worker<R> {
+    fn warm_up(&mut self) {
+        let cores = self.cores.clone();
+        let _held = cores.as_ref().map(|cores| cores.take(self.threads));
+        // a panic would end the thread; the request that causes it again is told
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.runner.warm_up(self.largest)));
+    }
+
     fn run(&mut self, mut batch: Batch<Stage, Item>) {
         let (start, stage) = (Instant::now(), batch.key);
         telemetry::waiting(self.name, -(batch.members.len() as f64));

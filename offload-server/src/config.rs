@@ -10,11 +10,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::ServerError;
 use crate::placement::Placement;
-use crate::tenants::{TenantConfig, Tenants};
+use crate::tenants::{Capacity, TenantConfig, Tenants};
 
 /// What the names of environment variables begin with.
 const ENVIRONMENT: &str = "ISTHMUS_SERVER_";
 const MAX_COUNT: usize = 1 << 16;
+const MAX_RECEIVED: usize = 64 << 30;
+/// Threads for each core: more only wait for each other.
+const MOST_THREADS: usize = 16;
+const LEAST_IMAGE: u64 = 4096;
 const MAX_MESSAGE_BYTES: usize = 256 << 20;
 const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
 
@@ -73,6 +77,8 @@ pub struct Config {
     pub max_connections: usize,
     /// Of them, from one address (a proxy has one for all its clients).
     pub max_connections_per_peer: usize,
+    /// Most bytes of messages that are being received, or are answered one by one.
+    pub max_received_bytes: usize,
     /// Largest request message in bytes.
     pub max_request_bytes: usize,
     /// Largest message of a stream of requests in bytes.
@@ -154,6 +160,7 @@ impl Default for Config {
             max_streams: 256,
             max_connections: 1024,
             max_connections_per_peer: 512,
+            max_received_bytes: 256 << 20,
             max_request_bytes: 8 << 20,
             max_stream_message_bytes: 2 << 20,
             max_image_pixels: 16 << 20,
@@ -217,7 +224,10 @@ impl Config {
         if self.tls_client_ca.is_none() && self.tenants.iter().any(|t| t.certificate_sha256.is_some()) {
             return bad("tenants: certificate_sha256 needs tls_client_ca");
         }
-        Tenants::new(&self.tenants, self.max_in_flight)?;
+        Tenants::new(&self.tenants, Capacity::of(self))?;
+        if let Some(t) = self.tenants.iter().find(|t| t.most_urgent.is_some_and(|most| most > self.priority_levels)) {
+            return bad(&format!("tenant {:?}: most_urgent is at most priority_levels, {}", t.name, self.priority_levels));
+        }
         for model in &self.models {
             crate::placement::instances(self, model)?;
         }
@@ -229,6 +239,9 @@ impl Config {
         }
         if self.models.is_empty() {
             return bad("models: at least one is needed");
+        }
+        if let Some(model) = self.models.iter().enumerate().find(|(i, m)| self.models[..*i].contains(m)) {
+            return bad(&format!("models: {:?} is named twice", model.1));
         }
         if let Some(model) = self.models.iter().find(|m| BackboneKind::from_name(m).is_none()) {
             let known = BackboneKind::ALL.map(BackboneKind::name).join(", ");
@@ -268,9 +281,23 @@ impl Config {
         if positive.iter().chain([&self.decode_workers, &self.network_threads]).any(|&n| n > MAX_COUNT) {
             return bad("counts are at most 65536");
         }
+        let cores = cores();
+        if self.network_threads() > MOST_THREADS * cores || self.decode_workers() > MOST_THREADS * cores {
+            return bad(&format!("network_threads and decode_workers: at most {MOST_THREADS} for each of the {cores} cores"));
+        }
+        if self.max_image_pixels < LEAST_IMAGE {
+            return bad("max_image_pixels: at least 4096");
+        }
+        if self.max_received_bytes < 2 * self.max_request_bytes.max(self.max_stream_message_bytes) || self.max_received_bytes > MAX_RECEIVED
+        {
+            return bad("max_received_bytes: at least twice the largest message, at most 64 GiB");
+        }
         let sizes = [self.max_request_bytes, self.max_stream_message_bytes, self.max_response_bytes];
         if sizes.iter().any(|n| !(1024..=MAX_MESSAGE_BYTES).contains(n)) {
             return bad("max_request_bytes, max_stream_message_bytes and max_response_bytes: from 1024 to 256 MiB");
+        }
+        if !self.max_connection_age.is_zero() && self.max_connection_age < Duration::from_secs(1) {
+            return bad("max_connection_age: 0 for none, or at least a second");
         }
         if self.drain_delay > MAX_WAIT || self.max_connection_age > MAX_WAIT {
             return bad("drain_delay and max_connection_age are at most a day");

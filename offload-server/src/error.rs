@@ -134,3 +134,16 @@ impl From<ServerError> for Status {
         status
     }
 }
+/// What the transport says of a message that is too large (OUT_OF_RANGE, which in gRPC is for streams that end) as this server says what can
+/// never succeed.
+pub(crate) fn of_transport(status: Status) -> Status {
+    if status.code() == Code::OutOfRange { Status::invalid_argument(status.message()) } else { status }
+}
+
+/// The same in a response that has headers alone.
+pub(crate) fn of_transport_headers(headers: &mut http::HeaderMap) {
+    const STATUS: &str = "grpc-status";
+    if let Some(code) = headers.get_mut(STATUS).filter(|code| *code == (Code::OutOfRange as i32).to_string().as_str()) {
+        *code = http::HeaderValue::from(Code::InvalidArgument as i32);
+    }
+}

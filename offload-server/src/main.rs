@@ -150,7 +150,7 @@ async fn run() -> Result<()> {
         return Ok(std::io::stdout().write_all(text.as_bytes())?);
     }
     let traces = Traces::from_environment("offload-server")?;
-    telemetry::install_logs(config.log_format, traces.as_ref());
+    telemetry::install_logs(config.log_format, traces.as_ref())?;
     let metrics = telemetry::install_metrics()?;
     tokio::spawn(memory::watch());
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);

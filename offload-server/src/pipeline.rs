@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::metadata::MetadataMap;
 
 use crate::admission::Admitted;
 use crate::intake::Intake;
+use crate::receiving::Open;
 use crate::registry::{Entry, Registry};
 use crate::repository::Repository;
 use crate::statistics::Times;
@@ -43,7 +44,8 @@ pub struct Pipeline {
     intake: Intake,
     in_flight: Arc<Semaphore>,
     max_in_flight: usize,
-    streams: Arc<Semaphore>,
+    /// Bodies of which something may still come, and streams.
+    pub open: Open,
     max_deadline: Duration,
     priority_levels: u8,
 }
@@ -97,7 +99,7 @@ impl Pipeline {
             intake,
             in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
             max_in_flight: config.max_in_flight,
-            streams: Arc::new(Semaphore::new(config.max_streams)),
+            open: Open::default(),
             max_deadline: config.max_deadline,
             priority_levels: config.priority_levels,
         }
@@ -118,12 +120,9 @@ impl Pipeline {
         self.max_in_flight
     }
 
-    /// A place for a stream.
-    ///
-    /// # Errors
-    /// [`ServerError::Busy`] if there is none.
-    pub fn stream(&self) -> Result<OwnedSemaphorePermit, ServerError> {
-        self.streams.clone().try_acquire_owned().map_err(|_| ServerError::busy("too many streams are open"))
+    /// True if no request is under way, none is coming, and no stream is open.
+    pub fn is_quiet(&self) -> bool {
+        self.is_idle() && self.open.is_none()
     }
 
     /// The smaller of what the client asks for and the server's limit, less a little: the answer that the

@@ -74,7 +74,7 @@ impl Registry {
     /// [`ServerError::UnknownModel`].
     pub fn model(&self, name: &str, version: &str) -> Result<&Arc<Entry>, ServerError> {
         let name = if name.is_empty() { &self.default } else { name };
-        let fits = |m: &&Arc<Entry>| m.name == name && (version.is_empty() || version.parse() == Ok(m.version));
+        let fits = |m: &&Arc<Entry>| m.name == name && (version.is_empty() || version == m.version.to_string());
         let found = self.models.iter().find(fits);
         let shown = |text: &str| text.chars().take(64).collect::<String>();
         found.ok_or_else(|| match version {

@@ -19,12 +19,13 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tower::util::MapResponseLayer;
 
-use crate::limits::PerMethod;
+use crate::limits::{CallLimits, OPEN_BYTES, OPEN_TIME, PerMethod, Within};
 use crate::pipeline::Pipeline;
+use crate::receiving::Receiving;
 use crate::repository::Repository;
 use crate::services::inference::Inference;
 use crate::services::offload::Offload;
-use crate::tenants::Tenants;
+use crate::tenants::{Capacity, Tenants};
 use crate::{Config, ServerError, status, telemetry};
 
 /// A TLS handshake that takes longer is given up.
@@ -32,6 +33,8 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const MAX_HEADERS: u32 = 16 << 10;
 /// Batches that nobody waits for any more are finished within this, or abandoned.
 const WORK_END: Duration = Duration::from_secs(5);
+/// When nothing has come or gone for so long while draining, nothing will.
+const QUIET: Duration = Duration::from_secs(1);
 /// Of one connection.
 const LEAST_STREAMS: u32 = 64;
 /// Different ages of connections.
@@ -67,7 +70,21 @@ impl Running {
         tokio::time::sleep(self.drain_delay).await;
         self.pipeline.draining.cancel();
         let limit = self.drain_limit;
-        let ended = tokio::time::timeout(limit, self.served).await;
+        let pipeline = self.pipeline.clone();
+        // health watches, reflection and idle connections have nothing to finish, and would not end
+        let quiet = async {
+            let mut since = Instant::now();
+            while since.elapsed() < QUIET {
+                tokio::time::sleep(QUIET / 20).await;
+                if !pipeline.is_quiet() {
+                    since = Instant::now();
+                }
+            }
+        };
+        let ended = tokio::select! {
+            ended = tokio::time::timeout(limit, self.served) => ended,
+            () = quiet => Ok(Ok(Ok(()))),
+        };
         self.background.cancel();
         // libtorch must not compute for those that left while the process takes itself apart
         let (repository, began) = (self.pipeline.repository.clone(), Instant::now());
@@ -79,8 +96,6 @@ impl Running {
         }
         match ended {
             Ok(ended) => ended.map_err(|e| ServerError::Transport(e.to_string()))?,
-            // health watches and idle connections have nothing to finish
-            Err(_) if self.pipeline.is_idle() => Ok(()),
             Err(_) => Err(ServerError::Transport(format!("requests were still in flight after {limit:?}"))),
         }
     }
@@ -104,6 +119,11 @@ fn connection_ages(age: Duration) -> Vec<Option<Duration>> {
     (0..AGES).map(|i| Some(age.mul_f64(0.9 + 0.2 * f64::from(i) / f64::from(AGES - 1)))).collect()
 }
 
+/// An error with what caused it.
+fn reasons(error: &dyn std::error::Error) -> String {
+    std::iter::successors(error.source(), |e| e.source()).fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
 /// A PEM file that holds something of the wanted kind.
 fn pem(path: &Path, kind: &str) -> Result<String, ServerError> {
     let text = std::fs::read_to_string(path).map_err(|cause| ServerError::Io { path: path.into(), cause })?;
@@ -120,6 +140,14 @@ fn pem(path: &Path, kind: &str) -> Result<String, ServerError> {
 pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running, ServerError> {
     config.check()?;
     let tls = tls(&config)?;
+    let server = match &tls {
+        // what is wrong with them is told before models load
+        Some(tls) => {
+            let wrong = |e| ServerError::Config(format!("tls_cert, tls_key, tls_client_ca: {}", reasons(&e)));
+            Server::builder().tls_config(tls.clone()).map_err(wrong)?
+        }
+        None => Server::builder(),
+    };
     let bind = |address: SocketAddr| async move {
         let in_use = |e: std::io::Error| ServerError::Transport(format!("cannot listen on {address}: {e}"));
         TcpListener::bind(address).await.map_err(in_use)
@@ -139,7 +167,7 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     let address = listener.local_addr().map_err(|e| ServerError::Transport(e.to_string()))?;
     let background = CancellationToken::new();
     tokio::spawn(isthmus_listen::admin::upkeep(metrics.clone(), background.clone()));
-    let tenants = Tenants::new(&config.tenants, config.max_in_flight)?;
+    let tenants = Tenants::new(&config.tenants, Capacity::of(&config))?;
     let pipeline = Arc::new(Pipeline::new(Arc::new(repository), &config, tenants.clone()));
     let draining = pipeline.draining.clone();
     let mut admin_address = None;
@@ -148,17 +176,22 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         admin_address = listener.local_addr().ok();
         tokio::spawn(status::serve(listener, pipeline.clone(), metrics, background.clone()));
     }
-    let (unary, streamed, answers) = (config.max_request_bytes, config.max_stream_message_bytes, config.max_response_bytes);
+    let limits = CallLimits {
+        unary: config.max_request_bytes,
+        stream: config.max_stream_message_bytes,
+        answers: config.max_response_bytes,
+        time: config.max_deadline,
+    };
     let service = Inference::new(pipeline.clone(), &config);
-    let inference = PerMethod::new(unary, streamed, answers, |most, answers| {
+    let inference = PerMethod::new(&limits, |most, answers, streams| {
         let server = GrpcInferenceServiceServer::new(service.clone()).max_decoding_message_size(most).max_encoding_message_size(answers);
-        let known = tenants.clone();
+        let (known, server) = (tenants.clone(), Receiving::new(server, streams, pipeline.open.clone()));
         InterceptedService::new(server, move |request| known.intercept(request))
     });
     let service = Offload(pipeline.clone());
-    let offload = PerMethod::new(unary, streamed, answers, |most, answers| {
+    let offload = PerMethod::new(&limits, |most, answers, streams| {
         let server = OffloadServiceServer::new(service.clone()).max_decoding_message_size(most).max_encoding_message_size(answers);
-        let known = tenants.clone();
+        let (known, server) = (tenants.clone(), Receiving::new(server, streams, pipeline.open.clone()));
         InterceptedService::new(server, move |request| known.intercept(request))
     });
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -170,14 +203,16 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
             .register_encoded_file_descriptor_set(isthmus_proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
+    // nobody has to be known for health and reflection: their questions are small, and soon there
+    let health_service = Within::new(health_service.max_decoding_message_size(OPEN_BYTES), OPEN_TIME);
     let reflection = described().build_v1().map_err(|e| ServerError::Transport(e.to_string()))?;
+    let reflection = Within::new(reflection.max_decoding_message_size(OPEN_BYTES), OPEN_TIME);
     // what older tools ask for
     let older_reflection = described().build_v1alpha().map_err(|e| ServerError::Transport(e.to_string()))?;
-    let mut server = Server::builder()
+    let older_reflection = Within::new(older_reflection.max_decoding_message_size(OPEN_BYTES), OPEN_TIME);
+    let server = server
         .http2_keepalive_interval(Some(config.keepalive_interval))
         .http2_keepalive_timeout(Some(config.keepalive_timeout))
-        // until the response starts, so uploads that stall end too; streams have their own limits
-        .timeout(config.max_deadline)
         // above what is taken: a call that has to wait in its client's transport for a place comes with a time limit that has
         // partly passed, which nobody here can see; better to refuse it at once
         .max_concurrent_streams(u32::try_from(2 * config.max_in_flight).unwrap_or(u32::MAX).max(LEAST_STREAMS))
@@ -185,11 +220,7 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         .tcp_nodelay(true)
         .trace_fn(telemetry::call)
         .layer(MapResponseLayer::new(telemetry::call_ended));
-    if let Some(tls) = tls {
-        server =
-            server.tls_config(tls).map_err(|e| ServerError::Config(format!("tls_cert, tls_key: they do not belong together ({e})")))?;
-    }
-    let bounds = Bounds { most: config.max_connections, each_peer: config.max_connections_per_peer };
+    let bounds = Bounds { most: isthmus_listen::places(config.max_connections), each_peer: config.max_connections_per_peer };
     let incoming = isthmus_listen::bounded(bounds, listener, telemetry::connection_refused);
     let ages = connection_ages(config.max_connection_age);
     let lanes = isthmus_listen::in_turn(incoming, ages.len(), draining.clone());

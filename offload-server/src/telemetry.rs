@@ -14,11 +14,11 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
-use crate::ServerError;
 use crate::config::LogFormat;
 use crate::features::FeatureMap;
 use crate::model::Stage;
 use crate::tenants::Tenant;
+use crate::{ServerError, error};
 
 const SECONDS: [f64; 14] = [0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 const BYTES: [f64; 10] = [500.0, 1e3, 2e3, 4e3, 8e3, 16e3, 64e3, 256e3, 1e6, 8e6];
@@ -104,8 +104,14 @@ type SetFilter = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>;
 static FILTER: OnceLock<(SetFilter, Mutex<String>)> = OnceLock::new();
 
 /// Starts logging to standard error, `RUST_LOG` filters (default `info`), and sending spans to `traces`.
-pub fn install_logs(format: LogFormat, traces: Option<&Traces>) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+///
+/// # Errors
+/// If `RUST_LOG` is no filter.
+pub fn install_logs(format: LogFormat, traces: Option<&Traces>) -> Result<(), ServerError> {
+    let filter = match std::env::var("RUST_LOG") {
+        Ok(text) => EnvFilter::builder().parse(&text).map_err(|e| ServerError::Config(format!("RUST_LOG={text:?}: {e}")))?,
+        Err(_) => "info".into(),
+    };
     let text = Mutex::new(filter.to_string());
     let (filter, handle) = tracing_subscriber::reload::Layer::new(filter);
     let lines = tracing_subscriber::fmt::layer().with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr);
@@ -121,6 +127,7 @@ pub fn install_logs(format: LogFormat, traces: Option<&Traces>) {
         let set: SetFilter = Box::new(move |f| handle.reload(f).map_err(|e| e.to_string()));
         let _ = FILTER.set((set, text));
     }
+    Ok(())
 }
 
 /// The span of a call, part of its caller's trace if that has one.
@@ -153,7 +160,8 @@ pub fn log_filter() -> String {
 
 /// Counts calls that the transport refused (too large a message, too many calls, too late) as well as those that
 /// failed here: both end with a status and no message.
-pub(crate) fn call_ended<B>(response: http::Response<B>) -> http::Response<B> {
+pub(crate) fn call_ended<B>(mut response: http::Response<B>) -> http::Response<B> {
+    error::of_transport_headers(response.headers_mut());
     if let Some(status) = tonic::Status::from_header_map(response.headers()).filter(|s| s.code() != tonic::Code::Ok) {
         counter!("isthmus_failed_calls_total", "code" => format!("{:?}", status.code())).increment(1);
     }

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Status};
 
-use crate::{ServerError, telemetry};
+use crate::receiving::PIECE;
+use crate::{Config, ServerError, telemetry};
 
 /// Calls beyond `max_in_flight` requests whose message has not been read: a request is refused with reasons, a call is not.
 const SPARE_CALLS: usize = 16;
@@ -68,6 +69,32 @@ pub struct Tenant {
     rate: Option<(usize, DefaultDirectRateLimiter)>,
     calls: Places,
     requests: Places,
+    streams: Places,
+    /// Of received bytes, in pieces.
+    bytes: Places,
+}
+
+/// What all tenants have together.
+#[derive(Debug, Clone, Copy)]
+pub struct Capacity {
+    /// Requests between arrival and answer.
+    pub requests: usize,
+    /// Open streams.
+    pub streams: usize,
+    /// Bytes of messages that are being received, or answered one by one.
+    pub bytes: usize,
+}
+
+impl Capacity {
+    /// As configured.
+    pub fn of(config: &Config) -> Self {
+        Self { requests: config.max_in_flight, streams: config.max_streams, bytes: config.max_received_bytes }
+    }
+
+    /// Places for calls, requests, streams and pieces of bytes.
+    fn all(self) -> [usize; 4] {
+        [self.requests + SPARE_CALLS, self.requests, self.streams, self.bytes / PIECE]
+    }
 }
 
 /// Places that a tenant has for itself, and those that it shares with all others: whoever takes all of the shared ones leaves others theirs.
@@ -100,7 +127,7 @@ pub struct Entered {
 
 impl Tenant {
     /// As configured.
-    fn new(index: usize, config: &TenantConfig, calls: Places, requests: Places) -> Self {
+    fn new(index: usize, config: &TenantConfig, [calls, requests, streams, bytes]: [Places; 4]) -> Self {
         let rate = NonZeroU32::new(config.requests_per_second);
         let most = config.max_in_flight;
         Self {
@@ -113,6 +140,8 @@ impl Tenant {
             rate: rate.map(|n| (n.get() as usize, RateLimiter::direct(Quota::per_second(n)))),
             calls,
             requests,
+            streams,
+            bytes,
         }
     }
 
@@ -120,13 +149,29 @@ impl Tenant {
     #[cfg(test)]
     pub(crate) fn alone(index: usize, config: &TenantConfig) -> Self {
         let places = || Places { own: Arc::new(Semaphore::new(64)), shared: Arc::new(Semaphore::new(0)) };
-        Self::new(index, config, places(), places())
+        Self::new(index, config, std::array::from_fn(|_| places()))
     }
 
     /// Most requests that may come together; none: no bound of this tenant's own.
     pub fn at_once(&self) -> Option<usize> {
         let (quota, rate) = (self.quota.as_ref().map(|q| q.0), self.rate.as_ref().map(|r| r.0));
         quota.into_iter().chain(rate).min()
+    }
+
+    /// A place for a stream.
+    ///
+    /// # Errors
+    /// [`ServerError::Busy`] if there is none.
+    pub fn stream(&self) -> Result<OwnedSemaphorePermit, ServerError> {
+        self.streams.take().ok_or(ServerError::busy("too many streams are open"))
+    }
+
+    /// Room for one more piece of what is received.
+    ///
+    /// # Errors
+    /// [`ServerError::Busy`] if there is none.
+    pub fn receive(&self) -> Result<OwnedSemaphorePermit, ServerError> {
+        self.bytes.take().ok_or(ServerError::busy("too many bytes are being received"))
     }
 
     /// A place for a request, within the tenant's quotas.
@@ -162,20 +207,20 @@ fn fingerprint(what: &str, text: &str) -> Result<String, ServerError> {
 }
 
 impl Tenants {
-    /// Those of the configuration, who share `max_in_flight` places for requests, and somewhat more for calls; without any, everybody is one tenant.
+    /// Those of the configuration, who share `capacity`, and somewhat more places for calls; without any, everybody is one tenant.
     ///
     /// # Errors
     /// [`ServerError::Config`] says which entry is wrong.
-    pub fn new(configs: &[TenantConfig], max_in_flight: usize) -> Result<Self, ServerError> {
+    pub fn new(configs: &[TenantConfig], capacity: Capacity) -> Result<Self, ServerError> {
         let (mut tokens, mut certificates) = (HashMap::new(), HashMap::new());
         let wrong = |name: &str, why: &str| Err(ServerError::Config(format!("tenant {name:?}: {why}")));
         if configs.len() > MOST {
             return Err(ServerError::Config(format!("at most {MOST} tenants")));
         }
         let weights: Vec<f64> = configs.iter().map(|c| c.weight.clamp(1e-3, 1e3)).collect();
-        let calls = Places::divide(max_in_flight + SPARE_CALLS, &weights);
-        let requests = Places::divide(max_in_flight, &weights);
-        for (i, ((config, calls), requests)) in configs.iter().zip(calls).zip(requests).enumerate() {
+        let shares = capacity.all().map(|all| Places::divide(all, &weights));
+        for (i, config) in configs.iter().enumerate() {
+            let places = shares.each_ref().map(|of| of[i].clone());
             let name = &config.name;
             let plain = !name.is_empty() && name.len() <= 64 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
             if !plain || name == ANONYMOUS || configs[..i].iter().any(|c| c.name == *name) {
@@ -187,7 +232,7 @@ impl Tenants {
             if config.most_urgent == Some(0) {
                 return wrong(name, "most_urgent is from 1");
             }
-            let tenant = Arc::new(Tenant::new(i + 1, config, calls, requests));
+            let tenant = Arc::new(Tenant::new(i + 1, config, places));
             let mut known = false;
             for (map, key, text) in
                 [(&mut tokens, "token_sha256", &config.token_sha256), (&mut certificates, "certificate_sha256", &config.certificate_sha256)]
@@ -213,7 +258,7 @@ impl Tenants {
             operator: true,
         };
         let shared = |n: usize| Places { own: Arc::new(Semaphore::new(0)), shared: Arc::new(Semaphore::new(n)) };
-        let everybody = || Arc::new(Tenant::new(0, &everybody, shared(max_in_flight + SPARE_CALLS), shared(max_in_flight)));
+        let everybody = || Arc::new(Tenant::new(0, &everybody, capacity.all().map(shared)));
         let anonymous = configs.is_empty().then(everybody);
         Ok(Self { tokens: Arc::new(tokens), certificates: Arc::new(certificates), anonymous })
     }
@@ -274,6 +319,8 @@ mod tests {
 
     use super::*;
 
+    const EIGHT: Capacity = Capacity { requests: 8, streams: 8, bytes: 8 * PIECE };
+
     fn tenant(name: &str, token: &str) -> TenantConfig {
         let text = format!("name = {name:?}\ntoken_sha256 = {:?}", sha256(token.as_bytes()));
         toml::from_str(&text).unwrap()
@@ -287,19 +334,19 @@ mod tests {
 
     #[test]
     fn threat_timing_tokens_are_compared_by_their_hash() {
-        let tenants = Tenants::new(&[tenant("cameras", "one"), tenant("robots", "two")], 8).unwrap();
+        let tenants = Tenants::new(&[tenant("cameras", "one"), tenant("robots", "two")], EIGHT).unwrap();
         assert_eq!(tenants.identify(&ask("Bearer two")).unwrap().name, "robots");
         assert_eq!(tenants.identify(&ask("bearer  one")).unwrap().name, "cameras");
         for wrong in ["Bearer three", "Basic one", "one", "Bearer"] {
             assert!(matches!(tenants.identify(&ask(wrong)), Err(ServerError::Unauthenticated)), "{wrong}");
         }
         assert!(tenants.identify(&Request::new(())).is_err());
-        assert_eq!(Tenants::new(&[], 8).unwrap().identify(&Request::new(())).unwrap().name, ANONYMOUS);
+        assert_eq!(Tenants::new(&[], EIGHT).unwrap().identify(&Request::new(())).unwrap().name, ANONYMOUS);
     }
 
     #[test]
     fn senseless_tenants_are_named() {
-        let error = |configs: &[TenantConfig]| Tenants::new(configs, 8).err().unwrap().to_string();
+        let error = |configs: &[TenantConfig]| Tenants::new(configs, EIGHT).err().unwrap().to_string();
         assert!(error(&[tenant("a", "x"), tenant("a", "y")]).contains("name of its own"));
         assert!(error(&[tenant("a", "x"), tenant("b", "x")]).contains("same token"));
         assert!(error(&[tenant("a b", "x")]).contains("letters"));
@@ -310,7 +357,7 @@ mod tests {
 
     #[test]
     fn quotas_bound_a_tenant() {
-        let tenants = Tenants::new(&[TenantConfig { max_in_flight: 1, ..tenant("a", "x") }], 8).unwrap();
+        let tenants = Tenants::new(&[TenantConfig { max_in_flight: 1, ..tenant("a", "x") }], EIGHT).unwrap();
         let a = tenants.identify(&ask("Bearer x")).unwrap();
         let place = a.enter().unwrap();
         assert!(matches!(a.enter(), Err(ServerError::Busy { .. })));
@@ -323,7 +370,9 @@ mod tests {
 
     #[test]
     fn a_flood_leaves_others_their_places() {
-        let tenants = Tenants::new(&[tenant("flood", "x"), TenantConfig { weight: 3.0, ..tenant("quiet", "y") }], 16).unwrap();
+        let tenants =
+            Tenants::new(&[tenant("flood", "x"), TenantConfig { weight: 3.0, ..tenant("quiet", "y") }], Capacity { requests: 16, ..EIGHT })
+                .unwrap();
         let [flood, quiet] = ["Bearer x", "Bearer y"].map(|t| tenants.identify(&ask(t)).unwrap());
         // half of 16 is kept: 2 and 6; 8 are for everybody
         let taken: Vec<_> = std::iter::from_fn(|| flood.enter().ok()).collect();
@@ -339,5 +388,10 @@ mod tests {
         assert!(tenants.intercept(ask("Bearer y")).is_ok());
         drop(held);
         assert!(tenants.intercept(ask("Bearer x")).is_ok());
+        // streams, and bytes that are being received: one and three of eight are kept, four are for everybody
+        let streams: Vec<_> = std::iter::from_fn(|| flood.stream().ok()).collect();
+        let bytes: Vec<_> = std::iter::from_fn(|| flood.receive().ok()).collect();
+        assert_eq!((streams.len(), bytes.len()), (1 + 4, 1 + 4));
+        assert!(quiet.stream().is_ok() && quiet.receive().is_ok());
     }
 }

@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use common::{assert_healthy, client, code_of, configured, options, sample};
 use edge_client::{Client, ClientError, Endpoint, InferOptions, Payload};
+use isthmus_proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
+use isthmus_proto::inference::model_infer_request::InferInputTensor;
+use isthmus_proto::inference::{InferTensorContents, ModelInferRequest};
 use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
 use isthmus_proto::offload_v1::offload_service_client::OffloadServiceClient;
 use isthmus_proto::offload_v1::{Features, InferRequest, infer_request};
@@ -194,7 +197,7 @@ async fn threat_bombs_images_of_every_kind_of_wrong() {
     }
     // larger than a message may be
     let (code, _) = code_of(&mut client, image(vec![1; 9 << 20])).await;
-    assert!(matches!(code, Code::OutOfRange | Code::ResourceExhausted), "{code:?}");
+    assert!(matches!(code, Code::InvalidArgument | Code::ResourceExhausted), "{code:?}");
     assert_healthy(&mut client, &good).await;
     let grown = server.process.memory_kb("VmHWM").saturating_sub(before);
     println!("peak memory grew by {grown} kB");
@@ -262,8 +265,8 @@ async fn threat_exhaustion_connections_streams_and_uploads_are_bounded() {
     drop(stream);
 
     let (code, message) = code_of(&mut first, image(vec![0; 200_000])).await;
-    assert!(code == Code::OutOfRange && message.contains("100000"), "{code:?} {message}");
-    assert!(server.metrics().contains("isthmus_failed_calls_total{code=\"OutOfRange\"} 1"));
+    assert!(code == Code::InvalidArgument && message.contains("100000"), "{code:?} {message}");
+    assert!(server.metrics().contains("isthmus_failed_calls_total{code=\"InvalidArgument\"} 1"));
 
     let second = client(&server).await;
     let third = client(&server).await;
@@ -276,6 +279,26 @@ async fn threat_exhaustion_connections_streams_and_uploads_are_bounded() {
     assert!(!server.metrics().contains("isthmus_connections_refused_total 0"));
     drop((second, third));
     assert_healthy(&mut first, &good).await;
+}
+
+/// A request of many photos of which one is damaged fails at once: the others are not computed in vain.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_bad_photo_of_many_ends_the_request() {
+    let server = configured("max_in_flight = 256\n");
+    let (_, photo) = sample();
+    let photos: Vec<Vec<u8>> = (0..64).map(|i| if i < 63 { photo.to_vec() } else { photo[..200].to_vec() }).collect();
+    let contents =
+        Some(InferTensorContents { bytes_contents: photos.into_iter().map(Into::into).collect(), ..InferTensorContents::default() });
+    let input =
+        InferInputTensor { name: "image".into(), datatype: "BYTES".into(), shape: vec![64], contents, ..InferInputTensor::default() };
+    let request = ModelInferRequest { model_name: "efficientnet-lite0".into(), inputs: vec![input], ..ModelInferRequest::default() };
+    let mut inference = GrpcInferenceServiceClient::connect(server.url()).await.unwrap();
+    let refused = inference.model_infer(request).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused:?}");
+    let metrics = server.metrics();
+    let answered = metrics.lines().find_map(|l| l.strip_prefix("isthmus_requests_total{payload=\"image\",code=\"Ok\"} "));
+    let answered: u32 = answered.map_or(0, |n| n.parse().unwrap());
+    assert!(answered < 40, "{answered} of 63 were computed first");
 }
 
 /// One address holds no more than its share of the connections: others still come in.
@@ -331,7 +354,7 @@ async fn threat_slow_loris_idle_and_oversized_streams_end_with_a_status() {
     send.send(request(3, vec![0; 200_000].into())).await.unwrap();
     assert!(matches!(answers.message().await.unwrap().unwrap().result, Some(Outcome::Response(r)) if r.id == 2));
     let ended = answers.message().await.unwrap_err();
-    assert!(matches!(ended.code(), Code::OutOfRange | Code::ResourceExhausted), "{ended:?}");
+    assert!(matches!(ended.code(), Code::InvalidArgument | Code::ResourceExhausted), "{ended:?}");
     assert_healthy(&mut client, &good).await;
 }
 

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{assert_healthy, client, configured, options, sample};
-use edge_client::Payload;
+use edge_client::{Client, Endpoint, Payload};
 use isthmus_testkit::{Process, Server, backbones, binary, bundle, free_port};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -92,6 +92,80 @@ async fn threat_exhaustion_of_places_by_half_sent_calls_leaves_health() {
     driver.abort();
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_healthy(&mut asking, &container).await;
+}
+
+/// Messages that stop before their end: what they take is bounded, and by tenant; and what nobody has to be known for takes next to nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_exhaustion_by_half_sent_messages_is_bounded() {
+    const MB: usize = 1 << 20;
+    let tenant = |name: &str, token: &str| {
+        let token_sha256 = isthmus_codec::bundle::sha256(token.as_bytes());
+        format!("[[tenants]]\nname = {name:?}\ntoken_sha256 = {token_sha256:?}\n")
+    };
+    let bounds =
+        format!("max_received_bytes = {}\nmax_request_bytes = {MB}\nmax_stream_message_bytes = {MB}\nmax_deadline = \"4s\"\n", 16 * MB);
+    let server = configured(&[bounds, tenant("flood", "one"), tenant("quiet", "two")].concat());
+    let (container, _) = sample();
+    let as_quiet = Endpoint::new(&server.url()).unwrap().with_token("two").unwrap();
+    let mut asking = Client::connect(&as_quiet).await.unwrap();
+    assert_healthy(&mut asking, &container).await;
+    let before = server.process.memory_kb("VmRSS");
+    let (requests, driver) = h2::client::handshake(TcpStream::connect(server.address).await.unwrap()).await.unwrap();
+    let driver = tokio::spawn(driver);
+    // all but the last byte of a message of so many
+    let half = async |path: &str, bytes: usize| {
+        let uri = format!("http://{}/{path}", server.address);
+        let head = Request::builder().method(Method::POST).uri(uri).header("content-type", "application/grpc");
+        let head = head.header("te", "trailers").header("authorization", "Bearer one").body(()).unwrap();
+        let (answer, mut body) = requests.clone().ready().await.unwrap().send_request(head, false).unwrap();
+        let message = [&[0][..], &(bytes as u32).to_be_bytes(), &vec![0; bytes - 1]].concat();
+        let mut sent = 0;
+        while sent < message.len() {
+            body.reserve_capacity((message.len() - sent).min(MB));
+            let room = tokio::time::timeout(Duration::from_millis(500), std::future::poll_fn(|context| body.poll_capacity(context))).await;
+            // refused, or as much as the server takes
+            let Ok(Some(Ok(room))) = room else { break };
+            let end = (sent + room).min(message.len());
+            if body.send_data(message[sent..end].to_vec().into(), false).is_err() {
+                break;
+            }
+            sent = end;
+        }
+        (answer, body)
+    };
+    let mut held = Vec::new();
+    for _ in 0..30 {
+        held.push(half("inference.GRPCInferenceService/ModelInfer", MB - 100).await);
+    }
+    assert!(server.metrics().contains("isthmus_refused_total{reason=\"busy\"}"));
+    // a tenant's flood leaves the other its bytes
+    assert_healthy(&mut asking, &container).await;
+    for path in ["grpc.health.v1.Health/Check", "grpc.reflection.v1.ServerReflection/ServerReflectionInfo"] {
+        for _ in 0..30 {
+            held.push(half(path, MB).await);
+        }
+    }
+    let grown = server.process.memory_kb("VmRSS").saturating_sub(before);
+    println!("memory grew by {grown} kB");
+    assert!(grown < 60_000, "memory grew by {grown} kB");
+    assert_healthy(&mut asking, &container).await;
+    // and what stalled ends
+    let (answer, _) = held.swap_remove(0);
+    let status = tokio::time::timeout(Duration::from_secs(10), answer).await.unwrap().unwrap();
+    assert_eq!(status.headers().get("grpc-status").unwrap(), "4", "{status:?}");
+    driver.abort();
+}
+
+/// A health watch and an open reflection stream have nothing to finish: they do not hold up the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn watches_do_not_hold_up_a_shutdown() {
+    let mut server = configured("drain_delay = \"0s\"\ndrain_limit = \"60s\"\n");
+    let channel = tonic::transport::Endpoint::new(server.url()).unwrap().connect().await.unwrap();
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+    let mut watch = health.watch(tonic_health::pb::HealthCheckRequest::default()).await.unwrap().into_inner();
+    assert!(watch.message().await.unwrap().is_some());
+    server.process.signal("TERM");
+    assert_eq!(server.process.wait(Duration::from_secs(15)), Some(0));
 }
 
 /// CVE-2023-44487: streams opened and reset as fast as they can be written.

@@ -214,6 +214,14 @@ async fn weights_that_no_bundle_knows_are_refused() {
     assert_healthy(&mut asking, &container).await;
 }
 
+/// The time limit of requests is not that of a model's load, which takes longer.
+#[tokio::test(flavor = "multi_thread")]
+async fn loading_takes_its_time_whatever_requests_may_take() {
+    let mut setup = Setup::new("model_control = true\nmax_deadline = \"150ms\"\n").await;
+    setup.load(LITE2).await.unwrap();
+    assert_eq!(setup.state(LITE2).await.0, "READY");
+}
+
 /// Where bundles have to be signed, weights have to be named by one, older versions too.
 #[tokio::test(flavor = "multi_thread")]
 async fn threat_unsigned_weights_are_refused_where_bundles_are_signed() {

@@ -260,6 +260,24 @@ fn wrong_set_ups_say_what_is_wrong() {
     assert!(with(&["--bundle", bundle, "--backbones", "/nonexistent"]).contains("labels.json"));
     assert!(with(&["--bundle", bundle, "--backbones", backbones, "--model", "vgg"]).contains("efficientnet-lite0"));
     assert!(with(&["--bundle", bundle, "--backbones", backbones, "--device", "cuda:7"]).contains("cuda:7"));
+    let senseless = |toml: &str| {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), toml).unwrap();
+        with(&["--config", file.path().to_str().unwrap(), "--print-config"])
+    };
+    for (toml, named) in [
+        ("max_image_pixels = 0", "max_image_pixels"),
+        ("max_connection_age = \"1ms\"", "max_connection_age"),
+        ("network_threads = 30000", "network_threads"),
+        ("models = [\"efficientnet-lite0\", \"efficientnet-lite0\"]", "twice"),
+        ("max_received_bytes = 1000", "max_received_bytes"),
+    ] {
+        assert!(senseless(toml).contains(named), "{toml}: {}", senseless(toml));
+    }
+    let mut logged = std::process::Command::new(isthmus_testkit::binary("offload-server"));
+    let logged =
+        logged.args([&base[..], &["--bundle", bundle, "--backbones", backbones]].concat()).env("RUST_LOG", "===,[").output().unwrap();
+    assert!(!logged.status.success() && String::from_utf8_lossy(&logged.stderr).contains("RUST_LOG"), "{logged:?}");
     assert!(with(&["--config", "/nonexistent.toml"]).contains("/nonexistent.toml"));
 }
 

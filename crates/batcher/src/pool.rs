@@ -1,13 +1,17 @@
 //! The queue with threads and the system's clock.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::queue::{Asked, Batch, Entry, Limits, Queue, Refused, Ticket};
 
 /// What a worker thread does. It owns whatever cannot be shared, such as a network.
 pub trait Work<K, T>: Send + 'static {
+    /// Runs on the worker's thread before the first batch, and before [`Pool::start`] returns: whatever makes the first run of a network slow
+    /// is not to be a request's.
+    fn warm_up(&mut self) {}
+
     /// Computes a batch.
     fn run(&mut self, batch: Batch<K, T>);
 
@@ -33,10 +37,10 @@ pub struct Pool<K: Clone + PartialEq, T> {
 }
 
 impl<K: Clone + PartialEq + Send + 'static, T: Send + 'static> Pool<K, T> {
-    /// Starts a thread, called `name` and its number, for each worker. `make` is called on the thread itself.
+    /// Starts a thread, called `name` and its number, for each worker, and waits until all of them are warm. `make` is called on the thread itself.
     ///
     /// # Errors
-    /// If a thread cannot be started.
+    /// If a thread cannot be started, or ends before it is warm.
     pub fn start<W: Work<K, T>>(
         mut limits: Limits,
         name: &str,
@@ -46,14 +50,24 @@ impl<K: Clone + PartialEq + Send + 'static, T: Send + 'static> Pool<K, T> {
         limits.workers = workers.len();
         let shared = Arc::new(Shared { queue: Mutex::new(Queue::new(limits)), changed: Condvar::new() });
         let at_work = Arc::new(());
+        let (warm, warmed) = mpsc::channel();
+        let count = workers.len();
         let pool = Self { shared, at_work: Arc::downgrade(&at_work) };
         for (i, make) in workers.into_iter().enumerate() {
-            let (shared, at_work) = (pool.shared.clone(), at_work.clone());
+            let (shared, at_work, warm) = (pool.shared.clone(), at_work.clone(), warm.clone());
             let thread = move || {
-                work(&shared, make());
+                let mut worker = make();
+                worker.warm_up();
+                let _ = warm.send(());
+                drop(warm);
+                work(&shared, worker);
                 drop(at_work);
             };
             std::thread::Builder::new().name(format!("{name}-{i}")).spawn(thread)?;
+        }
+        drop(warm);
+        if warmed.iter().take(count).count() < count {
+            return Err(std::io::Error::other("a worker ended before it was warm"));
         }
         Ok(pool)
     }

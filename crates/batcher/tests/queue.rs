@@ -1,6 +1,7 @@
 //! The queue in virtual time: against a model, under overload, between tenants.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -86,6 +87,19 @@ fn verdict(new: &Known, now: Instant, waiting: &[Known], running: &[(Instant, Du
     if !idle && wait > left + 1e-6 { Err(Refused::Late) } else { Ok(()) }
 }
 
+/// Place in line: priority, its tenant's virtual time, when it came.
+fn order((name, k): &(&u64, &Known), finish: &BTreeMap<u32, f64>) -> Place {
+    Place(k.priority, finish.get(&k.tenant).copied().unwrap_or(0.0), **name)
+}
+
+struct Place(u8, f64, u64);
+
+impl Place {
+    fn total_cmp(&self, other: &Self) -> Ordering {
+        self.0.cmp(&other.0).then(self.1.total_cmp(&other.1)).then(self.2.cmp(&other.2))
+    }
+}
+
 proptest! {
     #[test]
     fn every_step_is_what_a_plain_list_allows(
@@ -109,6 +123,8 @@ proptest! {
         let mut model: BTreeMap<u64, Known> = BTreeMap::new();
         let mut running: VecDeque<(Instant, Duration)> = VecDeque::new();
         let (mut now, mut names) = (Instant::now(), 0u64);
+        // start-time fair queueing: virtual time, and that at which each tenant's next entry begins
+        let (mut served, mut finish) = (0f64, BTreeMap::<u32, f64>::new());
         for step in steps {
             match step {
                 Step::Pass(ms) => now += ms as u32 * MS,
@@ -122,7 +138,13 @@ proptest! {
                     let expected = verdict(&known(None), now, &waiting, running.make_contiguous(), &limits);
                     prop_assert_eq!(made.as_ref().map(|_| ()).map_err(|(why, _)| *why), expected);
                     match made {
-                        Ok(ticket) => drop(model.insert(names, known(Some(ticket)))),
+                        Ok(ticket) => {
+                            let own = finish.entry(tenant).or_default();
+                            if waiting.iter().all(|k| k.tenant != tenant) {
+                                *own = own.max(served);
+                            }
+                            model.insert(names, known(Some(ticket)));
+                        }
                         Err((_, back)) => prop_assert_eq!(back.value, names, "what is refused is given back"),
                     }
                     names += 1;
@@ -148,11 +170,25 @@ proptest! {
                             if let Some(at) = next.ask_again {
                                 // whoever sleeps until then finds something to do
                                 prop_assert!(at > now);
-                                let oldest = model.values().map(|k| k.came).min().unwrap();
-                                prop_assert!(now < oldest + limits.max_delay || model.values().any(|k| k.priority > 0 || k.key > 0));
+                                // what is next, and all that may go with it, has not waited long enough
+                                let first = model.iter().min_by(|a, b| order(a, &finish).total_cmp(&order(b, &finish))).unwrap().1;
+                                let together: Vec<&Known> = model.values().filter(|k| k.key == first.key).collect();
+                                prop_assert!(together.iter().all(|k| now < k.came + limits.max_delay));
+                                prop_assert!(together.len() < max_batch);
                             }
                         }
                         Some(batch) => {
+                            let mut left = model.clone();
+                            for (i, (name, _)) in batch.members.iter().enumerate() {
+                                // the first of all, then the first of those that may go with it
+                                let fits = left.iter().filter(|(_, k)| i == 0 || k.key == batch.key);
+                                let first = *fits.min_by(|a, b| order(a, &finish).total_cmp(&order(b, &finish))).unwrap().0;
+                                prop_assert_eq!(*name, first, "by priority, then shares, then as they came");
+                                let taken = left.remove(name).unwrap();
+                                let own = finish.entry(taken.tenant).or_default();
+                                served = served.max(*own);
+                                *own += taken.cost.as_secs_f64().max(1e-9) / weight(taken.tenant);
+                            }
                             let members: Vec<Known> = batch.members.iter().map(|(name, _)| model.remove(name).unwrap()).collect();
                             prop_assert!((1..=max_batch).contains(&members.len()));
                             prop_assert!(members.iter().all(|k| k.key == batch.key));

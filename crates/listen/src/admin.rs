@@ -14,11 +14,45 @@ use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::{Bounds, Counted, Places, not_accepted};
+
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 const PROBE_LIMIT: Duration = Duration::from_secs(2);
 const PROBE_BYTES: u64 = 4096;
 /// A page may run what it holds and ask its own server, nothing else.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'";
+
+/// Open connections, and how long one may be silent: for operators' browsers and probes.
+const CONNECTIONS: usize = 64;
+const IDLE: Duration = Duration::from_secs(30);
+
+/// The listener's connections, as many as may be open; others are closed at once.
+struct Bounded {
+    listener: TcpListener,
+    places: Places,
+}
+
+impl axum::serve::Listener for Bounded {
+    type Io = Counted;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Counted, SocketAddr) {
+        loop {
+            match self.listener.accept().await {
+                Ok((stream, address)) => {
+                    if let Some(connection) = self.places.admit(stream, Some(IDLE)) {
+                        return (connection, address);
+                    }
+                }
+                Err(error) => not_accepted(&error).await,
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
 
 /// Serves `page` at `/`, what `status` makes of the rendered metrics at `/status.json`, `/metrics`, `/healthz` and, as `ready` says,
 /// `/readyz`, until `stop`.
@@ -49,7 +83,8 @@ pub async fn serve<S: Serialize>(
         .route("/metrics", get(move || std::future::ready(metrics.render())))
         .route("/readyz", get(readiness))
         .route("/healthz", get(|| std::future::ready("ok\n")));
-    let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
+    let bounded = Bounded { listener, places: Places::new(Bounds { most: CONNECTIONS, each_peer: CONNECTIONS }) };
+    let served = axum::serve(bounded, router).with_graceful_shutdown(stop.cancelled_owned()).await;
     if let Err(error) = served {
         tracing::error!(%error, "admin listener failed");
     }

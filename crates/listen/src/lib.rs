@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -22,6 +23,9 @@ use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
 /// A connection that says nothing for so long after it was opened is closed: it would hold its place for ever.
 const FIRST_BYTE: Duration = Duration::from_secs(10);
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+/// Descriptors beside those of connections: listeners, files, the admin listener's connections, libtorch.
+const OTHER_DESCRIPTORS: u64 = 192;
 
 /// How many connections may be open at once.
 #[derive(Debug, Clone, Copy)]
@@ -73,30 +77,93 @@ impl Drop for PeerPlace {
 #[derive(Debug)]
 pub struct Counted {
     stream: TcpStream,
-    /// Until the first byte has come.
+    /// Until the next byte has to have come.
     silent: Option<Pin<Box<Sleep>>>,
+    /// How long a byte may take after the first one, if it may not take for ever.
+    idle: Option<Duration>,
     _places: (OwnedSemaphorePermit, PeerPlace),
+}
+
+impl Counted {
+    fn new(stream: TcpStream, idle: Option<Duration>, places: (OwnedSemaphorePermit, PeerPlace)) -> Self {
+        Self { stream, silent: Some(Box::pin(sleep(FIRST_BYTE))), idle, _places: places }
+    }
+}
+
+/// Open connections, in all and by peer.
+#[derive(Debug, Clone)]
+pub(crate) struct Places {
+    all: Arc<Semaphore>,
+    peers: Peers,
+    bounds: Bounds,
+}
+
+impl Places {
+    pub(crate) fn new(bounds: Bounds) -> Self {
+        Self { all: Arc::new(Semaphore::new(bounds.most)), peers: Peers::default(), bounds }
+    }
+
+    /// The connection with its places, if there are any.
+    pub(crate) fn admit(&self, stream: TcpStream, idle: Option<Duration>) -> Option<Counted> {
+        let place = self.all.clone().try_acquire_owned().ok()?;
+        // one that has left already has no address
+        let address = stream.peer_addr().ok()?;
+        let of_peer = PeerPlace::take(&self.peers, address.ip(), self.bounds.each_peer)?;
+        Some(Counted::new(stream, idle, (place, of_peer)))
+    }
+}
+
+/// Waits after a connection could not be taken: most often descriptors are used up, and the next attempt would fail at once.
+pub(crate) async fn not_accepted(error: &io::Error) {
+    tracing::warn!(%error, "a connection could not be accepted");
+    sleep(ACCEPT_AGAIN).await;
+}
+
+/// How many of the `wanted` connections there are descriptors for, after the process's soft limit was raised as far as it may be.
+pub fn places(wanted: usize) -> usize {
+    let needed = wanted as u64 + OTHER_DESCRIPTORS;
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_none_or(|current| current >= needed) {
+        return wanted;
+    }
+    let raised = limit.maximum.map_or(needed, |most| most.min(needed));
+    let now = match setrlimit(Resource::Nofile, Rlimit { current: Some(raised), ..limit }) {
+        Ok(()) => raised,
+        Err(_) => limit.current.unwrap_or(raised),
+    };
+    let places = now.saturating_sub(OTHER_DESCRIPTORS).max(1).min(wanted as u64) as usize;
+    if places < wanted {
+        tracing::warn!(
+            descriptors = now,
+            needed,
+            connections = places,
+            "fewer connections than max_connections: raise the limit of open files (ulimit -n)"
+        );
+    }
+    places
 }
 
 /// The connections of `listener`; those beyond the bounds are closed at once, and `refused` is called.
 pub fn bounded(bounds: Bounds, listener: TcpListener, refused: fn()) -> impl Stream<Item = io::Result<Counted>> {
-    let (places, peers) = (Arc::new(Semaphore::new(bounds.most)), Peers::default());
-    TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| {
-        let stream = match accepted {
-            Ok(stream) => stream,
-            Err(e) => return Some(Err(e)),
-        };
-        let place = places.clone().try_acquire_owned().ok();
-        // one that has left already has no address
-        let places = place.zip(stream.peer_addr().ok()).and_then(|(place, address)| {
-            let of_peer = PeerPlace::take(&peers, address.ip(), bounds.each_peer)?;
-            Some((place, of_peer))
+    let places = Places::new(bounds);
+    let accepted = TcpIncoming::from(listener).with_nodelay(Some(true)).then(move |accepted| {
+        let admitted = accepted.map(|stream| {
+            places.admit(stream, None).or_else(|| {
+                refused();
+                None
+            })
         });
-        if places.is_none() {
-            refused();
+        async {
+            match admitted {
+                Ok(connection) => connection,
+                Err(error) => {
+                    not_accepted(&error).await;
+                    None
+                }
+            }
         }
-        places.map(|_places| Ok(Counted { stream, silent: Some(Box::pin(sleep(FIRST_BYTE))), _places }))
-    })
+    });
+    accepted.filter_map(|connection| connection.map(Ok))
 }
 
 /// Spreads connections over `n` servers in turn, until `stop`: the servers differ in the age that they let connections reach, so that those
@@ -132,9 +199,9 @@ impl AsyncRead for Counted {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
         if buffer.filled().len() > before {
-            self.silent = None;
+            self.silent = self.idle.map(|idle| Box::pin(sleep(idle)));
         } else if self.silent.as_mut().is_some_and(|s| s.as_mut().poll(context).is_ready()) {
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "nothing came after the connection was opened")));
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "nothing came for too long")));
         }
         read
     }

@@ -35,7 +35,10 @@ pub struct Pack {
 }
 
 /// Maps a file of ours.
-#[allow(unsafe_code, reason = "mapping a file has no safe form: whoever shortens it meanwhile ends the process (SIGBUS), who writes to it changes pixels alone")]
+#[allow(
+    unsafe_code,
+    reason = "mapping a file has no safe form: whoever shortens it meanwhile ends the process (SIGBUS), who writes to it changes pixels alone"
+)]
 fn map(path: &Path) -> Result<Mmap, TrainError> {
     let file = File::open(path).map_err(|e| TrainError::data(path.display().to_string(), format!("{e}; run `trainer fetch` first")))?;
     // SAFETY: bytes are read as bytes and every access is bounds-checked; the file is replaced by renaming, never written in place

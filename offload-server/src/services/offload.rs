@@ -18,6 +18,7 @@ use super::stream::{self, Answers};
 use crate::ServerError;
 use crate::features::FeatureMap;
 use crate::pipeline::{Ask, Pipeline, grpc_timeout};
+use crate::receiving;
 use crate::telemetry::{self, Kind};
 use crate::tenants::{self, Tenant};
 
@@ -95,16 +96,17 @@ impl OffloadService for Offload {
     async fn infer(&self, request: Request<InferRequest>) -> Result<Response<InferResponse>, Status> {
         let arrived = Instant::now();
         let budget = self.0.budget(grpc_timeout(request.metadata()));
-        let tenant = tenants::of(&request)?;
+        let (tenant, _held) = (tenants::of(&request)?, receiving::of(&request));
         Ok(Response::new(infer(&self.0, request.into_inner(), arrived, budget, &tenant).await?))
     }
 
     type InferStreamStream = Answers<InferStreamResponse>;
 
     async fn infer_stream(&self, request: Request<Streaming<InferRequest>>) -> Result<Response<Self::InferStreamStream>, Status> {
-        let (pipeline, tenant) = (self.0.clone(), tenants::of(&request)?);
+        let tenant = tenants::of(&request)?;
+        let asking = (self.0.clone(), tenant.clone());
         let answer = move |request: InferRequest| {
-            let (pipeline, tenant) = (pipeline.clone(), tenant.clone());
+            let (pipeline, tenant) = asking.clone();
             let arrived = Instant::now();
             async move {
                 let id = request.id;
@@ -119,6 +121,6 @@ impl OffloadService for Offload {
                 InferStreamResponse { result: Some(result) }
             }
         };
-        Ok(Response::new(stream::serve(&self.0, request.into_inner(), answer)?))
+        Ok(Response::new(stream::serve((&self.0, &tenant), request.into_inner(), answer)?))
     }
 }

@@ -11,7 +11,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use crate::ServerError;
+use crate::error::of_transport;
 use crate::pipeline::Pipeline;
+use crate::tenants::Tenant;
 
 /// The answers of a stream, and the status that ends it.
 pub type Answers<A> = Pin<Box<dyn Stream<Item = Result<A, Status>> + Send>>;
@@ -21,7 +23,7 @@ pub type Answers<A> = Pin<Box<dyn Stream<Item = Result<A, Status>> + Send>>;
 /// # Errors
 /// [`ServerError::Busy`] if too many streams are open.
 pub fn serve<Q, A, F>(
-    pipeline: &Arc<Pipeline>,
+    (pipeline, tenant): (&Arc<Pipeline>, &Tenant),
     requests: Streaming<Q>,
     answer: impl Fn(Q) -> F + Send + Sync + 'static,
 ) -> Result<Answers<A>, ServerError>
@@ -30,7 +32,7 @@ where
     A: Send + 'static,
     F: Future<Output = A> + Send + 'static,
 {
-    let place = pipeline.stream()?;
+    let place = (tenant.stream()?, pipeline.open.enter());
     let (answers, outgoing) = mpsc::channel(pipeline.window);
     let pipeline = pipeline.clone();
     // a place of its own for the status that ends the stream: the channel may be full
@@ -93,7 +95,7 @@ where
                     });
                 }
                 Ok(Ok(None)) => ending = Some(Ok(())),
-                Ok(Err(status)) => ending = Some(Err(status)),
+                Ok(Err(status)) => ending = Some(Err(of_transport(status))),
                 Err(_) if tasks.is_empty() => ending = Some(Err(ServerError::Deadline("awaited: the stream was idle").into())),
                 Err(_) => {}
             },

@@ -25,6 +25,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::stream::{self, Answers};
 use crate::pipeline::{Pipeline, grpc_timeout};
+use crate::receiving;
 use crate::tenants::{self, Tenant};
 use crate::{Config, ServerError, telemetry};
 
@@ -105,6 +106,7 @@ impl GrpcInferenceService for Inference {
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
         let (arrived, limit, tenant) = (Instant::now(), grpc_timeout(request.metadata()), tenants::of(&request)?);
+        let _held = receiving::of(&request);
         Ok(Response::new(request::infer(&self.pipeline, request.into_inner(), arrived, limit, &tenant).await?))
     }
 
@@ -114,9 +116,10 @@ impl GrpcInferenceService for Inference {
         &self,
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
-        let (pipeline, tenant) = (self.pipeline.clone(), tenants::of(&request)?);
+        let tenant = tenants::of(&request)?;
+        let asking = (self.pipeline.clone(), tenant.clone());
         let answer = move |request: ModelInferRequest| {
-            let (pipeline, tenant) = (pipeline.clone(), tenant.clone());
+            let (pipeline, tenant) = asking.clone();
             let arrived = Instant::now();
             async move {
                 let id = request.id.clone();
@@ -129,7 +132,7 @@ impl GrpcInferenceService for Inference {
                 }
             }
         };
-        Ok(Response::new(stream::serve(&self.pipeline, request.into_inner(), answer)?))
+        Ok(Response::new(stream::serve((&self.pipeline, &tenant), request.into_inner(), answer)?))
     }
 
     async fn model_config(&self, request: Request<ModelConfigRequest>) -> Result<Response<ModelConfigResponse>, Status> {
@@ -142,7 +145,7 @@ impl GrpcInferenceService for Inference {
     async fn model_statistics(&self, request: Request<ModelStatisticsRequest>) -> Result<Response<ModelStatisticsResponse>, Status> {
         let request = request.into_inner();
         let registry = self.pipeline.repository.current();
-        let model_stats = if request.name.is_empty() {
+        let model_stats = if request.name.is_empty() && request.version.is_empty() {
             registry.models.iter().map(|m| describe::statistics(m)).collect()
         } else {
             vec![describe::statistics(registry.model(&request.name, &request.version)?)]
@@ -151,7 +154,11 @@ impl GrpcInferenceService for Inference {
     }
 
     async fn repository_index(&self, request: Request<RepositoryIndexRequest>) -> Result<Response<RepositoryIndexResponse>, Status> {
-        let only_ready = request.into_inner().ready;
+        let request = request.into_inner();
+        let only_ready = request.ready;
+        if !request.repository_name.is_empty() {
+            return Err(ServerError::Invalid("repository_name: there is one repository, which has no name".into()).into());
+        }
         let repository = self.pipeline.clone();
         let listed = tokio::task::spawn_blocking(move || repository.repository.index()).await;
         let listed = listed.map_err(|e| ServerError::Network(e.to_string()))?;

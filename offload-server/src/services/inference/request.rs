@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::future::try_join_all;
+use futures_util::TryStreamExt;
+use futures_util::stream::FuturesUnordered;
 use isthmus_proto::inference::infer_parameter::ParameterChoice;
 use isthmus_proto::inference::model_infer_request::InferRequestedOutputTensor;
 use isthmus_proto::inference::model_infer_response::InferOutputTensor;
@@ -173,6 +174,9 @@ fn classes(answer: &Answer, name: &str, top_k: usize) -> Vec<String> {
     best.iter().map(|l| format!("{:.6}:{}:{}", value(l), l.index, l.name)).collect()
 }
 
+/// Longest name of a request, which its answer carries.
+const MOST_ID: usize = 4 << 10;
+
 /// Answers a request.
 ///
 /// # Errors
@@ -186,7 +190,16 @@ pub async fn infer(
 ) -> Result<ModelInferResponse, ServerError> {
     let (outputs, asks) =
         read(pipeline, &mut request, arrived, limit, tenant).inspect_err(|error| telemetry::refused(error, Some(tenant)))?;
-    let answers = try_join_all(asks.into_iter().map(|ask| pipeline.infer(ask))).await?;
+    let numbered = asks.into_iter().enumerate().map(async |(i, ask)| Ok::<_, ServerError>((i, pipeline.infer(ask).await?)));
+    let mut under_way: FuturesUnordered<_> = numbered.collect();
+    let mut answers = Vec::with_capacity(under_way.len());
+    // whichever fails first ends all at once: the others would be computed in vain
+    while let Some(answer) = under_way.try_next().await? {
+        answers.push(answer);
+    }
+    drop(under_way);
+    answers.sort_by_key(|(i, _)| *i);
+    let answers: Vec<Answer> = answers.into_iter().map(|(_, answer)| answer).collect();
     Ok(response(request.id, &answers, &outputs))
 }
 
@@ -198,6 +211,9 @@ fn read<'a>(
     limit: Option<Duration>,
     tenant: &'a Tenant,
 ) -> Result<(Vec<Wanted>, Vec<Ask<'a>>), ServerError> {
+    if request.id.len() > MOST_ID {
+        return Err(invalid(format!("id: at most {MOST_ID} bytes")));
+    }
     let registry = pipeline.repository.current();
     // wrong names are told before the input is looked at
     registry.model(&request.model_name, &request.model_version)?;
