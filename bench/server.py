@@ -64,14 +64,15 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     results = {}
-    closed = ("--warm-up", "1s", "--window", "4s", "--most-windows", 1)
+    # a batch more or less is to be little of a window
+    closed = lambda batch: ("--warm-up", "1s", "--window", f"{4 if batch == 1 else 12}s", "--most-windows", 1)  # noqa: E731
     for _ in range(args.rounds):
         for batch in (1, 8):
             for name, server_cores, load_cores, threads, under_way in (
                     ("one core each", ONE, OTHER, 1, 2 * batch), ("both cores shared", BOTH, BOTH, 2, batch)):
                 bare = direct(server_cores, threads, batch)
                 with serving(server_cores, threads, batch) as url:
-                    served = load(load_cores, url, "--concurrency", under_way, *closed)
+                    served = load(load_cores, url, "--concurrency", under_way, *closed(batch))
                 r = results.setdefault((name, batch), ([], [], []))
                 for values, value in zip(r, (bare, served["per_second"], served["batch_size"])):
                     values.append(value)
