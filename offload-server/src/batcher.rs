@@ -26,7 +26,7 @@ const LATE: f64 = 0.5;
 /// A batch counts as at most so many times as slow as predicted; one that was too late may count for more.
 const STALL: f64 = 2.0;
 const STALL_LATE: f64 = 8.0;
-/// Share of a request's time that is left over when it is let in.
+/// Share of a request's time that is left over by prediction.
 const MARGIN: f64 = 0.05;
 /// Bounds of when those that were refused may come again.
 const SOONEST: Duration = Duration::from_millis(10);
@@ -162,6 +162,12 @@ fn follow(predicted: &mut f64, seen: f64, late: bool) {
     *predicted += weight * (seen.min(most * *predicted) - *predicted);
 }
 
+/// When the network should be done with what is due at `deadline`: predictions are good to some per cent, and who would be just in time
+/// would often be late, and was computed in vain.
+fn with_margin(deadline: Instant) -> Instant {
+    deadline - deadline.saturating_duration_since(Instant::now()).mul_f64(MARGIN)
+}
+
 fn locked(pace: &Mutex<Pace>) -> MutexGuard<'_, Pace> {
     pace.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -201,8 +207,7 @@ impl Batcher {
     /// As [`Self::submit`].
     pub fn admit(&self, stage: Stage, deadline: Instant, priority: u8, tenant: &Tenant) -> Result<Admitted<'_>, ServerError> {
         let (alone, cost) = self.predicted(stage);
-        // a prediction is good to some per cent: who would be just in time would often be late, and was computed in vain
-        let deadline = deadline - deadline.saturating_duration_since(Instant::now()).mul_f64(MARGIN);
+        let deadline = with_margin(deadline);
         let asked = Asked { tenant: tenant.index, weight: tenant.weight, priority, deadline, cost, alone };
         self.admission.enter(cost, |ahead| self.pool.would_take(&asked, ahead)).map_err(|why| self.refused(why))
     }
@@ -238,7 +243,8 @@ impl Batcher {
         let (answer, receiver) = oneshot::channel();
         let (alone, cost) = self.predicted(stage);
         let value = Item { input, answer, came: Instant::now(), deadline };
-        let entry = Entry { key: stage, priority, tenant: tenant.index, weight: tenant.weight, deadline, cost, alone, value };
+        let (tenant, weight, deadline) = (tenant.index, tenant.weight, with_margin(deadline));
+        let entry = Entry { key: stage, priority, tenant, weight, deadline, cost, alone, value };
         match self.pool.submit(entry) {
             Ok(ticket) => {
                 telemetry::waiting(self.name, 1.0);
