@@ -32,7 +32,7 @@ where
     A: Send + 'static,
     F: Future<Output = A> + Send + 'static,
 {
-    let place = (tenant.stream()?, pipeline.open.enter());
+    let (place, open) = (tenant.stream()?, pipeline.open.enter());
     let (answers, outgoing) = mpsc::channel(pipeline.window);
     let pipeline = pipeline.clone();
     // a place of its own for the status that ends the stream: the channel may be full
@@ -44,7 +44,8 @@ where
         drop(place);
     });
     let ending = futures_util::stream::once(ending).filter_map(|last| std::future::ready(last.ok()));
-    Ok(Box::pin(ReceiverStream::new(outgoing).chain(ending)))
+    // open until the client has taken its last answer
+    Ok(Box::pin(ReceiverStream::new(outgoing).chain(ending).inspect(move |_| _ = &open)))
 }
 
 /// Reads requests while the window has room and answers each as it is ready. The stream ends with the client's
