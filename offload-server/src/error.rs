@@ -134,6 +134,7 @@ impl From<ServerError> for Status {
         status
     }
 }
+
 /// What the transport says of a message that is too large (OUT_OF_RANGE, which in gRPC is for streams that end) as this server says what can
 /// never succeed.
 pub(crate) fn of_transport(status: Status) -> Status {

@@ -19,7 +19,7 @@ pub mod placement;
 pub mod profile;
 pub mod receiving;
 pub mod registry;
-mod repository;
+pub mod repository;
 pub mod serve;
 pub mod services;
 pub mod statistics;

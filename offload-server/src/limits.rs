@@ -87,12 +87,12 @@ pub struct CallLimits {
 /// The same service with different limits: each call goes to the one for its method.
 #[derive(Clone)]
 pub struct PerMethod<S> {
-    unary: Within<S>,
-    stream: Within<S>,
-    control: Within<S>,
+    unary: S,
+    stream: S,
+    control: S,
 }
 
-impl<S> PerMethod<S> {
+impl<S> PerMethod<Within<S>> {
     /// `make` gives the service with a limit on messages and on answers, for streams of them or not.
     pub fn new(limits: &CallLimits, make: impl Fn(usize, usize, bool) -> S) -> Self {
         Self {
@@ -107,15 +107,10 @@ impl<S: NamedService> NamedService for PerMethod<S> {
     const NAME: &'static str = S::NAME;
 }
 
-impl<S, B> Service<http::Request<Body>> for PerMethod<S>
-where
-    S: Service<http::Request<Body>, Response = http::Response<B>>,
-    S::Future: Send + 'static,
-    B: http_body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
-{
-    type Response = http::Response<Body>;
+impl<S: Service<http::Request<Body>>> Service<http::Request<Body>> for PerMethod<S> {
+    type Response = S::Response;
     type Error = S::Error;
-    type Future = <Within<S> as Service<http::Request<Body>>>::Future;
+    type Future = S::Future;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         for service in [&mut self.unary, &mut self.stream, &mut self.control] {

@@ -14,7 +14,7 @@ use constriction::stream::{Code, Decode, Encode};
 
 use crate::CodecError;
 use crate::contexts::{Contexts, Field};
-use crate::distribution::{Counted, Distribution, MAX_MAGNITUDE, ModeFirst};
+use crate::distribution::{Distribution, Lookup, MAX_MAGNITUDE};
 use crate::pmf::PRECISION;
 use crate::tables::{LatentShape, LevelTables};
 
@@ -63,8 +63,7 @@ fn push(coder: &mut DefaultAnsCoder, distribution: &Distribution, symbol: i32) -
 
 #[inline(always)]
 fn pop<const MANY: bool>(coder: &mut Reader<'_>, distribution: &Distribution) -> Result<i32, CodecError> {
-    let index = if MANY { coder.decode_symbol(Counted(distribution)) } else { coder.decode_symbol(ModeFirst(distribution)) };
-    let index = index.map_err(|_| garbage())?;
+    let index = coder.decode_symbol(Lookup::<MANY>(distribution)).map_err(|_| garbage())?;
     if index < distribution.escape() {
         return Ok(index as i32 + distribution.offset);
     }

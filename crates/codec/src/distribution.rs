@@ -38,38 +38,26 @@ struct Mode {
     width: NonZeroU16,
 }
 
-/// The model of a distribution that tries its mode before it searches: most symbols of a latent are their distribution's mode.
+/// How a distribution's symbols are found: the mode is tried before anything is searched, since most symbols of a latent are their distribution's
+/// mode; or, if `MANY` symbols are likely, those that begin at or below a quantile are counted: no branch has to be foreseen.
 #[derive(Clone, Copy)]
-pub(crate) struct ModeFirst<'a>(pub &'a Distribution);
+pub(crate) struct Lookup<'a, const MANY: bool>(pub &'a Distribution);
 
-impl EntropyModel<PRECISION> for ModeFirst<'_> {
+impl<const MANY: bool> EntropyModel<PRECISION> for Lookup<'_, MANY> {
     type Symbol = usize;
     type Probability = u16;
 }
 
-impl DecoderModel<PRECISION> for ModeFirst<'_> {
+impl<const MANY: bool> DecoderModel<PRECISION> for Lookup<'_, MANY> {
     #[inline(always)]
     fn quantile_function(&self, quantile: u16) -> (usize, u16, NonZeroU16) {
-        let mode = &self.0.mode;
-        if quantile.wrapping_sub(mode.left) < mode.width.get() {
-            return (mode.index, mode.left, mode.width);
+        if !MANY {
+            let mode = &self.0.mode;
+            if quantile.wrapping_sub(mode.left) < mode.width.get() {
+                return (mode.index, mode.left, mode.width);
+            }
+            return self.0.model.quantile_function(quantile);
         }
-        self.0.model.quantile_function(quantile)
-    }
-}
-
-/// The model of a distribution that counts the symbols that begin at or below a quantile: no branch to foresee, where symbols are many.
-#[derive(Clone, Copy)]
-pub(crate) struct Counted<'a>(pub &'a Distribution);
-
-impl EntropyModel<PRECISION> for Counted<'_> {
-    type Symbol = usize;
-    type Probability = u16;
-}
-
-impl DecoderModel<PRECISION> for Counted<'_> {
-    #[inline(always)]
-    fn quantile_function(&self, quantile: u16) -> (usize, u16, NonZeroU16) {
         let mut counts = [0u16; LANES];
         for begins in &self.0.begins {
             for (count, &begin) in counts.iter_mut().zip(begins) {

@@ -1,5 +1,5 @@
-//! Generalised divisive normalisation, simplified: `y = x / (beta + gamma |x|)` over channels, or its approximate inverse
-//! `y = x (beta + gamma |x|)` (Ballé et al. 2016; the form without squares and roots is of Johnston et al., arXiv 1912.08771).
+//! Generalised divisive normalisation without squares and roots: `y = x / (beta + gamma |x|)` over channels, or its approximate inverse
+//! `y = x (beta + gamma |x|)` (Ballé et al. 2016; this form is of Johnston et al., arXiv 1912.08771).
 
 use tch::{Tensor, nn};
 
