@@ -50,11 +50,10 @@ pub fn plot(run: &Path, out: &Path) -> Result<(), TrainError> {
 /// # Errors
 /// If a folder is no bundle with a curve, or a file cannot be written.
 pub fn together(folders: &[PathBuf], levels: &[usize], out: &Path) -> Result<(), TrainError> {
-    let of_bundle = |e: isthmus_codec::CodecError| TrainError::data("bundle", e.to_string());
     let mut bundles = Vec::new();
     for folder in folders {
-        for version in isthmus_codec::folder::versions(folder).map_err(of_bundle)? {
-            let manifest = isthmus_codec::folder::open(&version, |_| false, &Trust::all()).map_err(of_bundle)?.manifest;
+        for version in isthmus_codec::folder::versions(folder)? {
+            let manifest = isthmus_codec::folder::open(&version, |_| false, &Trust::all())?.manifest;
             bundles.push((format!("{} {}", manifest.name, manifest.version), whole(&version)?));
         }
     }
