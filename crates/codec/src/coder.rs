@@ -120,8 +120,12 @@ fn check(symbols: &[i32], level: &LevelTables, shape: LatentShape) -> Result<(),
     if symbols.len() != shape.symbols() || level.channels.len() != usize::from(shape.channels) || symbols.is_empty() {
         return Err(CodecError::BadLatent(format!("{} symbols for a latent of {shape}", symbols.len())));
     }
-    match symbols.iter().find(|s| s.unsigned_abs() > MAX_MAGNITUDE.unsigned_abs()) {
-        Some(symbol) => Err(CodecError::BadLatent(format!("symbol {symbol} is out of range"))),
+    if let Some(symbol) = symbols.iter().find(|s| s.unsigned_abs() > MAX_MAGNITUDE.unsigned_abs()) {
+        return Err(CodecError::BadLatent(format!("symbol {symbol} is out of range")));
+    }
+    let positions = shape.positions();
+    match level.silent().find(|&c| symbols[usize::from(c) * positions..][..positions].iter().any(|&s| s != 0)) {
+        Some(channel) => Err(CodecError::BadLatent(format!("channel {channel} is silent, but has symbols other than zero"))),
         None => Ok(()),
     }
 }

@@ -138,6 +138,9 @@ impl<'a> Container<'a> {
         let (start, positions) = (out.len(), shape.positions());
         out.resize(start + shape.symbols(), 0.0);
         let latent = &mut out[start..];
+        for channel in level.silent().map(usize::from) {
+            latent[channel * positions..][..positions].fill(level.of_zero(channel));
+        }
         let decoded = coder::decode_planes(self.payload, &level, shape, |channel, plane| {
             level.dequantise_plane(channel, plane, &mut latent[channel * positions..][..positions]);
         });

@@ -1,11 +1,11 @@
 //! The file of a bundle's tables (all little-endian):
 //!
-//! magic `ISTB`, version u8 (2), levels u8, channels u16; then per level the coding order (u16 x channels) and per
-//! channel: gain f32, inverse f32, median f32, thresholds on the magnitude u8 (m), on the signed value u8 (s); if
+//! magic `ISTB`, version u8 (3), levels u8, channels u16; then per level the number of coded channels u16 (n), the coding order
+//! (u16 x n; channels that are not in it are silent: all their symbols are zero) and per channel: gain f32, inverse f32, median f32, thresholds on the magnitude u8 (m), on the signed value u8 (s); if
 //! m + s > 0: predictors of magnitude and signed value, each bias i32, taps u8, then per tap channel u16, dy i8,
 //! dx i8, weight i16; thresholds i32 x m; i32 x s for each of the m + 1 bins; then (m + 1)(s + 1) distributions:
 //! offset i32, symbol count u16 (without escape), widths u16 x (count + 1), where the last is the escape
-//! symbol's. The file's SHA-256 is in the manifest.
+//! symbol's. The file's SHA-256 is in the manifest. Version 2 has no n: all channels are coded.
 
 use crate::CodecError;
 use crate::contexts::{Contexts, MAX_CUTS, Predictor, Tap};
@@ -13,7 +13,9 @@ use crate::distribution::Distribution;
 use crate::tables::{ChannelTable, LevelTables, Tables};
 
 const MAGIC: &[u8; 4] = b"ISTB";
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
+/// All channels coded.
+const VERSION_ALL_CODED: u8 = 2;
 
 struct Reader<'a>(&'a [u8]);
 
@@ -111,8 +113,10 @@ impl Tables {
             return Err(CodecError::tables("wrong magic: not a table file"));
         }
         let version = r.byte()?;
-        if version != VERSION {
-            return Err(CodecError::tables(format!("version {version}, this software reads {VERSION}; export the bundle again")));
+        if ![VERSION_ALL_CODED, VERSION].contains(&version) {
+            let why =
+                format!("version {version}, this software reads {VERSION_ALL_CODED} and {VERSION}: update it, or export the bundle again");
+            return Err(CodecError::tables(why));
         }
         let levels = r.byte()?;
         let channels = r.u16()?;
@@ -121,7 +125,11 @@ impl Tables {
         }
         let mut out = Vec::new();
         for _ in 0..levels {
-            let order = (0..channels).map(|_| r.u16()).collect::<Result<_, _>>()?;
+            let coded = if version == VERSION_ALL_CODED { channels } else { r.u16()? };
+            if coded > channels {
+                return Err(CodecError::tables(format!("{coded} of {channels} channels are coded")));
+            }
+            let order = (0..coded).map(|_| r.u16()).collect::<Result<_, _>>()?;
             let tables = (0..channels).map(|_| r.channel()).collect::<Result<_, _>>()?;
             out.push(LevelTables::in_order(tables, order)?);
         }
@@ -138,6 +146,7 @@ impl Tables {
         let channels = self.levels.first().map_or(0, |l| l.channels.len());
         out.extend((channels as u16).to_le_bytes());
         for level in &self.levels {
+            out.extend((level.order().len() as u16).to_le_bytes());
             out.extend(level.order().iter().flat_map(|c| c.to_le_bytes()));
             level.channels.iter().for_each(|table| write_channel(table, &mut out));
         }

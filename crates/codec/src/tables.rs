@@ -76,6 +76,8 @@ pub struct LevelTables {
     /// One per latent channel.
     pub channels: Vec<ChannelTable>,
     order: Vec<u16>,
+    /// Channels whose symbols are coded; the others' are zero.
+    coded: Vec<bool>,
     /// Channels that predictors read.
     read: Vec<bool>,
 }
@@ -90,20 +92,19 @@ impl LevelTables {
         Self::in_order(channels, order)
     }
 
-    /// Channels coded in the given order.
+    /// Channels coded in the given order. Those that it leaves out are silent: their symbols are zero whatever the encoder
+    /// says, and cost neither bits nor time.
     ///
     /// # Errors
-    /// [`CodecError::BadTables`] if the order is no permutation or contexts read what is coded later.
+    /// [`CodecError::BadTables`] if the order names a channel twice or one that is not there, or contexts read what is not coded before.
     pub fn in_order(channels: Vec<ChannelTable>, order: Vec<u16>) -> Result<Self, CodecError> {
         let mut coded = vec![false; channels.len()];
         for &c in &order {
             let table = channels.get(usize::from(c)).filter(|_| !coded[usize::from(c)]);
-            let table = table.ok_or_else(|| CodecError::tables("the coding order is no permutation of the channels"))?;
+            let table =
+                table.ok_or_else(|| CodecError::tables(format!("the coding order names channel {c} twice, or there is none such")))?;
             table.contexts.check_causal(c, |other| coded.get(usize::from(other)).copied().unwrap_or(false))?;
             coded[usize::from(c)] = true;
-        }
-        if order.len() != channels.len() {
-            return Err(CodecError::tables("the coding order is no permutation of the channels"));
         }
         let mut read = vec![false; channels.len()];
         for tap in channels.iter().flat_map(|c| c.contexts.predictors()).flat_map(|p| &p.taps) {
@@ -111,17 +112,36 @@ impl LevelTables {
                 *read = true;
             }
         }
-        Ok(Self { channels, order, read })
+        Ok(Self { channels, order, coded, read })
     }
 
-    /// Order in which the channels are coded.
+    /// The same tables with `channels` silent: see [`Self::in_order`].
+    ///
+    /// # Errors
+    /// [`CodecError::BadTables`] if the contexts of others read them.
+    pub fn silenced(self, channels: &[u16]) -> Result<Self, CodecError> {
+        let order = self.order.into_iter().filter(|c| !channels.contains(c)).collect();
+        Self::in_order(self.channels, order)
+    }
+
+    /// Order in which the channels are coded; silent ones are not in it.
     pub fn order(&self) -> &[u16] {
         &self.order
     }
 
     /// True if no distribution depends on earlier symbols.
     pub fn is_static(&self) -> bool {
-        self.channels.iter().all(|c| c.contexts.is_static())
+        self.order.iter().filter_map(|&c| self.channels.get(usize::from(c))).all(|c| c.contexts.is_static())
+    }
+
+    /// True if symbols of `channel` are coded.
+    pub fn is_coded(&self, channel: u16) -> bool {
+        self.coded.get(usize::from(channel)).copied().unwrap_or(false)
+    }
+
+    /// Silent channels, in the order of their numbers.
+    pub fn silent(&self) -> impl Iterator<Item = u16> {
+        (0u16..).zip(&self.coded).filter(|(_, coded)| !**coded).map(|(channel, _)| channel)
     }
 
     /// True if some distribution depends on symbols of `channel`.
@@ -226,14 +246,18 @@ impl<'a> Level<'a> {
         Self { tables: if share < 0.5 { below } else { above }, steps: steps.collect() }
     }
 
-    /// Rounds a latent (channel-major, `shape.symbols()` values) to symbols.
+    /// Rounds a latent (channel-major, `shape.symbols()` values) to symbols; those of silent channels are zero.
     ///
     /// # Errors
     /// [`CodecError::BadLatent`] if the length does not fit or a value is not finite.
     pub fn quantise(&self, latent: &[f32], shape: LatentShape) -> Result<Vec<i32>, CodecError> {
         self.check(latent.len(), shape)?;
         let mut symbols = Vec::with_capacity(latent.len());
-        for (step, plane) in self.steps.iter().zip(latent.chunks_exact(shape.positions())) {
+        for ((step, plane), channel) in self.steps.iter().zip(latent.chunks_exact(shape.positions())).zip(0..) {
+            if !self.is_coded(channel) {
+                symbols.resize(symbols.len() + plane.len(), 0);
+                continue;
+            }
             for &y in plane {
                 let symbol = (y * step.gain - step.median).round_ties_even();
                 if !symbol.is_finite() {
@@ -256,6 +280,11 @@ impl<'a> Level<'a> {
             out.extend(plane.iter().map(|&s| step.dequantise(s)));
         }
         Ok(())
+    }
+
+    /// What a symbol of zero stands for.
+    pub(crate) fn of_zero(&self, channel: usize) -> f32 {
+        self.steps.get(channel).map_or(0.0, |step| step.dequantise(0))
     }
 
     /// De-quantises the symbols of one channel.

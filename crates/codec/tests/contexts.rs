@@ -106,9 +106,10 @@ fn contexts_that_read_the_future_are_refused() {
         assert!(matches!(level(&[future], vec![0, 1]), Err(CodecError::BadTables(_))), "{future:?}");
     }
     assert!(level(&[tap(1, 1, 1, 1)], vec![1, 0]).is_ok(), "channel 1 comes first");
-    for order in [vec![0], vec![0, 0], vec![0, 2], vec![0, 1, 1], vec![]] {
+    for order in [vec![0, 0], vec![0, 2], vec![0, 1, 1]] {
         assert!(level(&[], order.clone()).is_err(), "{order:?}");
     }
+    assert!(level(&[tap(1, 1, 1, 1)], vec![0]).is_err(), "channel 1 is never coded");
 }
 
 #[test]
@@ -142,6 +143,58 @@ fn table_files_round_trip_and_truncations_are_refused() {
     let mut old = bytes;
     old[4] = 1;
     assert!(Tables::from_bytes(&old).unwrap_err().to_string().contains("export the bundle again"));
+}
+
+/// What a level leaves out of its order costs nothing, and stands for a symbol of zero on both sides.
+#[test]
+fn silent_channels_are_not_coded() {
+    let all = || tables().levels.remove(0);
+    let without = |silent: &[u16]| Tables { levels: vec![all().silenced(silent).unwrap()] };
+    let tables = without(&[1]);
+    assert_eq!((tables.levels[0].order(), tables.levels[0].silent().collect::<Vec<_>>()), (&[2u16, 0, 3][..], vec![1]));
+    let positions = SHAPE.positions();
+    let latent: Vec<f32> = symbols(4).iter().map(|&s| (s as f32 + 0.25) / 1.5).collect();
+    let level = tables.level(1).unwrap();
+    let quantised = level.quantise(&latent, SHAPE).unwrap();
+    assert!(quantised[positions..2 * positions].iter().all(|&s| s == 0));
+    assert_ne!(quantised, all().quantise(&latent, SHAPE).unwrap());
+
+    let bytes = container::encode(&quantised, 1, &HASH, SHAPE, &tables).unwrap();
+    let container = Container::parse(&bytes).unwrap();
+    assert_eq!(container.decode(&HASH, SHAPE, &tables).unwrap(), quantised);
+    let (mut found, mut wanted) = (vec![7.0], vec![7.0]);
+    container.decode_into(&HASH, SHAPE, &tables, &mut found).unwrap();
+    level.dequantise_into(&quantised, SHAPE, &mut wanted).unwrap();
+    assert_eq!(found, wanted);
+    let all_coded = container::encode(&quantised, 1, &HASH, SHAPE, &Tables { levels: vec![all()] }).unwrap();
+    assert!(bytes.len() < all_coded.len(), "{} of {}", bytes.len(), all_coded.len());
+
+    let refused = container::encode(&symbols(4), 1, &HASH, SHAPE, &tables).unwrap_err().to_string();
+    assert!(refused.contains("channel 1 is silent"), "{refused}");
+    assert!(all().silenced(&[0]).unwrap_err().to_string().contains("channel 1 is predicted from channel 0"));
+
+    let back = Tables::from_bytes(&tables.to_bytes()).unwrap();
+    assert_eq!((back.levels[0].order(), back.to_bytes()), (tables.levels[0].order(), tables.to_bytes()));
+
+    // nothing is left to code
+    let silent = without(&[1, 0, 2, 3]);
+    let zeros = vec![0; SHAPE.symbols()];
+    let bytes = container::encode(&zeros, 1, &HASH, SHAPE, &silent).unwrap();
+    assert_eq!(bytes.len(), container::OVERHEAD);
+    assert_eq!(Container::parse(&bytes).unwrap().decode(&HASH, SHAPE, &silent).unwrap(), zeros);
+}
+
+/// Bundles whose tables say nothing of silent channels are read as before.
+#[test]
+fn tables_of_version_2_are_read() {
+    let new = tables().to_bytes();
+    // after magic, version, levels and channels comes the number of coded ones
+    let mut old = [&new[..8], &new[10..]].concat();
+    old[4] = 2;
+    assert_eq!(Tables::from_bytes(&old).unwrap().to_bytes(), new);
+    let mut more = new;
+    more[8] = 5;
+    assert!(Tables::from_bytes(&more).unwrap_err().to_string().contains("5 of 4 channels are coded"));
 }
 
 #[test]

@@ -13,7 +13,7 @@ use isthmus_pixels::Rgb;
 use tch::Tensor;
 
 use crate::error::TrainError;
-use crate::export::{GOLDEN_LOGITS, graph, safetensors};
+use crate::export::{self, GOLDEN_LOGITS, graph, safetensors};
 
 /// Where everything is.
 pub struct Release<'a> {
@@ -72,13 +72,8 @@ pub fn release(r: &Release<'_>) -> Result<Manifest, TrainError> {
     files.insert(manifest.encoder.weights.clone(), safetensors(&encoder)?);
     files.insert(manifest.tables.clone(), tables.to_bytes());
     files.insert(manifest.golden.container.clone(), golden_file);
-    std::fs::create_dir_all(r.out).map_err(|e| TrainError::io(r.out, e))?;
-    for (name, content) in &files {
-        let path = r.out.join(name);
-        std::fs::write(&path, content).map_err(|e| TrainError::io(&path, e))?;
-    }
     manifest.version = r.version.into();
-    manifest.files = files.iter().map(|(name, content)| (name.clone(), sha256(content))).collect();
+    manifest.files = export::hashes(&files);
     manifest.training.adapted_from = Some(old.hash.to_string());
     let le = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
     manifest.golden.symbols_sha256 = sha256(&symbols.iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<u8>>());
@@ -93,11 +88,7 @@ pub fn release(r: &Release<'_>) -> Result<Manifest, TrainError> {
         manifest.quality = scored;
         manifest.training.held_out_crops = fitted.held_out().len();
     }
-    let text = toml::to_string(&manifest).map_err(|e| TrainError::data(MANIFEST, e.to_string()))?;
-    let path = r.out.join(MANIFEST);
-    std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))?;
-    // read it back the way client and server do
-    isthmus_codec::folder::open(r.out, |_| true, &isthmus_codec::Trust::all())?;
+    export::write(r.out, &manifest, &files)?;
     Ok(manifest)
 }
 

@@ -5,13 +5,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use isthmus_codec::Bundle;
-use isthmus_codec::bundle::{MANIFEST, sha256};
 use isthmus_codec::manifest::{DecoderEntry, Manifest};
 use tch::Tensor;
 
 use crate::distill::Run;
 use crate::error::TrainError;
-use crate::export::{GOLDEN_LOGITS, part, safetensors, values};
+use crate::export::{self, GOLDEN_LOGITS, part, safetensors, values};
 
 /// Writes `bundle` (of `folder`) with the decoder of `run` (weights as they stand; use the moving average) as another blueprint into `out`. A blueprint for
 /// the same backbone is replaced. Bitstreams stay as they are, but for the bundle's hash in their header.
@@ -62,16 +61,7 @@ pub fn add(run: &Run, bundle: &Bundle, folder: &Path, version: &str, backbone_sh
         files.insert(file.clone(), std::fs::read(folder.join(file)).map_err(|e| TrainError::io(&folder.join(file), e))?);
     }
     files.insert(name, safetensors(&part(run, "decoder."))?);
-    manifest.files = files.iter().map(|(name, content)| (name.clone(), sha256(content))).collect();
-    std::fs::create_dir_all(out).map_err(|e| TrainError::io(out, e))?;
-    for (name, content) in &files {
-        let path = out.join(name);
-        std::fs::write(&path, content).map_err(|e| TrainError::io(&path, e))?;
-    }
-    let text = toml::to_string(&manifest).map_err(|e| TrainError::data(MANIFEST, e.to_string()))?;
-    let path = out.join(MANIFEST);
-    std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))?;
-    // read it back the way client and server do
-    Bundle::load(|name| std::fs::read(out.join(name)), |_| true)?;
+    manifest.files = export::hashes(&files);
+    export::write(out, &manifest, &files)?;
     Ok(manifest)
 }

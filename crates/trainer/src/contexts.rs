@@ -7,21 +7,23 @@
 use indicatif::{ProgressBar, ProgressIterator, ProgressStyle};
 use isthmus_codec::contexts::Field;
 use isthmus_codec::{ChannelTable, Contexts, Distribution, LatentShape, LevelTables, Predictor, Tables, Tap, pmf};
+use isthmus_nets::Encoder;
 use rand::seq::index::sample;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::distill::Run;
 use crate::error::TrainError;
-use crate::export::MAX_HALF_WIDTH;
+use crate::export::{self, MAX_HALF_WIDTH};
 use crate::loader::{self, Plan};
 use crate::pack::Pack;
+use crate::silence::silence;
 
 /// Crops whose symbols are counted for a bundle.
 pub const CROPS: usize = 1000;
 /// Crops per pass through the encoder.
-const BATCH: usize = 20;
+pub(crate) const BATCH: usize = 20;
 /// Positions that the regressions see.
 const ROWS: usize = 60_000;
 /// Ridge of the regressions, in units of squared symbols summed over the rows.
@@ -43,28 +45,36 @@ const SMOOTHING: f64 = 8.0;
 const OWN: [(i8, i8); 6] = [(0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0)];
 const OTHERS: [(i8, i8); 9] = [(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)];
 
+/// Latents of about `crops` crops of `pack`, one after the other.
+///
+/// # Errors
+/// If crops cannot be made or libtorch fails.
+pub(crate) fn latents(encoder: &Encoder, device: Device, plan: &Plan, pack: &Pack, crops: usize) -> Result<Vec<f32>, TrainError> {
+    let mut latents = Vec::new();
+    for i in 0..crops.div_ceil(plan.batch) as u64 {
+        // streams from the middle, apart from those of training and calibration
+        let batch = loader::make(pack, plan, u64::MAX / 2 + i)?;
+        let pixels = Tensor::from_slice(&batch.pixels).view([-1, 3, plan.side.into(), plan.side.into()]);
+        latents.extend(export::values(&encoder.forward(&pixels.to_device(device)))?);
+    }
+    Ok(latents)
+}
+
 /// Replaces the static tables of a run's live channels by contexts, from the symbols of about `crops` training
-/// crops; the rest stays.
+/// crops, and silences those that are empty on all of them; the rest stays.
 ///
 /// # Errors
 /// If crops cannot be made or libtorch fails.
 pub fn fit(run: &Run, tables: &Tables, shape: LatentShape, pack: &Pack, crops: usize) -> Result<Tables, TrainError> {
     let _frozen = tch::no_grad_guard();
     let plan = Plan { batch: BATCH, augment: crate::augment::Augment::default(), ..Plan::of(&run.recipe) };
-    let mut latents = Vec::new();
-    for i in 0..crops.div_ceil(BATCH) as u64 {
-        // streams from the middle, apart from those of training and calibration
-        let batch = loader::make(pack, &plan, u64::MAX / 2 + i)?;
-        let pixels = Tensor::from_slice(&batch.pixels).view([BATCH as i64, 3, plan.side.into(), plan.side.into()]);
-        let y = run.net.encoder.forward(&pixels.to_device(run.net.vs.device()));
-        latents.extend(Vec::<f32>::try_from(y.to_device(tch::Device::Cpu).contiguous().view(-1))?);
-    }
+    let latents = latents(&run.net.encoder, run.net.vs.device(), &plan, pack, crops)?;
     let bar = ProgressBar::new(tables.levels.len() as u64);
     if let Ok(style) = ProgressStyle::with_template("{bar:30} contexts of level {pos}/{len}, {eta} left") {
         bar.set_style(style);
     }
     let levels = tables.levels.iter().progress_with(bar).map(|level| fit_level(level, &latents, shape, run.recipe.seed));
-    Ok(Tables { levels: levels.collect::<Result<_, _>>()? })
+    silence(Tables { levels: levels.collect::<Result<_, _>>()? }, &latents, shape)
 }
 
 /// The symbols of one level, crop by crop.

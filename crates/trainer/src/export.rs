@@ -10,7 +10,7 @@ use isthmus_nets::pth::RawTensor;
 use isthmus_nets::weights::to_safetensors;
 use isthmus_nets::{Encoder, EncoderKind};
 use isthmus_pixels::Rgb;
-use tch::{Tensor, nn};
+use tch::{Device, Tensor, nn};
 
 use crate::distill::Run;
 use crate::error::TrainError;
@@ -100,7 +100,7 @@ pub(crate) fn graph(kind: EncoderKind, weights: &BTreeMap<String, Tensor>, side:
 /// # Errors
 /// If libtorch fails.
 pub fn untrained_graph(kind: EncoderKind, side: u32) -> Result<Vec<u8>, TrainError> {
-    let vs = nn::VarStore::new(tch::Device::Cpu);
+    let vs = nn::VarStore::new(Device::Cpu);
     let _encoder = Encoder::new(&vs.root(), kind);
     graph(kind, &vs.variables().into_iter().collect(), side)
 }
@@ -135,9 +135,7 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
     let decoder_file = format!("decoder-{}.safetensors", r.backbone.name());
     let decoder = safetensors(&part(run, "decoder."))?;
 
-    let pixels = golden::pixels(side);
-    let rgb = Rgb::new(side, side, pixels.clone()).ok_or_else(|| TrainError::data("golden input", "has another size"))?;
-    let y = run.net.encoder.forward(&quick::stack(&[rgb], run.net.vs.device()));
+    let y = run.net.encoder.forward(&golden_input(side, run.net.vs.device())?);
     let quality = (r.lambdas.len() / 2 + 1) as u8;
     let level = tables.level(quality)?;
     let symbols = level.quantise(&values(&y)?, latent)?;
@@ -154,11 +152,7 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
 
     let files: [(&str, Vec<u8>); 5] =
         [(GRAPH, graph), (ENCODER, safetensors(&encoder)?), (TABLES, tables.to_bytes()), (&decoder_file, decoder), (GOLDEN, golden_file)];
-    std::fs::create_dir_all(folder).map_err(|e| TrainError::io(folder, e))?;
-    for (name, content) in &files {
-        let path = folder.join(name);
-        std::fs::write(&path, content).map_err(|e| TrainError::io(&path, e))?;
-    }
+    let files = files.map(|(name, content)| (name.to_owned(), content)).into();
     let spec = r.decoder();
     let features = r.backbone.layer_shape(r.split()).unwrap_or_default();
     let manifest = Manifest {
@@ -166,7 +160,7 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
         name: r.name.clone(),
         version: origin.version.into(),
         tables: TABLES.into(),
-        files: files.iter().map(|(n, c)| ((*n).to_owned(), sha256(c))).collect(),
+        files: hashes(&files),
         input: Input { size: side, resize: Resize::CenterBicubic, mean: 127.0, scale: 128.0 },
         latent,
         encoder: EncoderEntry {
@@ -206,19 +200,39 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
             adapted_from: origin.started_from.clone(),
         },
         golden: Golden {
-            input_sha256: sha256(&pixels),
+            input_sha256: sha256(&golden::pixels(side)),
             container: GOLDEN.into(),
             symbols_sha256: sha256(&symbol_bytes),
             latent_sha256: sha256(&le_bytes(&dequantised)),
             logits: vec![logits.iter().take(GOLDEN_LOGITS).copied().collect()],
         },
     };
-    let text = toml::to_string(&manifest).map_err(|e| TrainError::data(MANIFEST, e.to_string()))?;
-    let path = folder.join(MANIFEST);
-    std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))?;
-    // read it back the way client and server do
-    isthmus_codec::Bundle::load(|name| std::fs::read(folder.join(name)), |_| true)?;
+    write(folder, &manifest, &files)?;
     Ok(manifest)
+}
+
+/// The golden input as the encoder takes it.
+pub(crate) fn golden_input(side: u32, device: Device) -> Result<Tensor, TrainError> {
+    let rgb = Rgb::new(side, side, golden::pixels(side)).ok_or_else(|| TrainError::data("golden input", "has another size"))?;
+    Ok(quick::stack(&[rgb], device))
+}
+
+/// What a manifest says of its files.
+pub(crate) fn hashes(files: &BTreeMap<String, Vec<u8>>) -> BTreeMap<String, String> {
+    files.iter().map(|(name, content)| (name.clone(), sha256(content))).collect()
+}
+
+/// Writes a bundle's folder, and reads it back the way client and server do.
+pub(crate) fn write(folder: &Path, manifest: &Manifest, files: &BTreeMap<String, Vec<u8>>) -> Result<(), TrainError> {
+    std::fs::create_dir_all(folder).map_err(|e| TrainError::io(folder, e))?;
+    let text = toml::to_string(manifest).map_err(|e| TrainError::data(MANIFEST, e.to_string()))?;
+    let all = files.iter().map(|(name, content)| (name.as_str(), content.as_slice())).chain([(MANIFEST, text.as_bytes())]);
+    for (name, content) in all {
+        let path = folder.join(name);
+        std::fs::write(&path, content).map_err(|e| TrainError::io(&path, e))?;
+    }
+    isthmus_codec::Bundle::load(|name| std::fs::read(folder.join(name)), |_| true)?;
+    Ok(())
 }
 
 #[cfg(test)]

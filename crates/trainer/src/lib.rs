@@ -27,6 +27,7 @@ mod progress;
 pub mod quick;
 pub mod rcc;
 pub mod recipe;
+pub mod silence;
 pub mod wake;
 
 /// Appends `value` as one JSON line to `path`.

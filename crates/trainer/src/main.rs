@@ -14,7 +14,7 @@ use isthmus_trainer::history::History;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
-use isthmus_trainer::{adapt, blueprint, contexts, crops, curves, domain, evaluation, export, gain, import, local, own, quick};
+use isthmus_trainer::{adapt, blueprint, contexts, crops, curves, domain, evaluation, export, gain, import, local, own, quick, silence};
 use tch::Device;
 
 /// Side of the evaluation crops: that of the Lite0 teacher.
@@ -91,6 +91,18 @@ enum Command {
         /// Folder with imported backbones.
         #[arg(long, default_value = "data/backbones")]
         backbones: PathBuf,
+    },
+    /// Write a bundle anew without what is never used: latent channels that are empty on all training crops are no longer coded.
+    Silence {
+        /// Bundle folder.
+        #[arg(long)]
+        bundle: PathBuf,
+        /// Folder of the new bundle.
+        #[arg(long)]
+        out: PathBuf,
+        /// Version of the new bundle.
+        #[arg(long)]
+        version: String,
     },
     /// Compare a bundle with WebP, JPEG, AVIF and other bundles on folders of photos, in this process.
     Evaluate {
@@ -320,6 +332,15 @@ fn run(cli: Cli) -> Result<()> {
             let manifest = active.with_average(|r| blueprint::add(r, &opened, bundle, version, &sha256, out))?;
             let backbones: Vec<_> = manifest.decoders.iter().map(|d| d.backbone.as_str()).collect();
             println!("{} {} for {} written to {}", manifest.name, manifest.version, backbones.join(" and "), out.display());
+            Ok(())
+        }
+        Command::Silence { ref bundle, ref out, ref version } => {
+            let manifest = silence::bundle(bundle, &Pack::open(&cli.data.join("train.pack"))?, version, out)?;
+            let tables = folder::open(out, |_| false, &Trust::all())?.tables;
+            for (q, level) in (1..).zip(&tables.levels) {
+                println!("q{q}  {} of {} channels are coded", level.order().len(), level.channels.len());
+            }
+            println!("{} {} written to {}", manifest.name, manifest.version, out.display());
             Ok(())
         }
         Command::Graph { ref encoder, ref out } => {
