@@ -78,7 +78,7 @@ join: ## take part in the training that `make federate` runs, as one more client
 EVALUATION := data/eval/held-out/.complete
 
 # crops and packed photos follow the frozen split and the pinned packages
-$(EVALUATION): crates/trainer/split.json setup/assets.json | setup
+$(EVALUATION): crates/trainer/split.json crates/trainer/src/crops.rs setup/assets.json | setup
 	@$(RELEASE)/trainer fetch --only evaluation && touch $@
 
 data/eval/demo/labels.json: crates/trainer/split.json setup/assets.json | setup

@@ -1,4 +1,4 @@
-//! The fixed evaluation crops: the centre crop of every photo, and for held-out photos four more.
+//! The fixed evaluation crops: the centre crop of every photo, and for held-out photos eight more.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -9,20 +9,23 @@ use isthmus_pixels::Rgb;
 use crate::error::TrainError;
 use crate::photos::{Entry, Set};
 
-/// Side of the four corner crops as a share of the photo's shorter side.
+/// Side of the crops at corners and edges as a share of the photo's shorter side.
 const CORNER_SHARE: f64 = 0.7;
 
-/// The crops of one photo at the network's size: centre first; with `corners`, four squares at the
-/// corners follow.
+/// The crops of one photo at the network's size: centre first; with `borders`, four squares at the
+/// corners and four at the middle of the edges follow.
 ///
 /// # Errors
 /// If the photo cannot be resized.
-pub fn of(photo: &Rgb, side: u32, corners: bool) -> Result<Vec<Rgb>, TrainError> {
+pub fn of(photo: &Rgb, side: u32, borders: bool) -> Result<Vec<Rgb>, TrainError> {
     let mut out = vec![photo.center_square(side)?];
-    if corners {
+    if borders {
         let (w, h) = (photo.width(), photo.height());
         let s = (f64::from(w.min(h)) * CORNER_SHARE) as u32;
-        for (x, y) in [(0, 0), (w - s, 0), (0, h - s), (w - s, h - s)] {
+        let (right, bottom) = (w - s, h - s);
+        let (middle, half) = (right / 2, bottom / 2);
+        let corners = [(0, 0), (right, 0), (0, bottom), (right, bottom)];
+        for (x, y) in corners.into_iter().chain([(middle, 0), (0, half), (right, half), (middle, bottom)]) {
             out.push(photo.crop(x, y, s, s).resize(side, side)?);
         }
     }

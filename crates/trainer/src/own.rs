@@ -90,20 +90,20 @@ pub fn listed(data: &Path) -> Result<(String, usize), TrainError> {
     Ok((photos::sha256(text.as_bytes()), entries.iter().filter(|e| e.set == Set::Train).count()))
 }
 
-/// Crops of the held-out photos at the network's size: the centre of each, with `corners` four more.
+/// Crops of the held-out photos at the network's size: the centre of each, with `borders` eight more.
 ///
 /// # Errors
 /// If they are missing.
-pub fn held_out(data: &Path, third_party: &Path, side: u32, corners: bool) -> Result<Vec<Rgb>, TrainError> {
+pub fn held_out(data: &Path, third_party: &Path, side: u32, borders: bool) -> Result<Vec<Rgb>, TrainError> {
     if !data.join(LIST).is_file() {
         let mut found = Vec::new();
         for (_, bytes) in photos::load(third_party, &[Set::HeldOut])? {
-            found.extend(crops::of(&isthmus_pixels::decode(&bytes)?, side, corners)?);
+            found.extend(crops::of(&isthmus_pixels::decode(&bytes)?, side, borders)?);
         }
         return Ok(found);
     }
     let paths = files(&data.join("eval/held-out"))?;
-    let wanted = |path: &&PathBuf| corners || path.file_stem().is_some_and(|name| name.to_string_lossy().ends_with("-0"));
+    let wanted = |path: &&PathBuf| borders || path.file_stem().is_some_and(|name| name.to_string_lossy().ends_with("-0"));
     let crop = |path: &PathBuf| {
         let crop = isthmus_pixels::decode(&std::fs::read(path).map_err(|e| TrainError::io(path, e))?)?;
         Ok(if crop.width() == side { crop } else { crop.resize(side, side)? })
