@@ -85,7 +85,7 @@ def main():
                   "apt-get exists); comparing on the demo photos only\n")
         sys.stdout.flush()
         compared = subprocess.run(
-            [BIN / "bench-harness", "compare", *sets, "--server", url, "--bundle", args.bundle, "--short"],
+            [BIN / "bench-harness", "compare", *sets, "--server", url, "--bundle", args.bundle, "--short", "--crops", "5"],
             cwd=ROOT, timeout=1800, check=False)
         if compared.returncode != 0:
             fail("the comparison failed; its message is above")

@@ -79,6 +79,9 @@ enum Command {
         /// Fewer codec settings.
         #[arg(long)]
         short: bool,
+        /// Of each photo the first so many crops (files named PHOTO-CROP); absent: all.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+        crops: Option<u16>,
         /// Qualities from one level to the next: 1 for the levels alone, 2 with those halfway.
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
         each_level: u8,
@@ -121,10 +124,11 @@ async fn run(command: Command) -> Result<()> {
             let results: Results = serde_json::from_slice(&text).with_context(|| format!("{}: no results of a run", path.display()))?;
             write_report(&results, &folder)?;
         }
-        Command::Compare { photos, server, bundle, deadline, short, each_level, out } => {
+        Command::Compare { photos, server, bundle, deadline, short, crops, each_level, out } => {
             let mut encoder = Encoder::new(open_bundle(&bundle)?, 1)?;
             let side = encoder.bundle().manifest.input.size;
-            let sets = photos.iter().map(|p| PhotoSet::open(p, side)).collect::<Result<Vec<_>, _>>()?;
+            let mut sets = photos.iter().map(|p| PhotoSet::open(p, side)).collect::<Result<Vec<_>, _>>()?;
+            sets.iter_mut().for_each(|set| set.keep_of_each(crops.map_or(usize::MAX, usize::from)));
             let mut client = Client::connect(&Endpoint::new(&server)?).await?;
             client.describe(Some(&encoder.bundle().hash), deadline).await?;
             let mut backend = Remote::new(client, deadline);

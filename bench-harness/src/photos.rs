@@ -68,6 +68,16 @@ impl PhotoSet {
         Ok(Self { name, photos })
     }
 
+    /// Leaves the first `most` crops of each photo.
+    pub fn keep_of_each(&mut self, most: usize) {
+        let mut seen: HashMap<String, usize> = HashMap::new();
+        self.photos.retain(|photo| {
+            let count = seen.entry(photo.group.clone()).or_default();
+            *count += 1;
+            *count <= most
+        });
+    }
+
     /// A single photo.
     ///
     /// # Errors

@@ -76,6 +76,9 @@ impl Endpoint {
     /// [`ClientError::Usage`] if it holds what a header cannot.
     pub fn with_token(mut self, token: &str) -> Result<Self, ClientError> {
         let wrong = |_| ClientError::Usage("the token holds something else than printable ASCII".into());
+        if token.trim().is_empty() {
+            return Err(ClientError::Usage("the token is empty".into()));
+        }
         let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.trim()).parse().map_err(wrong)?;
         value.set_sensitive(true);
         self.token = Bearer(Some(value));

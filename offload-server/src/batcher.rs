@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use crate::ServerError;
 use crate::admission::{Admission, Admitted};
 use crate::model::{Model, Stage};
-use crate::placement::{Cores, Instance};
+use crate::placement::{Backlog, Cores, Held, Instance};
 use crate::statistics::Statistics;
 use crate::telemetry;
 use crate::tenants::Tenant;
@@ -141,10 +141,24 @@ impl Drop for Pending<'_> {
 /// Handle to the network's threads, which finish what is queued and end once the handle is gone.
 pub struct Batcher {
     name: &'static str,
-    pool: Pool<Stage, Item>,
+    pool: Arc<Pool<Stage, Item>>,
+    /// Who shares the cores; none if no copy is on the CPU.
+    cores: Option<Shared>,
     admission: Admission,
     pace: Arc<Mutex<Pace>>,
     costs: Arc<Vec<(Stage, Duration)>>,
+}
+
+/// The cores, and the pool as others see it there.
+struct Shared {
+    cores: Arc<Cores>,
+    own: Arc<dyn Backlog>,
+}
+
+impl Backlog for Pool<Stage, Item> {
+    fn backlog(&self) -> Duration {
+        Self::backlog(self)
+    }
 }
 
 /// The roofline's seconds of an entry at `stage`.
@@ -187,6 +201,7 @@ impl Batcher {
         let pace = Arc::new(Mutex::new(Pace { alone: serving.factor, each: serving.factor }));
         let costs = Arc::new(serving.costs.clone());
         let largest = serving.limits.max_batch;
+        let on_cpu = runners.iter().any(|(_, instance)| instance.device == Device::Cpu);
         let workers = runners.into_iter().map(|(runner, instance)| {
             let (pace, costs, statistics) = (pace.clone(), costs.clone(), statistics.clone());
             let cores = (instance.device == Device::Cpu).then(|| cores.clone());
@@ -197,8 +212,13 @@ impl Batcher {
             }
         });
         let pool = Pool::start(serving.limits.clone(), &format!("network-{name}"), workers);
-        let pool = pool.map_err(|e| ServerError::Config(e.to_string()))?;
-        Ok(Self { name, pool, admission: Admission::default(), pace: pace.clone(), costs: costs.clone() })
+        let pool = Arc::new(pool.map_err(|e| ServerError::Config(e.to_string()))?);
+        let shared = on_cpu.then(|| {
+            let own: Arc<dyn Backlog> = pool.clone();
+            cores.join(&own);
+            Shared { cores: cores.clone(), own }
+        });
+        Ok(Self { name, pool, cores: shared, admission: Admission::default(), pace: pace.clone(), costs: costs.clone() })
     }
 
     /// Lets a request in, before its payload is decoded, that would enter at `stage` and must leave the network by `deadline`.
@@ -209,7 +229,14 @@ impl Batcher {
         let (alone, cost) = self.predicted(stage);
         let deadline = with_margin(deadline);
         let asked = Asked { tenant: tenant.index, weight: tenant.weight, priority, deadline, cost, alone };
-        self.admission.enter(cost, |ahead| self.pool.would_take(&asked, ahead)).map_err(|why| self.refused(why))
+        let others = self.others(alone);
+        self.admission.enter(cost, |ahead| self.pool.would_take(&asked, ahead, others)).map_err(|why| self.refused(why))
+    }
+
+    /// What other models will compute first of what they have: batches take the cores in turn, so it is no more than this one has itself.
+    fn others(&self, alone: Duration) -> Duration {
+        let of = |shared: &Shared| shared.cores.others(&shared.own).min(self.pool.backlog() + alone);
+        self.cores.as_ref().map_or(Duration::ZERO, of)
     }
 
     /// What an entry takes by itself, and as a member of a full batch.
@@ -284,25 +311,21 @@ struct Worker<R> {
 
 impl<R: Runner> Work<Stage, Item> for Worker<R> {
     fn warm_up(&mut self) {
-        let cores = self.cores.clone();
-        let _held = cores.as_ref().map(|cores| cores.take(self.threads));
+        let _turn = self.turn();
         // a panic would end the thread; the request that causes it again is told
         let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.runner.warm_up(self.largest)));
     }
 
-    fn run(&mut self, mut batch: Batch<Stage, Item>) {
+    type Turn = Option<Held>;
+
+    /// Others may have the cores.
+    fn turn(&self) -> Option<Held> {
+        self.cores.as_ref().map(|cores| cores.take(self.threads))
+    }
+
+    fn run(&mut self, batch: Batch<Stage, Item>, _turn: Option<Held>) {
         let (start, stage) = (Instant::now(), batch.key);
         telemetry::waiting(self.name, -(batch.members.len() as f64));
-        // waiting for other networks is part of what a batch takes
-        let cores = self.cores.clone();
-        let _held = cores.as_ref().map(|cores| cores.take(self.threads));
-        let now = Instant::now();
-        for (item, _) in batch.members.extract_if(.., |(item, _)| item.deadline <= now) {
-            expired(self.name, item);
-        }
-        if batch.members.is_empty() {
-            return;
-        }
         let inputs: Vec<&[f32]> = batch.members.iter().map(|(item, _)| item.input.as_slice()).collect();
         // libtorch's bindings panic on internal errors; one bad batch must not end the thread
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.runner.run(stage, &inputs)))

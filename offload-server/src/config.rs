@@ -14,6 +14,8 @@ use crate::tenants::{Capacity, TenantConfig, Tenants};
 
 /// What the names of environment variables begin with.
 const ENVIRONMENT: &str = "ISTHMUS_SERVER_";
+const MAX_BATCH: usize = 1024;
+const LEAST_TIME: Duration = Duration::from_millis(1);
 const MAX_COUNT: usize = 1 << 16;
 const MAX_RECEIVED: usize = 64 << 30;
 /// Threads for each core: more only wait for each other.
@@ -267,6 +269,12 @@ impl Config {
         }
         if self.preferred_batch_sizes.iter().any(|n| *n == 0 || *n > self.max_batch) {
             return bad("preferred_batch_sizes: from 1 to max_batch");
+        }
+        if self.max_batch > MAX_BATCH {
+            return bad(&format!("max_batch: at most {MAX_BATCH}; a photo of a batch takes some 20 MB while it is computed"));
+        }
+        if [self.max_deadline, self.keepalive_timeout].iter().any(|d| *d < LEAST_TIME) {
+            return bad("max_deadline and keepalive_timeout: at least 1ms");
         }
         if !(1..=16).contains(&self.priority_levels) {
             return bad("priority_levels: 1 to 16");

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use isthmus_codec::Container;
 use isthmus_nets::Layer;
 use isthmus_pixels::{MAX_SIDE, PixelError};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::ServerError;
 use crate::features::FeatureMap;
@@ -32,7 +32,7 @@ pub struct Intake {
     workers: Arc<Semaphore>,
     size: usize,
     /// Of each tenant, by its index.
-    shares: Vec<Arc<Semaphore>>,
+    shares: BTreeMap<u32, Arc<Semaphore>>,
     max_image_pixels: u64,
     paces: Arc<Mutex<Paces>>,
 }
@@ -89,10 +89,10 @@ pub struct Ready {
 }
 
 impl Intake {
-    /// A pool of `workers` decodings at once for so many tenants, and the largest image that it takes.
-    pub fn new(workers: usize, tenants: usize, max_image_pixels: u64) -> Self {
-        let share = if tenants > 1 { workers.div_ceil(2) } else { workers };
-        let shares = (0..tenants).map(|_| Arc::new(Semaphore::new(share))).collect();
+    /// A pool of `workers` decodings at once for the tenants with these indices, and the largest image that it takes.
+    pub fn new(workers: usize, tenants: &[u32], max_image_pixels: u64) -> Self {
+        let share = if tenants.len() > 1 { workers.div_ceil(2) } else { workers };
+        let shares = tenants.iter().map(|index| (*index, Arc::new(Semaphore::new(share)))).collect();
         Self { workers: Arc::new(Semaphore::new(workers)), size: workers, shares, max_image_pixels, paces: Arc::default() }
     }
 
@@ -160,15 +160,8 @@ impl Intake {
         }
         locked(&self.paces).ahead += seconds;
         let expected = Expected { paces: self.paces.clone(), seconds };
-        let share = self.shares.get(tenant.index as usize).unwrap_or(&self.workers).clone();
-        let workers = self.workers.clone();
-        let places = async move {
-            let own = share.acquire_owned().await;
-            (own, workers.acquire_owned().await)
-        };
-        let places = tokio::time::timeout_at(deadline.into(), places).await;
-        let (own, worker) = places.map_err(|_| ServerError::Deadline("waiting for the decode pool"))?;
-        let held = (own.map_err(|_| ServerError::Draining)?, worker.map_err(|_| ServerError::Draining)?, expected);
+        let places = tokio::time::timeout_at(deadline.into(), self.places(tenant.index)).await;
+        let held = (places.map_err(|_| ServerError::Deadline("waiting for the decode pool"))??, expected);
         let waited = asked.elapsed();
         let decoded = tokio::task::spawn_blocking(move || {
             let _held = held;
@@ -178,6 +171,16 @@ impl Intake {
         let decoded = tokio::time::timeout_at(deadline.into(), decoded).await;
         let decoded = decoded.map_err(|_| ServerError::Deadline("being decoded"))?;
         decoded.map_err(|e| ServerError::Network(format!("decoding: {e}")))?
+    }
+}
+
+impl Intake {
+    /// A place in the tenant's share, then a worker: never two of one semaphore, or those that hold one would wait for each other.
+    async fn places(&self, tenant: u32) -> Result<[OwnedSemaphorePermit; 2], ServerError> {
+        let share =
+            self.shares.get(&tenant).ok_or_else(|| ServerError::Network(format!("tenant {tenant} has no share of the decode pool")))?;
+        let own = share.clone().acquire_owned().await.map_err(|_| ServerError::Draining)?;
+        Ok([own, self.workers.clone().acquire_owned().await.map_err(|_| ServerError::Draining)?])
     }
 }
 
@@ -233,4 +236,38 @@ fn normalised(entry: &Entry, payload: &[u8]) -> Result<(Stage, Vec<f32>), Server
         return Err(ServerError::Invalid("pixels: values must be finite".into()));
     }
     Ok((Stage::Pixels, input))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(2);
+
+    /// Whoever asks, and however few workers there are, a place is had at once, and those of others are left.
+    #[tokio::test]
+    async fn every_tenant_gets_a_worker() {
+        for (workers, tenants) in [(1, vec![0]), (1, vec![1, 2, 3]), (2, vec![1, 2]), (2, vec![1]), (4, vec![1, 2, 3])] {
+            let intake = Intake::new(workers, &tenants, 1);
+            for &tenant in &tenants {
+                let held = tokio::time::timeout(SOON, intake.places(tenant)).await.unwrap().unwrap();
+                drop(held);
+            }
+            let share = if tenants.len() > 1 { workers.div_ceil(2) } else { workers };
+            let &flood = tenants.last().unwrap();
+            let mut held = Vec::new();
+            for _ in 0..share {
+                held.push(tokio::time::timeout(SOON, intake.places(flood)).await.unwrap().unwrap());
+            }
+            let more = tokio::time::timeout(Duration::from_millis(20), intake.places(flood)).await;
+            assert!(more.is_err(), "{workers} workers, {tenants:?}: no more than its share");
+            if workers > share {
+                let other = tokio::time::timeout(SOON, intake.places(tenants[0])).await;
+                assert!(other.unwrap().is_ok(), "{workers} workers, {tenants:?}");
+            }
+        }
+        assert!(Intake::new(1, &[1], 1).places(2).await.is_err(), "a stranger");
+    }
 }

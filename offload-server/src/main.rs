@@ -2,6 +2,7 @@
 
 mod memory;
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -121,18 +122,22 @@ enum Instead {
     Probe,
 }
 
-fn main() -> std::process::ExitCode {
-    let done = with_environment(&[BOUNDED_SPINNING, REUSED_HEAP]).map_err(anyhow::Error::from).and_then(|()| run());
-    match done {
-        Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("offload-server: {e:#}");
-            std::process::ExitCode::FAILURE
-        }
+fn main() {
+    let done = with_environment(&[BOUNDED_SPINNING, REUSED_HEAP]).map_err(anyhow::Error::from).and_then(|()| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let done = runtime.block_on(run());
+        // threads that read from a file system that hangs, say, are not waited for
+        runtime.shutdown_background();
+        done
+    });
+    if let Err(e) = &done {
+        let _ = writeln!(std::io::stderr(), "offload-server: {e:#}");
     }
+    let _ = std::io::stdout().flush();
+    // at once: libtorch takes itself apart in destructors, which fail where a thread still computes
+    signal_hook::low_level::exit(i32::from(done.is_err()))
 }
 
-#[tokio::main]
 async fn run() -> Result<()> {
     let (config, instead, while_stdin) = Cli::parse().config()?;
     let text = match instead {
@@ -146,7 +151,6 @@ async fn run() -> Result<()> {
         }
     };
     if let Some(text) = text {
-        use std::io::Write;
         return Ok(std::io::stdout().write_all(text.as_bytes())?);
     }
     let traces = Traces::from_environment("offload-server")?;
@@ -154,13 +158,27 @@ async fn run() -> Result<()> {
     let metrics = telemetry::install_metrics()?;
     tokio::spawn(memory::watch());
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let mut running = start(config, metrics).await?;
+    let input_end = tokio::spawn(async move {
+        if !while_stdin {
+            std::future::pending::<()>().await;
+        }
+        input_ended().await;
+    });
+    tokio::pin!(input_end);
+    let mut running = tokio::select! {
+        started = start(config, metrics) => started?,
+        _ = term.recv() => return stopped_before("SIGTERM"),
+        _ = int.recv() => return stopped_before("interrupted"),
+        _ = &mut input_end => return stopped_before("standard input ended"),
+    };
     // for scripts that let the system choose the port
-    println!("listening on {}", running.address);
+    if let Err(error) = writeln!(std::io::stdout(), "listening on {}", running.address) {
+        tracing::warn!(%error, address = %running.address, "standard output cannot be written; the address is here");
+    }
     tokio::select! {
         ended = running.ended() => return Ok(ended?),
         _ = term.recv() => tracing::info!("SIGTERM: finishing what is in flight"),
-        () = input_ended(), if while_stdin => tracing::info!("standard input ended: finishing what is in flight"),
+        _ = &mut input_end => tracing::info!("standard input ended: finishing what is in flight"),
         _ = int.recv() => tracing::info!("interrupted: finishing what is in flight"),
     }
     tokio::select! {
@@ -169,6 +187,12 @@ async fn run() -> Result<()> {
         _ = term.recv() => anyhow::bail!("SIGTERM again: stopped at once"),
     }
     tracing::info!("stopped");
+    Ok(())
+}
+
+/// Nothing was in flight: there is nothing to finish.
+fn stopped_before(why: &str) -> Result<()> {
+    tracing::info!("{why}: stopped before the models were loaded");
     Ok(())
 }
 

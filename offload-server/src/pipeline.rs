@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tonic::metadata::MetadataMap;
 
@@ -16,7 +16,7 @@ use crate::repository::Repository;
 use crate::statistics::Times;
 use crate::status::Latencies;
 use crate::telemetry::{self, InFlight, Kind};
-use crate::tenants::{Tenant, Tenants};
+use crate::tenants::{Entered, Tenant, Tenants};
 use crate::{Config, ServerError};
 
 const DEADLINE_MARGIN: Duration = Duration::from_millis(5);
@@ -70,6 +70,12 @@ pub struct Ask<'a> {
     pub tenant: &'a Tenant,
 }
 
+/// What requests hold between arrival and answer.
+pub struct Places {
+    _tenants: Entered,
+    _all: OwnedSemaphorePermit,
+}
+
 /// The answer to a request.
 pub struct Answer {
     /// Who gave it.
@@ -85,7 +91,8 @@ pub struct Answer {
 impl Pipeline {
     /// With the limits of `config`.
     pub fn new(repository: Arc<Repository>, config: &Config, tenants: Tenants) -> Self {
-        let intake = Intake::new(config.decode_workers(), tenants.all().count(), config.max_image_pixels);
+        let indices: Vec<u32> = tenants.all().map(|t| t.index).collect();
+        let intake = Intake::new(config.decode_workers(), &indices, config.max_image_pixels);
         Self {
             repository,
             tenants,
@@ -140,15 +147,26 @@ impl Pipeline {
         wanted.max(tenant.most_urgent.map_or(middle, |most| most.saturating_sub(1)).min(levels - 1))
     }
 
-    /// One request, with metrics.
+    /// Places for `n` requests of a tenant that come together: for all or for none.
+    ///
+    /// # Errors
+    /// [`ServerError::Busy`] if there are none, within its quotas or at all.
+    pub fn enter(&self, tenant: &Tenant, n: usize) -> Result<Places, ServerError> {
+        // as many as the tenants have together: it counts
+        let places = self.in_flight.clone().try_acquire_many_owned(u32::try_from(n).unwrap_or(u32::MAX));
+        let places = places.map_err(|_| ServerError::busy("too many requests in flight"))?;
+        Ok(Places { _tenants: tenant.enter(n)?, _all: places })
+    }
+
+    /// One request, with metrics. It takes a place for itself unless it comes with others that have theirs ([`Self::enter`]).
     ///
     /// # Errors
     /// Why there is no answer.
     #[tracing::instrument(level = "debug", skip_all, fields(model = %ask.model, kind, queue_ms, network_ms, batch_size))]
-    pub async fn infer(&self, ask: Ask<'_>) -> Result<Answer, ServerError> {
+    pub async fn infer(&self, ask: Ask<'_>, entered: Option<&Places>) -> Result<Answer, ServerError> {
         let (kind, bytes, arrived) = (ask.kind, ask.payload.len(), ask.arrived);
         let tenant = ask.tenant;
-        let result = self.admit(ask).await;
+        let result = self.admit(ask, entered).await;
         let span = tracing::Span::current();
         span.record("kind", kind.label());
         if let Ok(Answer { times, .. }) = &result {
@@ -163,10 +181,8 @@ impl Pipeline {
         result
     }
 
-    async fn admit(&self, ask: Ask<'_>) -> Result<Answer, ServerError> {
-        let _quota = ask.tenant.enter()?;
-        // as many as the tenants have together: it counts
-        let _place = self.in_flight.try_acquire().map_err(|_| ServerError::busy("too many requests in flight"))?;
+    async fn admit(&self, ask: Ask<'_>, entered: Option<&Places>) -> Result<Answer, ServerError> {
+        let _place = entered.is_none().then(|| self.enter(ask.tenant, 1)).transpose()?;
         let _counted = InFlight::enter();
         let registry = self.repository.current();
         let entry = registry.model(ask.model, ask.version)?.clone();

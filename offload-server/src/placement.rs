@@ -1,6 +1,7 @@
 //! Where copies of a model run: device, threads, precision; and the cores that all of them share.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use isthmus_nets::device::parse_device;
 use serde::{Deserialize, Serialize};
@@ -119,6 +120,13 @@ pub struct Cores {
     all: usize,
     turns: Mutex<Turns>,
     changed: Condvar,
+    users: Mutex<Vec<Weak<dyn Backlog>>>,
+}
+
+/// Somebody who takes cores for batches.
+pub trait Backlog: Send + Sync {
+    /// Predicted time until all that waits or runs is done.
+    fn backlog(&self) -> Duration;
 }
 
 /// Free threads, and whose turn it is: who came first is served first, or a busy network would starve the others.
@@ -129,19 +137,34 @@ struct Turns {
 }
 
 /// Threads in use; given back when dropped.
-pub struct Held<'a> {
-    cores: &'a Cores,
+pub struct Held {
+    cores: Arc<Cores>,
     threads: usize,
 }
 
 impl Cores {
     /// So many threads.
     pub fn new(all: usize) -> Arc<Self> {
-        Arc::new(Self { all, turns: Mutex::new(Turns { free: all, next: 0, served: 0 }), changed: Condvar::new() })
+        let turns = Mutex::new(Turns { free: all, next: 0, served: 0 });
+        Arc::new(Self { all, turns, changed: Condvar::new(), users: Mutex::default() })
+    }
+
+    /// Notes who computes with them.
+    pub fn join(&self, user: &Arc<dyn Backlog>) {
+        let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        users.retain(|u| u.strong_count() > 0);
+        users.push(Arc::downgrade(user));
+    }
+
+    /// What all but `own` have to do.
+    pub fn others(&self, own: &Arc<dyn Backlog>) -> Duration {
+        let users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = users.iter().filter_map(Weak::upgrade).filter(|u| !Arc::ptr_eq(u, own));
+        others.map(|u| u.backlog()).sum()
     }
 
     /// Waits for `threads` of them (at most for all there are). Whoever has some computes a batch, so they come back.
-    pub fn take(&self, threads: usize) -> Held<'_> {
+    pub fn take(self: &Arc<Self>, threads: usize) -> Held {
         let threads = threads.min(self.all);
         let mut turns = self.turns();
         let turn = turns.next;
@@ -153,7 +176,7 @@ impl Cores {
         drop(turns);
         // the next one may find enough as well
         self.changed.notify_all();
-        Held { cores: self, threads }
+        Held { cores: self.clone(), threads }
     }
 
     fn turns(&self) -> MutexGuard<'_, Turns> {
@@ -161,7 +184,7 @@ impl Cores {
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for Held {
     fn drop(&mut self) {
         self.cores.turns().free += self.threads;
         self.cores.changed.notify_all();

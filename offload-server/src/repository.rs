@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use isthmus_batcher::Limits;
@@ -39,6 +40,8 @@ pub struct Repository {
     /// Of versions that are or were loaded.
     statistics: Mutex<BTreeMap<(&'static str, u64), Arc<Statistics>>>,
     ready: watch::Sender<bool>,
+    /// Nothing is put in any more.
+    closed: AtomicBool,
 }
 
 /// A version of a model, as the index lists it.
@@ -127,6 +130,7 @@ impl Repository {
             failures: Mutex::default(),
             statistics: Mutex::default(),
             ready: watch::Sender::new(false),
+            closed: AtomicBool::new(false),
         };
         if config.bundles.is_empty() {
             tracing::warn!("bundles is empty: only whole images will be answered");
@@ -195,12 +199,15 @@ impl Repository {
         Ok(())
     }
 
-    /// Takes all models out. Their threads finish what they are at; what is returned is alive until they have.
+    /// Takes all models out, whatever is being loaded: that is dropped when it is there. Their threads finish what they are at; what is returned is alive
+    /// until they have.
     pub fn close(&self) -> Vec<Weak<()>> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let gone = self.current();
         self.set(Registry { models: Vec::new(), ..Registry::clone(&gone) });
-        gone.models.iter().map(|model| model.batcher.at_work()).collect()
+        self.closed.store(true, Ordering::SeqCst);
+        // what was put in between
+        let late = self.replace(Registry { models: Vec::new(), ..Registry::clone(&gone) });
+        gone.models.iter().chain(&late.models).map(|model| model.batcher.at_work()).collect()
     }
 
     /// All versions of all models, loaded or on disk.
@@ -236,9 +243,19 @@ impl Repository {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn replace(&self, next: Registry) -> Arc<Registry> {
+        std::mem::replace(&mut *self.current.write().unwrap_or_else(PoisonError::into_inner), Arc::new(next))
+    }
+
     fn set(&self, next: Registry) {
         let next = Arc::new(next);
-        let old = std::mem::replace(&mut *self.current.write().unwrap_or_else(PoisonError::into_inner), next.clone());
+        let old = {
+            let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+            if self.closed.load(Ordering::SeqCst) {
+                return;
+            }
+            std::mem::replace(&mut *current, next.clone())
+        };
         old.models.iter().for_each(|m| telemetry::loaded(m.name, m.version, false));
         next.models.iter().for_each(|m| telemetry::loaded(m.name, m.version, true));
         self.ready.send_replace(self.is_ready());

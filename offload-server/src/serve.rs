@@ -86,11 +86,9 @@ impl Running {
             () = quiet => Ok(Ok(Ok(()))),
         };
         self.background.cancel();
-        // libtorch must not compute for those that left while the process takes itself apart
-        let (repository, began) = (self.pipeline.repository.clone(), Instant::now());
-        // a model that is being loaded holds it up
-        let closing = tokio::time::timeout(WORK_END, tokio::task::spawn_blocking(move || repository.close())).await;
-        let at_work = closing.ok().and_then(Result::ok).unwrap_or_default();
+        // batches of those that left, too, are finished if that is soon
+        let began = Instant::now();
+        let at_work = self.pipeline.repository.close();
         while at_work.iter().any(|w| w.strong_count() > 0) && began.elapsed() < WORK_END {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

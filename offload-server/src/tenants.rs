@@ -117,12 +117,17 @@ impl Places {
         let take = |from: &Arc<Semaphore>| from.clone().try_acquire_owned().ok();
         take(&self.own).or_else(|| take(&self.shared))
     }
+
+    /// All of `n`, or none.
+    fn take_many(&self, n: usize) -> Option<Vec<OwnedSemaphorePermit>> {
+        (0..n).map(|_| self.take()).collect()
+    }
 }
 
-/// What a request holds of its tenant's.
+/// What requests that came together hold of their tenant's.
 pub struct Entered {
     _quota: Option<OwnedSemaphorePermit>,
-    _place: OwnedSemaphorePermit,
+    _places: Vec<OwnedSemaphorePermit>,
 }
 
 impl Tenant {
@@ -174,19 +179,23 @@ impl Tenant {
         self.bytes.take().ok_or(ServerError::busy("too many bytes are being received"))
     }
 
-    /// A place for a request, within the tenant's quotas.
+    /// Places for `n` requests that come together, within the tenant's quotas: all of them or none, and nothing is used up by those that are refused.
     ///
     /// # Errors
-    /// [`ServerError::Busy`] if they are used up.
-    pub fn enter(&self) -> Result<Entered, ServerError> {
-        let quota = self.quota.clone().map(|(_, q)| q.try_acquire_owned()).transpose();
+    /// [`ServerError::Busy`] if they are used up; with a rate, it says when all `n` would be let in. [`ServerError::Invalid`] if so many never are.
+    pub fn enter(&self, n: usize) -> Result<Entered, ServerError> {
+        let count = NonZeroU32::new(u32::try_from(n).unwrap_or(u32::MAX)).unwrap_or(NonZeroU32::MIN);
+        let quota = self.quota.clone().map(|(_, q)| q.try_acquire_many_owned(count.get())).transpose();
         let quota = quota.map_err(|_| ServerError::busy("this tenant has as many requests in flight as it may"))?;
-        let place = self.requests.take().ok_or(ServerError::busy("too many requests in flight"))?;
-        if let Some(early) = self.rate.as_ref().and_then(|(_, r)| r.check().err()) {
-            let retry = early.wait_time_from(DefaultClock::default().now());
-            return Err(ServerError::Busy { why: "this tenant sends more requests a second than it may", retry });
+        let places = self.requests.take_many(n).ok_or(ServerError::busy("too many requests in flight"))?;
+        if let Some((most, rate)) = &self.rate {
+            let never = |_| ServerError::Invalid(format!("{n} requests at once; this tenant may send {most} a second"));
+            if let Err(early) = rate.check_n(count).map_err(never)? {
+                let retry = early.wait_time_from(DefaultClock::default().now());
+                return Err(ServerError::Busy { why: "this tenant sends more requests a second than it may", retry });
+            }
         }
-        Ok(Entered { _quota: quota, _place: place })
+        Ok(Entered { _quota: quota, _places: places })
     }
 }
 
@@ -201,7 +210,13 @@ pub struct Tenants {
 /// A SHA-256 as [`sha256`] writes it.
 fn fingerprint(what: &str, text: &str) -> Result<String, ServerError> {
     if text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit()) {
-        return Ok(text.to_ascii_lowercase());
+        let hash = text.to_ascii_lowercase();
+        if hash == sha256(b"") {
+            return Err(ServerError::Config(format!(
+                "{what}: this is the hash of nothing: the file that it was made of was empty or missing"
+            )));
+        }
+        return Ok(hash);
     }
     Err(ServerError::Config(format!("{what}: 64 hexadecimal digits are wanted")))
 }
@@ -286,7 +301,8 @@ impl Tenants {
         let sent = request.metadata().get("authorization").and_then(|v| v.to_str().ok());
         let token = sent.and_then(|text| text.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
         // looked up by its hash, so that the time of the comparison tells nothing of the token
-        let tenant = token.and_then(|(_, token)| self.tokens.get(&sha256(token.trim().as_bytes())));
+        let token = token.map(|(_, token)| token.trim()).filter(|token| !token.is_empty());
+        let tenant = token.and_then(|token| self.tokens.get(&sha256(token.as_bytes())));
         tenant.cloned().ok_or(ServerError::Unauthenticated)
     }
 
@@ -317,6 +333,8 @@ pub fn of<T>(request: &Request<T>) -> Result<Arc<Tenant>, ServerError> {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use std::time::Duration;
+
     use super::*;
 
     const EIGHT: Capacity = Capacity { requests: 8, streams: 8, bytes: 8 * PIECE };
@@ -337,7 +355,7 @@ mod tests {
         let tenants = Tenants::new(&[tenant("cameras", "one"), tenant("robots", "two")], EIGHT).unwrap();
         assert_eq!(tenants.identify(&ask("Bearer two")).unwrap().name, "robots");
         assert_eq!(tenants.identify(&ask("bearer  one")).unwrap().name, "cameras");
-        for wrong in ["Bearer three", "Basic one", "one", "Bearer"] {
+        for wrong in ["Bearer three", "Basic one", "one", "Bearer", "Bearer ", "bearer  "] {
             assert!(matches!(tenants.identify(&ask(wrong)), Err(ServerError::Unauthenticated)), "{wrong}");
         }
         assert!(tenants.identify(&Request::new(())).is_err());
@@ -352,6 +370,7 @@ mod tests {
         assert!(error(&[tenant("a b", "x")]).contains("letters"));
         assert!(error(&[TenantConfig { token_sha256: None, ..tenant("a", "x") }]).contains("needed"));
         assert!(error(&[TenantConfig { token_sha256: Some("12".into()), ..tenant("a", "x") }]).contains("64 hexadecimal"));
+        assert!(error(&[tenant("a", "")]).contains("hash of nothing"));
         assert!(error(&[TenantConfig { weight: 0.0, ..tenant("a", "x") }]).contains("weight"));
     }
 
@@ -359,13 +378,25 @@ mod tests {
     fn quotas_bound_a_tenant() {
         let tenants = Tenants::new(&[TenantConfig { max_in_flight: 1, ..tenant("a", "x") }], EIGHT).unwrap();
         let a = tenants.identify(&ask("Bearer x")).unwrap();
-        let place = a.enter().unwrap();
-        assert!(matches!(a.enter(), Err(ServerError::Busy { .. })));
+        let place = a.enter(1).unwrap();
+        assert!(matches!(a.enter(1), Err(ServerError::Busy { .. })));
         drop(place);
-        assert!(a.enter().is_ok());
+        assert!(a.enter(1).is_ok());
         let slow = Tenant::alone(1, &TenantConfig { requests_per_second: 2, ..tenant("b", "y") });
-        let taken = (0..10).filter(|_| slow.enter().is_ok()).count();
+        let taken = (0..10).filter(|_| slow.enter(1).is_ok()).count();
         assert!((2..=3).contains(&taken), "{taken}");
+        // those that come together use up the rate together or not at all, and are told when they may come
+        let many = Tenant::alone(1, &TenantConfig { requests_per_second: 8, max_in_flight: 8, ..tenant("c", "z") });
+        drop(many.enter(5).unwrap());
+        let again = |n: usize| match many.enter(n) {
+            Err(ServerError::Busy { retry, .. }) => retry,
+            other => panic!("{:?}", other.err()),
+        };
+        assert!(again(8) > Duration::from_millis(500) && again(8) < Duration::from_millis(700), "five are to come back");
+        assert!(many.enter(3).is_ok(), "three were left");
+        assert!(matches!(many.enter(9), Err(ServerError::Busy { .. })), "more than may be in flight");
+        let never = Tenant::alone(1, &TenantConfig { requests_per_second: 2, ..tenant("d", "z") }).enter(3);
+        assert!(matches!(never, Err(ServerError::Invalid(why)) if why.contains("2 a second")));
     }
 
     #[test]
@@ -375,12 +406,12 @@ mod tests {
                 .unwrap();
         let [flood, quiet] = ["Bearer x", "Bearer y"].map(|t| tenants.identify(&ask(t)).unwrap());
         // half of 16 is kept: 2 and 6; 8 are for everybody
-        let taken: Vec<_> = std::iter::from_fn(|| flood.enter().ok()).collect();
+        let taken: Vec<_> = std::iter::from_fn(|| flood.enter(1).ok()).collect();
         assert_eq!(taken.len(), 2 + 8);
-        let others: Vec<_> = std::iter::from_fn(|| quiet.enter().ok()).collect();
+        let others: Vec<_> = std::iter::from_fn(|| quiet.enter(1).ok()).collect();
         assert_eq!(others.len(), 6);
         drop(taken);
-        assert_eq!(std::iter::from_fn(|| quiet.enter().ok()).collect::<Vec<_>>().len(), 8);
+        assert_eq!(std::iter::from_fn(|| quiet.enter(1).ok()).collect::<Vec<_>>().len(), 8);
         // and calls whose messages have not come
         let held: Vec<_> = std::iter::from_fn(|| tenants.intercept(ask("Bearer x")).ok()).collect();
         assert_eq!(held.len(), 16 + SPARE_CALLS - 12);

@@ -267,6 +267,61 @@ async fn chaos_a_full_disk_for_logs_stops_nothing() {
     assert_eq!(server.process.wait(Duration::from_secs(30)), Some(0));
 }
 
+/// A file to which the address would be written, for scripts, has no room left: the log has it too.
+#[tokio::test(flavor = "multi_thread")]
+async fn chaos_a_full_disk_for_standard_output_stops_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let address = free_port();
+    let mut command = Command::new(binary("offload-server"));
+    command.args(["--listen", &address.to_string(), "--admin-listen", "none"]).arg("--bundle").arg(bundle());
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    command.arg("--backbones").arg(backbones()).stdout(full).stderr(std::fs::File::create(&log).unwrap());
+    let mut process = Process::from(command.spawn().unwrap());
+    let told = wait_for(&log, "standard output cannot be written").await;
+    assert!(told.contains(&address.to_string()), "{told}");
+    let endpoint = Endpoint::new(&format!("http://{address}")).unwrap();
+    let mut asking = Client::connect(&endpoint).await.unwrap();
+    assert_healthy(&mut asking, &sample().0).await;
+    drop(asking);
+    process.signal("TERM");
+    assert_eq!(process.wait(Duration::from_secs(30)), Some(0));
+}
+
+/// Nothing is in flight while models load, however long that takes: signals end the process at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn chaos_stopped_while_models_load() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    std::fs::copy(backbones().join("labels.json"), here.join("labels.json")).unwrap();
+    // a file system that hangs
+    assert!(Command::new("mkfifo").arg(here.join("efficientnet-lite0.safetensors")).status().unwrap().success());
+    for signal in ["TERM", "INT"] {
+        let log = here.join(signal);
+        let mut command = Command::new(binary("offload-server"));
+        command.args(["--listen", "127.0.0.1:0", "--admin-listen", "none"]).arg("--bundle").arg(bundle()).arg("--backbones").arg(here);
+        command.env("RUST_LOG", "debug").stdout(Stdio::null()).stderr(std::fs::File::create(&log).unwrap());
+        let mut process = Process::from(command.spawn().unwrap());
+        // signals are heard from before the first log line on
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        process.signal(signal);
+        assert_eq!(process.wait(Duration::from_secs(5)), Some(0), "SIG{signal}");
+        wait_for(&log, "stopped before the models were loaded").await;
+    }
+}
+
+/// What a file holds once it holds `text`.
+async fn wait_for(path: &Path, text: &str) -> String {
+    for _ in 0..600 {
+        let found = std::fs::read_to_string(path).unwrap();
+        if found.contains(text) {
+            return found;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("{text:?} is not in {}: {}", path.display(), std::fs::read_to_string(path).unwrap());
+}
+
 /// The process ends while the network computes for clients that have left: it ends in order all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn chaos_stopped_while_the_network_computes_for_nobody() {

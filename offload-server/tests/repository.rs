@@ -84,13 +84,14 @@ async fn a_new_version_of_the_bundle_is_taken_up_beside_the_old_one() {
     let mut old = client(&setup.server).await;
     let bundles =
         |d: isthmus_proto::offload_v1::DescribeResponse| d.models[0].bundles.iter().map(|b| b.version.clone()).collect::<Vec<_>>();
-    assert_eq!(bundles(old.describe(None, Duration::from_secs(5)).await.unwrap()), ["5"]);
+    let first = bundles(old.describe(None, Duration::from_secs(5)).await.unwrap());
     copy(&bundle(), &setup.folder.path().join("bundles/6"));
     let manifest = setup.folder.path().join("bundles/6/manifest.toml");
     let text = std::fs::read_to_string(&manifest).unwrap();
-    std::fs::write(&manifest, text.replacen("version = \"5\"", "version = \"6\"", 1)).unwrap();
+    let newer = (first[0].parse::<u32>().unwrap() + 1).to_string();
+    std::fs::write(&manifest, text.replacen(&format!("version = {:?}", first[0]), &format!("version = {newer:?}"), 1)).unwrap();
     setup.load(LITE0).await.unwrap();
-    assert_eq!(bundles(old.describe(None, Duration::from_secs(5)).await.unwrap()), ["6", "5"]);
+    assert_eq!(bundles(old.describe(None, Duration::from_secs(5)).await.unwrap()), [newer.as_str(), &first[0]]);
     assert_healthy(&mut old, &container).await;
 }
 
@@ -215,6 +216,40 @@ async fn weights_that_no_bundle_knows_are_refused() {
 }
 
 /// The time limit of requests is not that of a model's load, which takes longer.
+/// A file system that hangs holds up the load that reads from it; others wait in a bounded queue while their callers do, photos are answered, and the server
+/// ends when it is told to.
+#[tokio::test(flavor = "multi_thread")]
+async fn loads_that_hang_are_bounded_and_hold_up_nothing() {
+    let mut setup = Setup::new("model_control = true").await;
+    let hung = setup.folder.path().join("backbones").join(LITE0);
+    std::fs::create_dir_all(&hung).unwrap();
+    // nobody ever writes into it
+    assert!(std::process::Command::new("mkfifo").arg(hung.join("2.safetensors")).status().unwrap().success());
+    let threads = |setup: &Setup| std::fs::read_dir(format!("/proc/{}/task", setup.server.process.id())).unwrap().count();
+    let before = threads(&setup);
+    for _ in 0..3 {
+        let calls = (0..20).map(|_| {
+            let mut inference = setup.inference.clone();
+            tokio::spawn(async move {
+                let mut request = tonic::Request::new(RepositoryModelLoadRequest { model_name: LITE0.into(), ..Default::default() });
+                request.set_timeout(Duration::from_secs(1));
+                inference.repository_model_load(request).await.unwrap_err().code()
+            })
+        });
+        let mut codes = Vec::new();
+        for call in calls.collect::<Vec<_>>() {
+            codes.push(call.await.unwrap());
+        }
+        // eight run or wait; their callers give up
+        assert_eq!(codes.iter().filter(|c| **c == Code::ResourceExhausted).count(), 12, "{codes:?}");
+    }
+    assert!(threads(&setup) <= before + 1, "{} threads, {before} before", threads(&setup));
+    let (container, _) = sample();
+    assert_healthy(&mut client(&setup.server).await, &container).await;
+    setup.server.process.signal("TERM");
+    assert_eq!(setup.server.process.wait(Duration::from_secs(15)), Some(0));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn loading_takes_its_time_whatever_requests_may_take() {
     let mut setup = Setup::new("model_control = true\nmax_deadline = \"150ms\"\n").await;

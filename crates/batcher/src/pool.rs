@@ -12,8 +12,14 @@ pub trait Work<K, T>: Send + 'static {
     /// is not to be a request's.
     fn warm_up(&mut self) {}
 
+    /// What a worker needs to compute and shares with others, such as cores.
+    type Turn;
+
+    /// Waits for that. A batch is closed only then: until then others may join it, leave, or be late.
+    fn turn(&self) -> Self::Turn;
+
     /// Computes a batch.
-    fn run(&mut self, batch: Batch<K, T>);
+    fn run(&mut self, batch: Batch<K, T>, turn: Self::Turn);
 
     /// An entry whose deadline passed while it waited.
     fn expired(&mut self, value: T);
@@ -77,12 +83,13 @@ impl<K: Clone + PartialEq + Send + 'static, T: Send + 'static> Pool<K, T> {
         self.at_work.clone()
     }
 
-    /// Whether an entry would be taken that has yet to be made, with this predicted cost of others that were told so and have not come.
+    /// Whether an entry would be taken that has yet to be made, with this predicted cost of others that were told so and have not come, and so much time that
+    /// the workers will have to wait for what they share with others.
     ///
     /// # Errors
     /// Why not.
-    pub fn would_take(&self, asked: &Asked, ahead: Duration) -> Result<(), Refused> {
-        self.shared.queue().would_take(asked, ahead, Instant::now())
+    pub fn would_take(&self, asked: &Asked, ahead: Duration, held_up: Duration) -> Result<(), Refused> {
+        self.shared.queue().would_take(asked, ahead, held_up, Instant::now())
     }
 
     /// Queues an entry.
@@ -121,26 +128,31 @@ impl<K: Clone + PartialEq, T> Drop for Pool<K, T> {
 fn work<K: Clone + PartialEq, T>(shared: &Shared<K, T>, mut worker: impl Work<K, T>) {
     let mut queue = shared.queue();
     loop {
-        let now = Instant::now();
-        let next = queue.next(now);
-        if !next.expired.is_empty() || next.batch.is_some() {
+        if queue.is_ready(Instant::now()) {
+            drop(queue);
+            let turn = worker.turn();
+            queue = shared.queue();
+            let now = Instant::now();
+            let next = queue.next(now);
             // what is left may be another worker's
             shared.changed.notify_one();
             drop(queue);
             next.expired.into_iter().for_each(|value| worker.expired(value));
-            if let Some(batch) = next.batch {
+            let done = next.batch.map(|batch| {
                 let cost = batch.cost;
-                worker.run(batch);
-                queue = shared.queue();
+                worker.run(batch, turn);
+                cost
+            });
+            queue = shared.queue();
+            if let Some(cost) = done {
                 queue.done(now, cost);
-            } else {
-                queue = shared.queue();
             }
             continue;
         }
         if queue.is_closed() && queue.is_empty() {
             return;
         }
+        let next = queue.next(Instant::now());
         queue = match next.ask_again {
             None => shared.changed.wait(queue).unwrap_or_else(PoisonError::into_inner),
             Some(at) => {

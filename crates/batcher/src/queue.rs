@@ -224,18 +224,18 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
     }
 
     /// Whether an entry would be taken that has yet to be made, such as one whose payload must be decoded first. `ahead` is the predicted
-    /// cost of those that were told so before and have not come. Where nothing waits or runs every entry is taken, however wrong the
+    /// cost of those that were told so before and have not come, `held_up` the time that workers will have to wait for what they share with others. Where nothing waits or runs every entry is taken, however wrong the
     /// prediction may be. A full queue is full for those of whom something waits: one entry of each other tenant is taken.
     ///
     /// # Errors
     /// Why not.
-    pub fn would_take(&self, asked: &Asked, ahead: Duration, now: Instant) -> Result<(), Refused> {
-        let idle = self.waiting.is_empty() && self.running.is_empty() && ahead.is_zero();
+    pub fn would_take(&self, asked: &Asked, ahead: Duration, held_up: Duration, now: Instant) -> Result<(), Refused> {
+        let idle = self.waiting.is_empty() && self.running.is_empty() && ahead.is_zero() && held_up.is_zero();
         let nothing_waits = self.shares.get(&asked.tenant).is_none_or(|s| s.waiting == 0);
         let first = idle || nothing_waits && !self.waiting.is_empty();
         // its batch ends for all of its members at once, and those that come later fill it
         let company = asked.cost * (self.waiting.len() + 1).min(self.limits.max_batch) as u32;
-        let wait = self.predicted_wait(asked, now) + ahead / self.limits.workers as u32;
+        let wait = self.predicted_wait(asked, now) + ahead / self.limits.workers as u32 + held_up;
         let late = now + wait + asked.alone.max(company) > asked.deadline;
         let too_much = self.limits.max_cost.is_some_and(|most| self.cost + ahead + asked.cost > most);
         match () {
@@ -254,7 +254,7 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
     pub fn offer(&mut self, entry: Entry<K, T>, now: Instant) -> Result<Ticket, (Refused, Entry<K, T>)> {
         let Entry { priority, tenant, weight, deadline, cost, alone, .. } = entry;
         let asked = Asked { tenant, weight, priority, deadline, cost, alone };
-        if let Err(refused) = self.would_take(&asked, Duration::ZERO, now) {
+        if let Err(refused) = self.would_take(&asked, Duration::ZERO, Duration::ZERO, now) {
             return Err((refused, entry));
         }
         let ticket = Ticket(self.next);
@@ -288,27 +288,58 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
         removed
     }
 
-    /// The entry that is next, of those with this key.
-    fn first(&self, key: Option<&K>) -> Option<usize> {
+    /// Which of two entries is next: the more urgent, then whose tenant had less of its share, then who came first.
+    fn before(&self, a: &Waiting<K, T>, b: &Waiting<K, T>) -> std::cmp::Ordering {
         let finish = |w: &Waiting<K, T>| self.shares.get(&w.entry.tenant).map_or(0.0, |s| s.finish);
-        let fits = |w: &&Waiting<K, T>| key.is_none_or(|k| *k == w.entry.key);
-        let before = |a: &Waiting<K, T>, b: &Waiting<K, T>| {
-            let priority = a.entry.priority.cmp(&b.entry.priority);
-            priority.then(finish(a).total_cmp(&finish(b))).then(a.ticket.cmp(&b.ticket))
-        };
-        let found = self.waiting.iter().enumerate().filter(|(_, w)| fits(w)).min_by(|(_, a), (_, b)| before(a, b));
-        found.map(|(at, _)| at)
+        let priority = a.entry.priority.cmp(&b.entry.priority);
+        priority.then(finish(a).total_cmp(&finish(b))).then(a.ticket.cmp(&b.ticket))
     }
 
-    /// What a free worker does at this time.
+    /// The entry that is next, of those with this key.
+    fn first(&self, key: &K) -> Option<usize> {
+        let fitting = self.waiting.iter().enumerate().filter(|(_, w)| w.entry.key == *key);
+        fitting.min_by(|(_, a), (_, b)| self.before(a, b)).map(|(at, _)| at)
+    }
+
+    /// What a free worker does at this time. Of those keys whose batch is to be closed, the one whose first entry is next: a batch that is complete does
+    /// not wait behind one that is not.
     pub fn next(&mut self, now: Instant) -> Next<K, T> {
         let mut expired = Vec::new();
         while let Some(at) = self.waiting.iter().position(|w| w.entry.deadline <= now) {
             expired.push(self.remove(at).entry.value);
         }
-        let Some(first) = self.first(None) else { return Next { expired, batch: None, ask_again: None } };
-        let key = self.waiting[first].entry.key.clone();
-        let fitting = || self.waiting.iter().filter(|w| w.entry.key == key);
+        let keys = self.keys();
+        let ready = keys.iter().find_map(|key| Some((key, self.ready(key, now).ok()?)));
+        let Some((key, (take, closed))) = ready else {
+            let due = keys.iter().filter_map(|key| self.ready(key, now).err());
+            let ask_again = due.chain(self.waiting.iter().map(|w| w.entry.deadline)).min();
+            return Next { expired, batch: None, ask_again };
+        };
+        let batch = self.hand_out(key, take, closed, now);
+        Next { expired, batch: Some(batch), ask_again: None }
+    }
+
+    /// True if [`Self::next`] has something to do at this time.
+    pub fn is_ready(&self, now: Instant) -> bool {
+        self.waiting.iter().any(|w| w.entry.deadline <= now) || self.keys().iter().any(|key| self.ready(key, now).is_ok())
+    }
+
+    /// Keys of what waits, in the order in which their first entries are next.
+    fn keys(&self) -> Vec<K> {
+        let mut at: Vec<usize> = (0..self.waiting.len()).collect();
+        at.sort_by(|&a, &b| self.before(&self.waiting[a], &self.waiting[b]));
+        let mut keys: Vec<K> = Vec::new();
+        for key in at.into_iter().map(|at| &self.waiting[at].entry.key) {
+            if !keys.contains(key) {
+                keys.push(key.clone());
+            }
+        }
+        keys
+    }
+
+    /// How many entries with this key are to be taken now, and why, or when that is to be asked again.
+    fn ready(&self, key: &K, now: Instant) -> Result<(usize, Closed), Instant> {
+        let fitting = || self.waiting.iter().filter(|w| w.entry.key == *key);
         let size = fitting().count().min(self.limits.max_batch);
         // together they take as long as their costs, and none is sooner than by itself
         let together = fitting().take(size).map(|w| w.entry.cost).sum::<Duration>();
@@ -316,23 +347,23 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
         let latest_start = fitting().map(|w| w.entry.deadline.checked_sub(together.max(w.entry.alone)).unwrap_or(now)).min().unwrap_or(now);
         let preferred = self.limits.preferred.iter().rev().find(|p| **p <= size);
         let due = oldest + self.limits.max_delay;
-        let (take, closed) = match preferred {
-            _ if size == self.limits.max_batch => (size, Closed::Full),
-            _ if self.closed => (size, Closed::Drain),
-            _ if due <= now => (size, Closed::Delay),
-            _ if latest_start <= now => (size, Closed::Deadline),
-            Some(preferred) => (*preferred, Closed::Preferred),
-            None => {
-                let others = self.waiting.iter().map(|w| w.entry.deadline).min();
-                let ask_again = [due, latest_start].into_iter().chain(others).min();
-                return Next { expired, batch: None, ask_again };
-            }
-        };
+        match preferred {
+            _ if size == self.limits.max_batch => Ok((size, Closed::Full)),
+            _ if self.closed => Ok((size, Closed::Drain)),
+            _ if due <= now => Ok((size, Closed::Delay)),
+            _ if latest_start <= now => Ok((size, Closed::Deadline)),
+            Some(preferred) => Ok((*preferred, Closed::Preferred)),
+            None => Err(due.min(latest_start)),
+        }
+    }
+
+    /// Up to `take` entries with this key, those first that are next.
+    fn hand_out(&mut self, key: &K, take: usize, closed: Closed, now: Instant) -> Batch<K, T> {
         let mut batch = Batch { key: key.clone(), members: Vec::with_capacity(take), cost: Duration::ZERO, closed };
         // company must not cost a member its deadline
         let mut slack = Duration::MAX;
         while batch.members.len() < take
-            && let Some(at) = self.first(Some(&key))
+            && let Some(at) = self.first(key)
         {
             let next = &self.waiting[at].entry;
             if batch.cost + next.cost > slack && !batch.members.is_empty() {
@@ -355,7 +386,7 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
             batch.members.push((taken.entry.value, taken.came));
         }
         self.running.push((now, batch.cost));
-        Next { expired, batch: Some(batch), ask_again: None }
+        batch
     }
 
     /// A batch that was handed out at `started` with this cost is done.

@@ -23,7 +23,11 @@ impl Work<u8, u32> for Told {
         self.warm = true;
     }
 
-    fn run(&mut self, batch: Batch<u8, u32>) {
+    type Turn = ();
+
+    fn turn(&self) {}
+
+    fn run(&mut self, batch: Batch<u8, u32>, (): ()) {
         assert!(self.warm);
         let _ = self.ran.send(batch.members.into_iter().map(|(v, _)| v).collect());
         let _ = self.leave.recv_timeout(LONG);
@@ -99,7 +103,10 @@ fn workers_are_warm_before_the_pool_is_there() {
             assert!(self.1, "cannot warm up");
             self.0.fetch_add(1, Ordering::SeqCst);
         }
-        fn run(&mut self, _: Batch<u8, u32>) {}
+        type Turn = ();
+
+        fn turn(&self) {}
+        fn run(&mut self, _: Batch<u8, u32>, (): ()) {}
         fn expired(&mut self, _: u32) {}
     }
     let limits = Limits { max_batch: 4, max_delay: Duration::ZERO, preferred: vec![], max_entries: 3, max_cost: None, workers: 3 };

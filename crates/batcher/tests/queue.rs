@@ -159,29 +159,37 @@ proptest! {
                 }
                 Step::Done => if let Some((started, cost)) = running.pop_front() { queue.done(started, cost) },
                 Step::Next => {
+                    let ready = queue.is_ready(now);
                     let next = queue.next(now);
+                    prop_assert_eq!(ready, next.batch.is_some() || !next.expired.is_empty());
                     for name in &next.expired {
                         prop_assert!(model.remove(name).unwrap().deadline <= now, "only what is over is given back");
                     }
                     prop_assert!(model.values().all(|k| k.deadline > now), "nothing that is over stays");
+                    // a batch of this key is to be closed: it is complete, or a member must wait no longer
+                    let ripe = |key: u8| {
+                        let group: Vec<&Known> = model.values().filter(|k| k.key == key).collect();
+                        let size = group.len().min(max_batch);
+                        let together: Duration = group[..size].iter().map(|k| k.cost).sum();
+                        size == max_batch
+                            || preferred.iter().any(|p| (1..max_batch).contains(p) && *p <= size)
+                            || group.iter().any(|k| k.came + limits.max_delay <= now || k.deadline <= now + together.max(k.cost))
+                    };
+                    let ripe: Vec<u8> = (0..=u8::MAX).filter(|key| model.values().any(|k| k.key == *key) && ripe(*key)).collect();
                     match next.batch {
                         None => {
                             prop_assert_eq!(next.ask_again.is_none(), model.is_empty());
                             if let Some(at) = next.ask_again {
                                 // whoever sleeps until then finds something to do
                                 prop_assert!(at > now);
-                                // what is next, and all that may go with it, has not waited long enough
-                                let first = model.iter().min_by(|a, b| order(a, &finish).total_cmp(&order(b, &finish))).unwrap().1;
-                                let together: Vec<&Known> = model.values().filter(|k| k.key == first.key).collect();
-                                prop_assert!(together.iter().all(|k| now < k.came + limits.max_delay));
-                                prop_assert!(together.len() < max_batch);
+                                prop_assert!(ripe.is_empty(), "a batch of {ripe:?} waits beside an idle worker");
                             }
                         }
                         Some(batch) => {
                             let mut left = model.clone();
                             for (i, (name, _)) in batch.members.iter().enumerate() {
-                                // the first of all, then the first of those that may go with it
-                                let fits = left.iter().filter(|(_, k)| i == 0 || k.key == batch.key);
+                                // the first of all whose batch is to be closed, then the first of those that may go with it
+                                let fits = left.iter().filter(|(_, k)| if i == 0 { ripe.contains(&k.key) } else { k.key == batch.key });
                                 let first = *fits.min_by(|a, b| order(a, &finish).total_cmp(&order(b, &finish))).unwrap().0;
                                 prop_assert_eq!(*name, first, "by priority, then shares, then as they came");
                                 let taken = left.remove(name).unwrap();
@@ -194,9 +202,9 @@ proptest! {
                             prop_assert!(members.iter().all(|k| k.key == batch.key));
                             prop_assert_eq!(batch.cost, members.iter().map(|k| k.cost).sum::<Duration>());
                             prop_assert!(members.windows(2).all(|w| w[0].priority <= w[1].priority), "by priority");
-                            let left = |key: Option<u8>| model.values().filter(|k| key.is_none_or(|key| k.key == key)).map(|k| k.priority).min();
-                            prop_assert!(left(None).is_none_or(|p| p >= members[0].priority), "the most urgent goes first");
-                            prop_assert!(left(Some(batch.key)).is_none_or(|p| p >= members.last().unwrap().priority));
+                            let left = |keys: &[u8]| model.values().filter(|k| keys.contains(&k.key)).map(|k| k.priority).min();
+                            prop_assert!(left(&ripe).is_none_or(|p| p >= members[0].priority), "the most urgent goes first");
+                            prop_assert!(left(&[batch.key]).is_none_or(|p| p >= members.last().unwrap().priority));
                             let same: Vec<&Known> = members.iter().chain(model.values().filter(|k| k.key == batch.key)).collect();
                             let oldest = same.iter().map(|k| k.came).min().unwrap();
                             match batch.closed {
@@ -248,6 +256,24 @@ proptest! {
             }
         }
     }
+}
+
+/// A batch that is complete does not wait, let alone expire, behind one of another key that is not.
+#[test]
+fn an_incomplete_batch_holds_up_no_complete_one() {
+    let start = Instant::now();
+    let mut queue = Queue::new(Limits { max_delay: 100 * MS, ..limits(8) });
+    queue.offer(Entry { key: 1, deadline: start + 1000 * MS, ..entry(0, start) }, start).unwrap();
+    for i in 1..=8 {
+        queue.offer(Entry { key: 2, deadline: start + 60 * MS, ..entry(i, start) }, start + MS).unwrap();
+    }
+    assert_eq!(batch(queue.next(start + MS)), ((1..=8).collect(), Closed::Full));
+    assert_eq!(queue.next(start + MS).ask_again, Some(start + 100 * MS));
+    // one of the other key has to begin before the first is due
+    queue.offer(Entry { key: 2, deadline: start + 60 * MS, ..entry(9, start) }, start + 10 * MS).unwrap();
+    let again = queue.next(start + 10 * MS).ask_again.unwrap();
+    assert_eq!(batch(queue.next(again)), (vec![9], Closed::Deadline));
+    assert_eq!(batch(queue.next(start + 100 * MS)), (vec![0], Closed::Delay));
 }
 
 #[test]

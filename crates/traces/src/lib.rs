@@ -6,7 +6,8 @@
 
 use opentelemetry::propagation::{Extractor, Injector, TextMapPropagator};
 use opentelemetry::trace::{TraceContextExt, TracerProvider};
-use opentelemetry_otlp::SpanExporter;
+use opentelemetry_otlp::tonic_types::transport::{Certificate, ClientTlsConfig};
+use opentelemetry_otlp::{SpanExporter, WithTonicConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracerProvider, Tracer};
@@ -15,12 +16,32 @@ use tracing::Span;
 use tracing_opentelemetry::{OpenTelemetryLayer, OpenTelemetrySpanExt};
 use tracing_subscriber::registry::LookupSpan;
 
+/// PEM file of the authority that the collector's certificate comes from.
+const CERTIFICATES: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "OTEL_EXPORTER_OTLP_CERTIFICATE"];
 const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"];
 
 /// The collector could not be set up.
 #[derive(Debug, thiserror::Error)]
 #[error("OTEL_EXPORTER_OTLP_ENDPOINT: {0}")]
 pub struct TraceError(String);
+
+/// The first of these variables that is set.
+fn first(names: &[&str]) -> Option<String> {
+    names.iter().filter_map(|name| std::env::var(name).ok()).find(|value| !value.is_empty())
+}
+
+/// For a collector behind `https`: the public authorities, and the one that the environment names.
+fn tls() -> Result<Option<ClientTlsConfig>, TraceError> {
+    if !first(&ENDPOINTS).is_some_and(|endpoint| endpoint.starts_with("https:")) {
+        return Ok(None);
+    }
+    let mut tls = ClientTlsConfig::new().with_webpki_roots();
+    if let Some(path) = first(&CERTIFICATES) {
+        let pem = std::fs::read_to_string(&path).map_err(|e| TraceError(format!("{}: {path}: {e}", CERTIFICATES[1])))?;
+        tls = tls.ca_certificate(Certificate::from_pem(pem));
+    }
+    Ok(Some(tls))
+}
 
 /// Sends spans to a collector; what waits is sent when it is dropped.
 pub struct Traces {
@@ -37,7 +58,11 @@ impl Traces {
         if !ENDPOINTS.iter().any(|name| std::env::var_os(name).is_some_and(|v| !v.is_empty())) {
             return Ok(None);
         }
-        let exporter = SpanExporter::builder().with_tonic().build().map_err(|e| TraceError(e.to_string()))?;
+        let mut exporter = SpanExporter::builder().with_tonic();
+        if let Some(tls) = tls()? {
+            exporter = exporter.with_tls_config(tls);
+        }
+        let exporter = exporter.build().map_err(|e| TraceError(e.to_string()))?;
         let mut resource = Resource::builder();
         if std::env::var_os("OTEL_SERVICE_NAME").is_none() {
             resource = resource.with_service_name(service);

@@ -46,7 +46,10 @@ async fn infer(
         }
     };
     let answer = pipeline
-        .infer(Ask { model: &request.model, version: "", kind, payload, arrived, budget, priority: pipeline.priority(0, tenant), tenant })
+        .infer(
+            Ask { model: &request.model, version: "", kind, payload, arrived, budget, priority: pipeline.priority(0, tenant), tenant },
+            None,
+        )
         .await?;
     let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     let timing = Timing {

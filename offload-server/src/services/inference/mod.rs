@@ -10,7 +10,7 @@ mod request;
 mod tensors;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use isthmus_proto::inference::grpc_inference_service_server::GrpcInferenceService;
 use isthmus_proto::inference::repository_index_response::ModelIndex;
@@ -21,6 +21,7 @@ use isthmus_proto::inference::{
     RepositoryModelUnloadRequest, RepositoryModelUnloadResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
     ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
 };
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::stream::{self, Answers};
@@ -29,6 +30,10 @@ use crate::receiving;
 use crate::tenants::{self, Tenant};
 use crate::{Config, ServerError, telemetry};
 
+/// Changes of the repository that run or wait.
+const MOST_CHANGES: usize = 8;
+/// A load takes about so long.
+const CHANGE_RETRY: Duration = Duration::from_secs(1);
 const EXTENSIONS: [&str; 5] = ["classification", "model_configuration", "model_repository", "statistics", "logging"];
 
 /// The service; clones share everything.
@@ -36,6 +41,14 @@ const EXTENSIONS: [&str; 5] = ["classification", "model_configuration", "model_r
 pub struct Inference {
     pipeline: Arc<Pipeline>,
     config: Arc<Config>,
+    changes: Changes,
+}
+
+/// Changes of the repository: one at a time, and few that wait.
+#[derive(Clone)]
+struct Changes {
+    running: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
 }
 
 impl Inference {
@@ -53,10 +66,12 @@ impl Inference {
 
     /// Over `pipeline`, which was made with `config`.
     pub fn new(pipeline: Arc<Pipeline>, config: &Config) -> Self {
-        Self { pipeline, config: Arc::new(config.clone()) }
+        let changes = Changes { running: Arc::new(Semaphore::new(1)), waiting: Arc::new(Semaphore::new(MOST_CHANGES)) };
+        Self { pipeline, config: Arc::new(config.clone()), changes }
     }
 
-    /// Runs a change of the repository on a thread that ends afterwards: a living one's OpenMP team would count against the network's.
+    /// Runs a change of the repository on a thread that ends afterwards: a living one's OpenMP team would count against the network's. One that waits for
+    /// another ends with its call; one that runs cannot be stopped.
     async fn change(
         &self,
         tenant: &Tenant,
@@ -64,9 +79,19 @@ impl Inference {
     ) -> Result<(), ServerError> {
         let why = "loading and unloading is off; set model_control = true where only operators reach the server";
         self.operators_only(tenant, why)?;
+        let busy = || ServerError::Busy { why: "as many changes of models wait as may", retry: CHANGE_RETRY };
+        let _waits = self.changes.waiting.try_acquire().map_err(|_| busy()).inspect_err(|error| telemetry::refused(error, Some(tenant)))?;
+        let turn = tokio::select! {
+            turn = self.changes.running.clone().acquire_owned() => turn.map_err(|_| ServerError::Draining)?,
+            () = self.pipeline.draining.cancelled() => return Err(ServerError::Draining),
+        };
         let pipeline = self.pipeline.clone();
         let (done, changed) = tokio::sync::oneshot::channel();
-        let thread = std::thread::Builder::new().name("load".into()).spawn(move || done.send(change(&pipeline)));
+        let change = move || {
+            let _turn = turn;
+            done.send(change(&pipeline))
+        };
+        let thread = std::thread::Builder::new().name("load".into()).spawn(change);
         thread.map_err(|e| ServerError::Transport(e.to_string()))?;
         changed.await.map_err(|_| ServerError::Network("loading ended early".into()))?
     }

@@ -190,7 +190,9 @@ pub async fn infer(
 ) -> Result<ModelInferResponse, ServerError> {
     let (outputs, asks) =
         read(pipeline, &mut request, arrived, limit, tenant).inspect_err(|error| telemetry::refused(error, Some(tenant)))?;
-    let numbered = asks.into_iter().enumerate().map(async |(i, ask)| Ok::<_, ServerError>((i, pipeline.infer(ask).await?)));
+    // places and quotas for all of them at once: one by one, those that got theirs would be computed in vain whenever another did not
+    let places = pipeline.enter(tenant, asks.len()).inspect_err(|error| telemetry::refused(error, Some(tenant)))?;
+    let numbered = asks.into_iter().enumerate().map(async |(i, ask)| Ok::<_, ServerError>((i, pipeline.infer(ask, Some(&places)).await?)));
     let mut under_way: FuturesUnordered<_> = numbered.collect();
     let mut answers = Vec::with_capacity(under_way.len());
     // whichever fails first ends all at once: the others would be computed in vain
