@@ -58,15 +58,17 @@ fn a_fleet_fits_the_bundle_and_everybody_takes_the_signed_result() {
     let other = run("aggregator", &[&"train", &at("other.toml")]);
     assert!(!other.status.success() && String::from_utf8_lossy(&other.stderr).contains("is for bundle 000"));
 
-    // versions 5 and 5.1 side by side, both signed
+    // two versions side by side, both signed
+    let version = folder::open(&bundle(), |_| false, &isthmus_codec::Trust::all()).unwrap().manifest.version;
+    let newer = format!("{version}.1");
     let public = good(run("aggregator", &[&"keys", &"authority", &"--out", &at("signer.key")])).trim().to_owned();
-    copy(&bundle(), &at("bundles/5"));
-    good(run("trainer", &[&"sign", &"--bundle", &at("bundles/5"), &"--key", &at("signer.key")]));
+    copy(&bundle(), &at("bundles/old"));
+    good(run("trainer", &[&"sign", &"--bundle", &at("bundles/old"), &"--key", &at("signer.key")]));
     let model = at("run/model.safetensors");
-    let (old, new) = (bundle(), at("bundles/5.1"));
+    let (old, new) = (bundle(), at("bundles/new"));
     let parts: [&dyn AsRef<std::ffi::OsStr>; 7] = [&"adapt", &"--bundle", &old, &"--backbones", &backbones(), &"--model", &model];
     let more: [&dyn AsRef<std::ffi::OsStr>; 8] =
-        [&"--photos", &at("photos"), &"--version", &"5.1", &"--out", &new, &"--key", &at("signer.key")];
+        [&"--photos", &at("photos"), &"--version", &newer, &"--out", &new, &"--key", &at("signer.key")];
     good(run("trainer", &[&parts[..], &more[..]].concat()));
     let adapted = folder::open(&new, |_| true, &isthmus_codec::Trust::keys([public.as_str()]).unwrap()).unwrap();
     assert_eq!(adapted.manifest.training.adapted_from.as_deref(), Some(hash.as_str()));
@@ -88,16 +90,17 @@ fn a_fleet_fits_the_bundle_and_everybody_takes_the_signed_result() {
     let classify = |url: &str, bundles: &Path| {
         run("edge-client", &[&"classify", photo, &"--server", &url, &"--bundle", &bundles, &"--trust", &public])
     };
-    for bundles in [at("bundles"), at("bundles/5")] {
+    for bundles in [at("bundles"), at("bundles/old")] {
         good(classify(&both.url(), &bundles));
     }
     // a server that has the old one only: the client falls back to it
-    let behind = server(&at("bundles/5"));
+    let behind = server(&at("bundles/old"));
     good(classify(&behind.url(), &at("bundles")));
 
     // a changed manifest is refused by both
     let manifest = std::fs::read_to_string(new.join("manifest.toml")).unwrap();
-    std::fs::write(new.join("manifest.toml"), manifest.replace("version = \"5.1\"", "version = \"5.2\"")).unwrap();
+    std::fs::write(new.join("manifest.toml"), manifest.replace(&format!("version = {newer:?}"), &format!("version = \"{version}.2\"")))
+        .unwrap();
     let refused = classify(&both.url(), &at("bundles"));
     assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("not of a trusted key"));
     std::fs::write(at("server.toml"), &trusting).unwrap();

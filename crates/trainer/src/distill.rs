@@ -2,6 +2,9 @@
 //! features at a rate (FrankenSplit, arXiv 2302.10681, section "phd"): loss = sum of squared error +
 //! lambda x bits, here per-channel normalised and, late, with the logits' KL through the frozen tail.
 
+mod range;
+mod step;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,9 +16,11 @@ use isthmus_nets::weights::{Weights, to_safetensors};
 use isthmus_nets::{Backbone, Bottleneck, Layer};
 use tch::{Device, Kind, Tensor};
 
+pub use range::{RangePoint, suggested};
+use step::Stepped;
+
 use crate::adam::Adam;
 use crate::error::TrainError;
-use crate::guide;
 use crate::history::History;
 use crate::loader::{self, Plan};
 use crate::measure::{Measure, squared};
@@ -342,6 +347,18 @@ impl Run {
         }
     }
 
+    /// What comes before the first step.
+    fn begin(&mut self, pack: &Pack) -> Result<(), TrainError> {
+        if self.step == 0 {
+            self.calibrate(pack)?;
+            let woken = self.wake(pack)?;
+            if woken > 0 {
+                eprintln!("{woken} dead channels started anew");
+            }
+        }
+        Ok(())
+    }
+
     /// Trains to the recipe's last step; `every` and `evaluate` report along the way.
     ///
     /// # Errors
@@ -354,82 +371,27 @@ impl Run {
         mut evaluate: impl FnMut(&mut Self) -> Result<(), TrainError>,
     ) -> Result<(), TrainError> {
         let r = self.recipe.clone();
-        if self.step == 0 {
-            self.calibrate(&pack)?;
-            let woken = self.wake(&pack)?;
-            if woken > 0 {
-                eprintln!("{woken} dead channels started anew");
-            }
-        }
-        let levels = r.lambdas.len() as i64;
-        let device = self.net.vs.device();
-        let as_tensor = |v: &[f64]| Tensor::from_slice(v).to_kind(Kind::Float).to_device(device);
-        let balance = as_tensor(&r.level_weights());
-        let medians = r.decoder_only.then(|| self.medians());
+        self.begin(&pack)?;
+        let levels = r.lambdas.len();
+        let constants = self.constants();
         let mut batches = loader::start(pack, Plan::of(&r), self.step);
         let log_path = self.folder.join("log.jsonl");
         let mut log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path).map_err(|e| TrainError::io(&log_path, e))?;
         let bar = progress(until, self.step);
-        let mut totals = Totals::new(levels as usize);
+        let mut totals = Totals::new(levels);
         let mut since = Instant::now();
         while self.step < until {
             let asked = Instant::now();
             let batch = batches.recv()?;
             totals.waited += asked.elapsed().as_secs_f64();
-            let (pixels, level) = self.batch_tensors(&batch);
-            tch::manual_seed((r.seed << 32 | self.step) as i64);
-
-            let layer = tch::no_grad(|| self.teacher.between(&self.seen_by_teacher(&pixels), Layer::Input, r.split()));
-            let target = tch::no_grad(|| self.teacher.between(&layer, r.split(), r.measure()));
-            let passed = match &medians {
-                Some(medians) => self.net.round_pass(&pixels, &level, medians),
-                None => self.net.train_pass(&pixels, &level),
-            };
-            let rebuilt = self.net.decoder.denormalise(&passed.rebuilt);
-            let got = self.teacher.between(&rebuilt, r.split(), r.measure());
-            let difference = squared(&target, &got, &self.measure.std);
-            let over = [1i64, 2, 3];
-            let mut weighted = &difference * self.measure.weights.view([1, -1, 1, 1]);
-            if let Some(weights) = guide::weights(&self.teacher, &r, &target, &self.measure.std) {
-                weighted *= weights;
-            }
-            let mut error = weighted.sum_dim_intlist(over.as_slice(), false, Kind::Float);
-            let elements = (target.numel() as i64 / pixels.size()[0]) as f64;
-            if r.rebuild_weight > 0.0 && r.split() != r.measure() {
-                let own = (&passed.rebuilt - self.net.decoder.normalise(&layer)).square().mean_dim(over.as_slice(), false, Kind::Float);
-                error = &error + own * (elements * r.rebuild_weight);
-            }
-            let mut deeper = (r.measure(), target.shallow_clone(), got.shallow_clone());
-            for (&block, std) in r.hooks.iter().zip(&self.measure.hooks) {
-                let layer = Layer::Block(block);
-                let wanted = tch::no_grad(|| self.teacher.between(&deeper.1, deeper.0, layer));
-                let found = self.teacher.between(&deeper.2, deeper.0, layer);
-                error = &error + squared(&wanted, &found, std).mean_dim(over.as_slice(), false, Kind::Float) * elements;
-                deeper = (layer, wanted, found);
-            }
-            let lambda = as_tensor(&self.lambdas).index_select(0, &level) * r.ramp_at(self.step);
-            let mut loss = &error + lambda * &passed.bits;
-            let kl_weight = r.kl_at(self.step);
-            let mut kl_value = 0.0;
-            if kl_weight > 0.0 {
-                let tail = |features: &Tensor| (self.teacher.tail(features, r.measure()) * r.kl_sharpness).log_softmax(-1, Kind::Float);
-                let wanted = tch::no_grad(|| tail(&target));
-                let kl = kl(&wanted, &tail(&got));
-                kl_value = kl.mean(Kind::Float).double_value(&[]);
-                loss = &loss + kl * kl_weight;
-            }
-            let loss = (loss * balance.index_select(0, &level)).mean(Kind::Float);
-            self.adam.zero_grad();
-            loss.backward();
-            let norm = self.adam.step(r.rate_at(self.step), r.max_norm);
+            let Stepped { difference, bits, kl, norm, .. } = self.learn(&batch, &constants, r.rate_at(self.step), self.step)?;
             if !norm.is_finite() {
                 bar.println(format!("step {}: gradient is not finite, batch skipped", self.step));
             }
             self.step += 1;
             bar.set_position(self.step);
-            let bits = Vec::<f32>::try_from(passed.bits.detach())?;
             self.steer(&batch.levels, &bits);
-            totals.add(&batch.levels, &difference, &bits, kl_value)?;
+            totals.add(&batch.levels, &difference, &bits, kl)?;
 
             if self.step.is_multiple_of(LOG_EVERY) {
                 let seconds = since.elapsed().as_secs_f64();
@@ -444,7 +406,7 @@ impl Run {
                 ));
                 let text = serde_json::to_string(&line).map_err(|e| TrainError::data("log", e.to_string()))?;
                 writeln!(log, "{text}").map_err(|e| TrainError::io(&log_path, e))?;
-                totals = Totals::new(levels as usize);
+                totals = Totals::new(levels);
                 since = Instant::now();
             }
             if self.step.is_multiple_of(every) || self.step == until {

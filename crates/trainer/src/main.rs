@@ -1,5 +1,7 @@
 //! `trainer`: fetches photos, distils bottlenecks, evaluates and exports bundles.
 
+mod lr_range;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -233,6 +235,8 @@ enum Command {
         #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i32).range(0..=1024))]
         threads: i32,
     },
+    /// Find out which peak learning rate a recipe can bear: the rate grows from batch to batch until the loss blows up.
+    LrRange(lr_range::LrRange),
     /// Train a bottleneck.
     Distill {
         /// What to train.
@@ -403,6 +407,7 @@ fn run(cli: Cli) -> Result<()> {
             println!("curve-agreement.svg, curve-kl.svg and curve-bytes.svg in {}", out.display());
             Ok(())
         }
+        Command::LrRange(ref args) => args.run(&cli.third_party, &cli.data),
         Command::Distill { ref recipe, ref run, resume, ref warm_start, ref start, ref bundle, until, every, ref device, threads } => {
             if threads > 0 {
                 tch::set_num_threads(threads);

@@ -144,6 +144,22 @@ fn a_run_folder_is_not_overwritten_by_accident() {
     assert!(again.err().unwrap().to_string().contains("--resume"));
 }
 
+/// Rates rise evenly in the logarithm, the first batches learn, the last ones blow up, and the run's step stays where it was.
+#[test]
+fn a_range_test_finds_rates_that_are_too_high() {
+    let folder = tempfile::tempdir().unwrap();
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut run = open(Recipe { muon: false, ..recipe() }, folder.path(), false);
+    let points = run.range_test(Arc::new(pack()), (1e-6, 1e3), 40).unwrap();
+    assert_eq!(run.step, 0);
+    assert!(points.windows(2).all(|w| (w[1].rate / w[0].rate - 1e9f64.powf(1.0 / 39.0)).abs() < 1e-6), "{points:?}");
+    let least = points.iter().min_by(|a, b| a.smoothed.total_cmp(&b.smoothed)).unwrap();
+    assert!(points.len() < 40 || points.last().unwrap().smoothed > 2.0 * least.smoothed, "it blew up: {points:?}");
+    if let Some(peak) = isthmus_trainer::distill::suggested(&points) {
+        assert!(peak < least.rate && peak < 10.0, "{peak}");
+    }
+}
+
 #[test]
 fn batches_depend_on_seed_and_step_alone() {
     let pack = pack();
