@@ -3,6 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use isthmus_batcher::Load;
 use isthmus_nets::device::parse_device;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
@@ -125,8 +126,8 @@ pub struct Cores {
 
 /// Somebody who takes cores for batches.
 pub trait Backlog: Send + Sync {
-    /// Predicted time until all that waits or runs is done.
-    fn backlog(&self) -> Duration;
+    /// What it has to do.
+    fn load(&self) -> Load;
 }
 
 /// Free threads, and whose turn it is: who came first is served first, or a busy network would starve the others.
@@ -156,11 +157,11 @@ impl Cores {
         users.push(Arc::downgrade(user));
     }
 
-    /// What all but `own` have to do.
-    pub fn others(&self, own: &Arc<dyn Backlog>) -> Duration {
+    /// What all but `own` will compute before its `batches`th batch from now: what they are at, and, as turns are taken, as many batches of each as it has itself.
+    pub fn others(&self, own: &Arc<dyn Backlog>, batches: u32) -> Duration {
         let users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
         let others = users.iter().filter_map(Weak::upgrade).filter(|u| !Arc::ptr_eq(u, own));
-        others.map(|u| u.backlog()).sum()
+        others.map(|u| u.load()).map(|load| load.running + load.waiting.min(load.batch * batches)).sum()
     }
 
     /// Waits for `threads` of them (at most for all there are). Whoever has some computes a batch, so they come back.

@@ -240,8 +240,9 @@ async fn loads_that_hang_are_bounded_and_hold_up_nothing() {
         for call in calls.collect::<Vec<_>>() {
             codes.push(call.await.unwrap());
         }
-        // eight run or wait; their callers give up
-        assert_eq!(codes.iter().filter(|c| **c == Code::ResourceExhausted).count(), 12, "{codes:?}");
+        // eight run or wait until their callers give up, of which the server hears a little later
+        let refused = codes.iter().filter(|c| **c == Code::ResourceExhausted).count();
+        assert!((12..20).contains(&refused), "{codes:?}");
     }
     assert!(threads(&setup) <= before + 1, "{} threads, {before} before", threads(&setup));
     let (container, _) = sample();

@@ -16,4 +16,4 @@ mod pool;
 mod queue;
 
 pub use pool::{Pool, Work};
-pub use queue::{Asked, Batch, Closed, Entry, Limits, Next, Queue, Refused, Ticket};
+pub use queue::{Asked, Batch, Closed, Entry, Limits, Load, Next, Queue, Refused, Ticket};

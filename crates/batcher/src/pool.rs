@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::time::{Duration, Instant};
 
-use crate::queue::{Asked, Batch, Entry, Limits, Queue, Refused, Ticket};
+use crate::queue::{Asked, Batch, Entry, Limits, Load, Queue, Refused, Ticket};
 
 /// What a worker thread does. It owns whatever cannot be shared, such as a network.
 pub trait Work<K, T>: Send + 'static {
@@ -105,6 +105,11 @@ impl<K: Clone + PartialEq + Send + 'static, T: Send + 'static> Pool<K, T> {
     /// Takes an entry back; none if a worker has it.
     pub fn cancel(&self, ticket: Ticket) -> Option<T> {
         self.shared.queue().cancel(ticket)
+    }
+
+    /// What there is to do.
+    pub fn load(&self) -> Load {
+        self.shared.queue().load(Instant::now())
     }
 
     /// Predicted time until everything that waits or runs is done.

@@ -127,6 +127,19 @@ struct Share {
     waiting: usize,
 }
 
+/// What a queue has to do, by prediction.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Load {
+    /// What is left of batches that run.
+    pub running: Duration,
+    /// What waits.
+    pub waiting: Duration,
+    /// The next batch of it.
+    pub batch: Duration,
+    /// Batches that wait.
+    pub batches: u32,
+}
+
 /// Entries that wait. Every decision looks at all of them once for each member: queues are short (hundreds), batches take milliseconds.
 pub struct Queue<K, T> {
     limits: Limits,
@@ -179,6 +192,13 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
     /// Predicted cost of what waits.
     pub fn cost(&self) -> Duration {
         self.cost
+    }
+
+    /// What there is to do, for others who share something with the workers.
+    pub fn load(&self, now: Instant) -> Load {
+        let (len, most) = (self.waiting.len() as u32, self.limits.max_batch as u32);
+        let mean = self.cost / len.max(1);
+        Load { running: self.running_at(now), waiting: self.cost, batch: mean * len.min(most), batches: len.div_ceil(most) }
     }
 
     /// Predicted time until everything that waits or runs is done, by all workers together.

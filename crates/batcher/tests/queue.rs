@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use isthmus_batcher::{Closed, Entry, Limits, Next, Queue, Refused, Ticket};
+use isthmus_batcher::{Closed, Entry, Limits, Load, Next, Queue, Refused, Ticket};
 use proptest::prelude::*;
 
 const MS: Duration = Duration::from_millis(1);
@@ -256,6 +256,19 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn the_load_is_what_runs_what_waits_and_the_next_batch() {
+    let now = Instant::now();
+    let mut queue = Queue::new(limits(4));
+    assert_eq!(queue.load(now), Load::default());
+    for i in 0..10 {
+        queue.offer(entry(i, now), now).unwrap();
+    }
+    assert_eq!(queue.load(now), Load { running: Duration::ZERO, waiting: 10 * MS, batch: 4 * MS, batches: 3 });
+    assert_eq!(batch(queue.next(now)).0.len(), 4);
+    assert_eq!(queue.load(now + MS), Load { running: 3 * MS, waiting: 6 * MS, batch: 4 * MS, batches: 2 });
 }
 
 /// A batch that is complete does not wait, let alone expire, behind one of another key that is not.

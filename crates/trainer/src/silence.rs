@@ -5,7 +5,7 @@ use std::path::Path;
 
 use isthmus_codec::bundle::MANIFEST;
 use isthmus_codec::manifest::Manifest;
-use isthmus_codec::{Bundle, BundleHash, LatentShape, Quality, Tables, container};
+use isthmus_codec::{BundleHash, LatentShape, Quality, Tables, container};
 use isthmus_nets::weights::Weights;
 use isthmus_nets::{Encoder, EncoderKind};
 use tch::{Device, nn};
@@ -48,7 +48,7 @@ pub fn silence(tables: Tables, latents: &[f32], shape: LatentShape) -> Result<Ta
 /// If a file cannot be read or written, or crops cannot be made.
 pub fn bundle(folder: &Path, pack: &Pack, version: &str, out: &Path) -> Result<Manifest, TrainError> {
     let _frozen = tch::no_grad_guard();
-    let old = Bundle::load(|name| std::fs::read(folder.join(name)), |_| true)?;
+    let old = isthmus_codec::folder::open(folder, |_| true, &isthmus_codec::Trust::all())?;
     let mut manifest = old.manifest.clone();
     let kind = EncoderKind::from_name(&manifest.encoder.kind)
         .ok_or_else(|| TrainError::data(MANIFEST, format!("encoder {} is unknown", manifest.encoder.kind)))?;
