@@ -133,7 +133,8 @@ impl<K: Clone + PartialEq, T> Drop for Pool<K, T> {
 fn work<K: Clone + PartialEq, T>(shared: &Shared<K, T>, mut worker: impl Work<K, T>) {
     let mut queue = shared.queue();
     loop {
-        if queue.is_ready(Instant::now()) {
+        let now = Instant::now();
+        if queue.is_ready(now) {
             drop(queue);
             let turn = worker.turn();
             queue = shared.queue();
@@ -157,7 +158,8 @@ fn work<K: Clone + PartialEq, T>(shared: &Shared<K, T>, mut worker: impl Work<K,
         if queue.is_closed() && queue.is_empty() {
             return;
         }
-        let next = queue.next(Instant::now());
+        // at the same time as above: it is not ready, so nothing is handed out
+        let next = queue.next(now);
         queue = match next.ask_again {
             None => shared.changed.wait(queue).unwrap_or_else(PoisonError::into_inner),
             Some(at) => {

@@ -328,7 +328,9 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
         while let Some(at) = self.waiting.iter().position(|w| w.entry.deadline <= now) {
             expired.push(self.remove(at).entry.value);
         }
-        let keys = self.keys();
+        let mut keys = self.keys();
+        let of = |key: &K| self.first(key).map(|at| &self.waiting[at]);
+        keys.sort_by(|a, b| of(a).zip(of(b)).map_or(std::cmp::Ordering::Equal, |(a, b)| self.before(a, b)));
         let ready = keys.iter().find_map(|key| Some((key, self.ready(key, now).ok()?)));
         let Some((key, (take, closed))) = ready else {
             let due = keys.iter().filter_map(|key| self.ready(key, now).err());
@@ -344,12 +346,10 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
         self.waiting.iter().any(|w| w.entry.deadline <= now) || self.keys().iter().any(|key| self.ready(key, now).is_ok())
     }
 
-    /// Keys of what waits, in the order in which their first entries are next.
+    /// Keys of what waits: a few.
     fn keys(&self) -> Vec<K> {
-        let mut at: Vec<usize> = (0..self.waiting.len()).collect();
-        at.sort_by(|&a, &b| self.before(&self.waiting[a], &self.waiting[b]));
         let mut keys: Vec<K> = Vec::new();
-        for key in at.into_iter().map(|at| &self.waiting[at].entry.key) {
+        for key in self.waiting.iter().map(|w| &w.entry.key) {
             if !keys.contains(key) {
                 keys.push(key.clone());
             }
