@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use isthmus_secagg::report::Credential;
+use tokio::net::TcpSocket;
 
 use crate::config::Config;
 use crate::error::AggregatorError;
@@ -32,19 +33,26 @@ pub struct Trial {
     pub authority: PathBuf,
     /// Party 0's status page.
     pub status: SocketAddr,
+    /// Ports that were chosen just now.
+    _ports: Vec<TcpSocket>,
 }
 
 fn io(path: &Path) -> impl FnOnce(std::io::Error) -> AggregatorError + '_ {
     move |cause| AggregatorError::Io { path: path.into(), cause }
 }
 
-/// A loopback port that is free now, below those that the system gives to outgoing connections: it stays free over a restart.
-fn free_port() -> Result<u16, AggregatorError> {
+/// A loopback port that nobody else gets while the socket is held, and on which a party can listen meanwhile and again; below
+/// those that the system gives to outgoing connections.
+fn reserve_port() -> Result<(TcpSocket, u16), AggregatorError> {
     for _ in 0..PORT_TRIES {
         let seed = keys::random_seed()?;
         let port = PORTS.start + u16::from_le_bytes([seed[0], seed[1]]) % (PORTS.end - PORTS.start);
-        if std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-            return Ok(port);
+        let failed = |e: std::io::Error| AggregatorError::Transport(format!("cannot reserve port {port}: {e}"));
+        let socket = TcpSocket::new_v4().map_err(failed)?;
+        // bound without sharing, so that two who reserve never get the same; shared afterwards with whoever listens
+        if socket.bind((Ipv4Addr::LOCALHOST, port).into()).is_ok() {
+            socket.set_reuseaddr(true).map_err(failed)?;
+            return Ok((socket, port));
         }
     }
     Err(AggregatorError::Transport(format!("no free port between {} and {} on loopback", PORTS.start, PORTS.end)))
@@ -62,6 +70,7 @@ fn open(folder: &Path) -> Result<Trial, AggregatorError> {
         clients: folder.join("clients"),
         authority: folder.join("authority.key"),
         status,
+        _ports: Vec::new(),
     })
 }
 
@@ -82,16 +91,25 @@ pub fn enrol(folder: &Path, number: usize) -> Result<(), AggregatorError> {
     Ok(keys::write_credential(&credential, &issued)?)
 }
 
-/// Makes what is missing in `folder`: nine ports from `port` on (0: of the system's choice), `clients` clients.
+/// Makes what is missing in `folder`: nine ports from `port` on (0: free ones, kept from others as long as the [`Trial`] lives),
+/// `clients` clients.
 ///
 /// # Errors
 /// If a file cannot be written.
 pub fn set_up(folder: &Path, port: u16, clients: usize, min_clients: u32) -> Result<Trial, AggregatorError> {
+    let mut ports = Vec::new();
     if !folder.join("party2.toml").exists() {
         std::fs::create_dir_all(folder).map_err(io(folder))?;
         let authority = hex::encode(keys::make_signer(&folder.join("authority.key"))?);
         let operator = keys::make_token(&folder.join("operator.token"))?;
-        let port = |place: u16| if port == 0 { free_port() } else { Ok(port + place) };
+        let mut port = |place: u16| {
+            if port != 0 {
+                return Ok(port + place);
+            }
+            let (socket, port) = reserve_port()?;
+            ports.push(socket);
+            Ok::<_, AggregatorError>(port)
+        };
         let address = |port| SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
         for party in 0..3u8 {
             let (listen, peers, admin) = (port(u16::from(party))?, port(3 + u16::from(party))?, port(6 + u16::from(party))?);
@@ -120,5 +138,24 @@ pub fn set_up(folder: &Path, port: u16, clients: usize, min_clients: u32) -> Res
     for client in 0..clients {
         enrol(folder, client)?;
     }
-    open(folder)
+    Ok(Trial { _ports: ports, ..open(folder)? })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_reserved_port_is_listened_on_again_and_again_but_not_reserved_twice() {
+        let (_held, port) = reserve_port().unwrap();
+        for _ in 0..2 {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+            assert!(TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err(), "somebody listens");
+            drop(listener);
+        }
+        assert!(TcpSocket::new_v4().unwrap().bind((Ipv4Addr::LOCALHOST, port).into()).is_err());
+    }
 }

@@ -65,8 +65,8 @@ impl Parties {
     }
 
     pub fn restart(&mut self, party: usize) {
-        let (process, line) = Process::spawn(&mut self.command(party));
-        assert!(line.starts_with("serving"), "{line}: {}", self.log(party));
+        let (process, line) = Process::start(&mut self.command(party));
+        assert!(line.as_ref().is_some_and(|l| l.starts_with("serving")), "{line:?}: {}", self.log(party));
         self.processes[party] = Some(process);
     }
 

@@ -112,6 +112,12 @@ impl From<Child> for Process {
 impl Process {
     /// Starts a program and waits for the first line that it prints; its errors go to the test's.
     pub fn spawn(command: &mut Command) -> (Self, String) {
+        let (process, line) = Self::start(command);
+        (process, line.expect("the program says that it is ready (its error is above)"))
+    }
+
+    /// Starts a program and waits for the first line that it prints, `None` if it ends without one.
+    pub fn start(command: &mut Command) -> (Self, Option<String>) {
         let mut child = command.stdout(Stdio::piped()).spawn().expect("the program starts");
         let stdout = child.stdout.take().expect("piped");
         let process = Self { child };
@@ -119,7 +125,7 @@ impl Process {
         let line = lines.next().and_then(Result::ok);
         // a program that prints more must not find its standard output closed
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
-        (process, line.expect("the program says that it is ready (its error is above)"))
+        (process, line)
     }
 
     /// Process id.
