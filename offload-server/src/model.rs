@@ -170,17 +170,21 @@ impl Model {
         (0..self.blueprints.len()).map(Stage::Latent).chain([Stage::Pixels]).chain(blocks).collect()
     }
 
-    /// What one image takes by itself once libtorch has warmed up.
+    /// What one image takes by itself once libtorch has warmed up, each time with a `turn` at what others compute with too.
     ///
     /// # Errors
     /// As [`Self::run`].
-    pub fn time_alone(&self) -> Result<Duration, ServerError> {
+    pub fn time_alone<T>(&self, turn: impl Fn() -> T) -> Result<Duration, ServerError> {
         let side = self.input_size() as usize;
         let input = vec![0.0; 3 * side * side];
-        self.run(Stage::Pixels, &[&input])?;
+        {
+            let _turn = turn();
+            self.run(Stage::Pixels, &[&input])?;
+        }
         // the least of several: whatever else the cores do meanwhile is no part of it
         let mut least = Duration::MAX;
         for _ in 0..TIMED {
+            let _turn = turn();
             let start = Instant::now();
             self.run(Stage::Pixels, &[&input])?;
             least = least.min(start.elapsed());

@@ -1,6 +1,7 @@
 //! A request's way, whatever protocol it came by: limits and deadline, admission, decoding, batch, answer.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -37,8 +38,10 @@ pub struct Pipeline {
     pub window: usize,
     /// A stream on which nothing moves for so long ends.
     pub stream_idle: Duration,
-    /// A stream that is older than this ends after what is under way: its connection could not otherwise. Zero: never.
-    pub stream_age: Duration,
+    /// A stream that is older than about this ends after what is under way: its connection could not otherwise. Zero: never.
+    stream_age: Duration,
+    /// Streams so far.
+    streams: AtomicU32,
     /// Largest answer in bytes.
     pub max_response_bytes: usize,
     intake: Intake,
@@ -102,6 +105,7 @@ impl Pipeline {
             window: config.stream_window,
             stream_idle: config.stream_idle,
             stream_age: config.max_connection_age,
+            streams: AtomicU32::new(0),
             max_response_bytes: config.max_response_bytes,
             intake,
             in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
@@ -110,6 +114,14 @@ impl Pipeline {
             max_deadline: config.max_deadline,
             priority_levels: config.priority_levels,
         }
+    }
+
+    /// How old the next stream may become; none: as old as it likes. A tenth to either side, as for connections, so that those that came together
+    /// do not all come back together: multiples of the golden ratio fill that range evenly.
+    pub fn next_stream_age(&self) -> Option<Duration> {
+        const GOLDEN: f64 = 0.618_033_988_749_895;
+        let i = self.streams.fetch_add(1, Ordering::Relaxed);
+        (!self.stream_age.is_zero()).then(|| self.stream_age.mul_f64(0.9 + 0.2 * (f64::from(i) * GOLDEN).fract()))
     }
 
     /// True if no request is between arrival and answer.

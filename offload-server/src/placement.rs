@@ -157,11 +157,12 @@ impl Cores {
         users.push(Arc::downgrade(user));
     }
 
-    /// What all but `own` will compute before its `batches`th batch from now: what they are at, and, as turns are taken, as many batches of each as it has itself.
+    /// What all but `own` will compute before its `batches`th batch from now: what they are at, and, as turns are taken, as many batches of each as it has itself,
+    /// of those that have anything to do.
     pub fn others(&self, own: &Arc<dyn Backlog>, batches: u32) -> Duration {
         let users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
         let others = users.iter().filter_map(Weak::upgrade).filter(|u| !Arc::ptr_eq(u, own));
-        others.map(|u| u.load()).map(|load| load.running + load.waiting.min(load.batch * batches)).sum()
+        others.map(|u| u.load()).map(|load| load.running + load.batch * batches).sum()
     }
 
     /// Waits for `threads` of them (at most for all there are). Whoever has some computes a batch, so they come back.

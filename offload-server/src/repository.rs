@@ -138,6 +138,7 @@ impl Repository {
         let bundles = repository.bundles()?;
         for name in &config.models {
             let entries = repository.entries(name, &bundles)?;
+            entries.iter().take(1).for_each(|entry| telemetry::load(entry.name, true));
             repository.put(name, &bundles, entries);
         }
         Ok(repository)
@@ -154,7 +155,11 @@ impl Repository {
     /// What is wrong; the old version stays.
     pub fn load(&self, name: &str) -> Result<(), ServerError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.bundles().and_then(|bundles| Ok((self.entries(name, &bundles)?, bundles))) {
+        let loaded = self.bundles().and_then(|bundles| Ok((self.entries(name, &bundles)?, bundles)));
+        if let Some(kind) = BackboneKind::from_name(name) {
+            telemetry::load(kind.name(), loaded.is_ok());
+        }
+        match loaded {
             Ok((entries, bundles)) => {
                 self.failures().remove(name);
                 self.put(name, &bundles, entries);
@@ -313,8 +318,10 @@ impl Repository {
             return Err(ServerError::Config(format!("placements: no instance of {name}")));
         };
         let stages: Vec<_> = model.bundles().copied().filter_map(|h| model.stage(&h).map(|s| (h, s))).collect();
-        let alone = model.time_alone()?;
         let machine = self.machine(first.device, first.precision.kind());
+        // what is served meanwhile and this are not to take the cores from each other
+        tch::set_num_threads(first.threads as i32);
+        let alone = model.time_alone(|| (first.device == Device::Cpu).then(|| self.cores.take(first.threads)))?;
         let costs: Vec<_> = model.stages().into_iter().map(|s| (s, machine.time(&model.layers(s), 1))).collect();
         let whole = machine.time(&model.layers(Stage::Pixels), 1);
         let factor = alone.as_secs_f64() / whole.as_secs_f64().max(1e-9);

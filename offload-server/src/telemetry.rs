@@ -57,6 +57,41 @@ impl Kind {
     }
 }
 
+/// What ended a stream of requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamEnd {
+    /// The client, which had asked for everything.
+    Done,
+    /// The client, with answers outstanding or the transport's help.
+    Left,
+    /// The server's shutdown.
+    Draining,
+    /// It was as old as a connection may be.
+    Age,
+    /// Nothing came.
+    Idle,
+    /// Its answers were not read.
+    Unread,
+    /// An unreadable message, or an answer that failed.
+    Failed,
+}
+
+impl StreamEnd {
+    const ALL: [Self; 7] = [Self::Done, Self::Left, Self::Draining, Self::Age, Self::Idle, Self::Unread, Self::Failed];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Left => "left",
+            Self::Draining => "draining",
+            Self::Age => "age",
+            Self::Idle => "idle",
+            Self::Unread => "unread",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 /// Installs the recorder of this process; a second call finds the first one's place taken.
 ///
 /// # Errors
@@ -90,10 +125,15 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
     describe_gauge!("isthmus_queue_length", "Decoded requests that wait for a model's network");
     describe_gauge!("isthmus_model_loaded", "1 for a version of a model that is loaded, 0 for one that was");
     describe_counter!("isthmus_model_requests_total", "Requests that reached a loaded model, by gRPC code");
+    describe_counter!("isthmus_model_loads_total", "Attempts at loading a model, by outcome");
+    describe_counter!("isthmus_streams_ended_total", "Streams of requests that ended, by who or what ended them");
     // autoscalers and alerts take a series that is not there for no data
     counter!("isthmus_connections_refused_total").increment(0);
     for reason in ["overload", "full", "closed", "cancelled", "deadline"] {
         counter!("isthmus_dropped_total", "reason" => reason).increment(0);
+    }
+    for by in StreamEnd::ALL {
+        counter!("isthmus_streams_ended_total", "by" => by.label()).increment(0);
     }
     Ok(handle)
 }
@@ -166,6 +206,15 @@ pub(crate) fn call_ended<B>(mut response: http::Response<B>) -> http::Response<B
         counter!("isthmus_failed_calls_total", "code" => format!("{:?}", status.code())).increment(1);
     }
     response
+}
+
+pub(crate) fn stream_ended(by: StreamEnd) {
+    counter!("isthmus_streams_ended_total", "by" => by.label()).increment(1);
+}
+
+/// An attempt at loading a model.
+pub(crate) fn load(model: &'static str, done: bool) {
+    counter!("isthmus_model_loads_total", "model" => model, "outcome" => if done { "done" } else { "failed" }).increment(1);
 }
 
 pub(crate) fn connection_refused() {

@@ -146,6 +146,7 @@ async fn connections_end_of_age_spread_out_and_nobody_notices() {
     assert!(receiver.next().await.unwrap().unwrap().result.is_ok());
     let ended = receiver.next().await;
     assert!(matches!(&ended, Err(ClientError::Server(s)) if s.code() == Code::Unavailable && s.message().contains("old")), "{ended:?}");
+    assert!(server.metrics().contains("isthmus_streams_ended_total{by=\"age\"} 1"), "{}", server.metrics());
     let connected = connected.load(Ordering::SeqCst);
     assert!((8..=24).contains(&connected), "four clients, four seconds, one second each: {connected} connections");
 }

@@ -134,6 +134,11 @@ async fn what_cannot_be_loaded_leaves_the_old_one_in_place() {
     assert_eq!(setup.state(LITE2).await, ("READY".into(), String::new()));
     let other = edge_client::InferOptions { model: LITE2.into(), ..options() };
     asking.infer(Payload::Image(photo), &other).await.unwrap();
+    let page = setup.server.metrics();
+    for (name, outcome, times) in [(LITE0, "failed", 2), (LITE0, "done", 2), (LITE2, "failed", 1), (LITE2, "done", 1)] {
+        let line = format!("isthmus_model_loads_total{{model=\"{name}\",outcome=\"{outcome}\"}} {times}\n");
+        assert!(page.contains(&line), "{line}{page}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

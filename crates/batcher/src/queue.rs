@@ -134,7 +134,7 @@ pub struct Load {
     pub running: Duration,
     /// What waits.
     pub waiting: Duration,
-    /// The next batch of it.
+    /// The next batch of it; while there is something to do, as long as those before were at least, for more comes until it is closed.
     pub batch: Duration,
     /// Batches that wait.
     pub batches: u32,
@@ -151,6 +151,8 @@ pub struct Queue<K, T> {
     cost: Duration,
     /// Predicted cost of batches that were handed out and are not done.
     running: Vec<(Instant, Duration)>,
+    /// Mean predicted cost of the last batches.
+    recent: Duration,
     closed: bool,
 }
 
@@ -170,6 +172,7 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
             next: 0,
             cost: Duration::ZERO,
             running: Vec::new(),
+            recent: Duration::ZERO,
             closed: false,
         }
     }
@@ -197,8 +200,10 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
     /// What there is to do, for others who share something with the workers.
     pub fn load(&self, now: Instant) -> Load {
         let (len, most) = (self.waiting.len() as u32, self.limits.max_batch as u32);
-        let mean = self.cost / len.max(1);
-        Load { running: self.running_at(now), waiting: self.cost, batch: mean * len.min(most), batches: len.div_ceil(most) }
+        let next = self.cost / len.max(1) * len.min(most);
+        let busy = len > 0 || !self.running.is_empty();
+        let batch = if busy { next.max(self.recent) } else { Duration::ZERO };
+        Load { running: self.running_at(now), waiting: self.cost, batch, batches: len.div_ceil(most) }
     }
 
     /// Predicted time until everything that waits or runs is done, by all workers together.
@@ -406,6 +411,7 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
             batch.members.push((taken.entry.value, taken.came));
         }
         self.running.push((now, batch.cost));
+        self.recent = (self.recent + batch.cost) / 2;
         batch
     }
 

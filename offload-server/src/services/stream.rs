@@ -13,6 +13,7 @@ use tonic::{Status, Streaming};
 use crate::ServerError;
 use crate::error::of_transport;
 use crate::pipeline::Pipeline;
+use crate::telemetry::{self, StreamEnd};
 use crate::tenants::Tenant;
 
 /// The answers of a stream, and the status that ends it.
@@ -38,7 +39,9 @@ where
     // a place of its own for the status that ends the stream: the channel may be full
     let (last, ending) = oneshot::channel();
     tokio::spawn(async move {
-        if let Some(status) = pump(&pipeline, requests, answer, answers).await {
+        let (by, status) = pump(&pipeline, requests, answer, answers).await;
+        telemetry::stream_ended(by);
+        if let Some(status) = status {
             let _ = last.send(Err(status));
         }
         drop(place);
@@ -51,39 +54,40 @@ where
 /// Reads requests while the window has room and answers each as it is ready. The stream ends with the client's
 /// half-close; with DEADLINE_EXCEEDED if nothing moves for too long, UNAVAILABLE when the server drains or the stream is old, or the
 /// transport's status for an unreadable message, after what is under way has been answered; with DEADLINE_EXCEEDED
-/// if the client does not read its answers. Dropping the set of tasks cancels what is under way.
+/// if the client does not read its answers. Dropping the set of tasks cancels what is under way. Gives what ended it.
 async fn pump<Q, A, F>(
     pipeline: &Pipeline,
     mut requests: Streaming<Q>,
     answer: impl Fn(Q) -> F,
     answers: mpsc::Sender<Result<A, Status>>,
-) -> Option<Status>
+) -> (StreamEnd, Option<Status>)
 where
     A: Send + 'static,
     F: Future<Output = A> + Send + 'static,
 {
     let mut tasks: JoinSet<Result<(), ()>> = JoinSet::new();
-    let mut ending: Option<Result<(), Status>> = None;
+    let mut ending: Option<(StreamEnd, Option<Status>)> = None;
+    let refused = |by, error: ServerError| Some((by, Some(error.into())));
     let idle = pipeline.stream_idle;
     let mut aged = std::pin::pin!(async {
-        if pipeline.stream_age.is_zero() {
-            return std::future::pending().await;
+        match pipeline.next_stream_age() {
+            Some(age) => tokio::time::sleep(age).await,
+            None => std::future::pending().await,
         }
-        tokio::time::sleep(pipeline.stream_age).await;
     });
     while ending.is_none() || !tasks.is_empty() {
         let open = ending.is_none();
         let room = open && tasks.len() < pipeline.window;
         tokio::select! {
-            () = answers.closed() => return None,
-            () = pipeline.draining.cancelled(), if open => ending = Some(Err(ServerError::Draining.into())),
-            () = &mut aged, if open => ending = Some(Err(ServerError::Aged.into())),
+            () = answers.closed() => return (StreamEnd::Left, None),
+            () = pipeline.draining.cancelled(), if open => ending = refused(StreamEnd::Draining, ServerError::Draining),
+            () = &mut aged, if open => ending = refused(StreamEnd::Age, ServerError::Aged),
             done = tasks.join_next(), if !tasks.is_empty() => {
                 if matches!(done, Some(Err(_))) {
-                    return Some(ServerError::Network("an answer failed".into()).into());
+                    return (StreamEnd::Failed, Some(ServerError::Network("an answer failed".into()).into()));
                 }
                 if !matches!(done, Some(Ok(Ok(())))) {
-                    return Some(ServerError::Deadline("waiting to be read by the client").into());
+                    return (StreamEnd::Unread, Some(ServerError::Deadline("waiting to be read by the client").into()));
                 }
             }
             message = tokio::time::timeout(idle, requests.message()), if room => match message {
@@ -95,12 +99,12 @@ where
                         sent.map_err(|_| ())?.map_err(|_| ())
                     });
                 }
-                Ok(Ok(None)) => ending = Some(Ok(())),
-                Ok(Err(status)) => ending = Some(Err(of_transport(status))),
-                Err(_) if tasks.is_empty() => ending = Some(Err(ServerError::Deadline("awaited: the stream was idle").into())),
+                Ok(Ok(None)) => ending = Some((StreamEnd::Done, None)),
+                Ok(Err(status)) => ending = Some((StreamEnd::Failed, Some(of_transport(status)))),
+                Err(_) if tasks.is_empty() => ending = refused(StreamEnd::Idle, ServerError::Deadline("awaited: the stream was idle")),
                 Err(_) => {}
             },
         }
     }
-    ending.and_then(Result::err)
+    ending.unwrap_or((StreamEnd::Done, None))
 }
