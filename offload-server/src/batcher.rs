@@ -345,9 +345,9 @@ impl<R: Runner> Work<Stage, Item> for Worker<R> {
         let network = start.elapsed();
         let batch_size = batch.members.len();
         telemetry::batch(self.name, stage, batch_size, network, closed(batch.closed));
-        self.statistics.executed(batch_size, network);
         match result {
             Ok(logits) => {
+                self.statistics.executed(batch_size, network);
                 let late = batch.members.iter().any(|(item, _)| item.deadline < start + network);
                 let mut pace = locked(&self.pace);
                 let factor = network.as_secs_f64() / (roofline(&self.costs, stage) * batch_size as f64);
@@ -473,7 +473,9 @@ mod tests {
     async fn the_queue_is_bounded_and_who_leaves_makes_room() {
         let (batcher, later) = (batcher(200, 2), Instant::now() + Duration::from_secs(5));
         let first = batcher.submit(Stage::Pixels, vec![1.0], later, 0, &everybody()).unwrap();
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        while !batcher.waiting().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         let second = batcher.submit(Stage::Pixels, vec![2.0], later, 0, &everybody()).unwrap();
         let third = batcher.submit(Stage::Pixels, vec![3.0], later, 0, &everybody()).unwrap();
         assert!(matches!(batcher.submit(Stage::Pixels, vec![4.0], later, 0, &everybody()), Err(ServerError::Busy { .. })));

@@ -194,7 +194,8 @@ impl Config {
         toml::from_str(&text).map_err(|e| ServerError::Config(format!("{}: {e}", path.display())))
     }
 
-    /// Overrides keys by environment variables: `ISTHMUS_SERVER_` and the key in capitals, with a value as in the file (strings without quotes too).
+    /// Overrides keys by environment variables: `ISTHMUS_SERVER_` and the key in capitals, with a value as in the file (strings without quotes too). Empty ones are as good
+    /// as none: that is what Compose and shells make of a variable that is not set.
     ///
     /// # Errors
     /// Names the variable that is wrong.
@@ -202,7 +203,7 @@ impl Config {
         let failed = |e: toml::ser::Error| ServerError::Config(e.to_string());
         let mut config = self;
         for (name, value) in variables {
-            let Some(key) = name.strip_prefix(ENVIRONMENT) else { continue };
+            let Some(key) = name.strip_prefix(ENVIRONMENT).filter(|_| !value.is_empty()) else { continue };
             let parsed = toml::from_str::<toml::Table>(&format!("value = {value}")).ok().and_then(|mut t| t.remove("value"));
             let mut table = toml::Table::try_from(&config).map_err(failed)?;
             table.insert(key.to_lowercase(), parsed.unwrap_or(toml::Value::String(value)));

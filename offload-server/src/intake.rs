@@ -14,7 +14,7 @@ use crate::ServerError;
 use crate::features::FeatureMap;
 use crate::model::Stage;
 use crate::registry::{Entry, Registry};
-use crate::telemetry::{self, Kind};
+use crate::telemetry::{self, Decoding, Kind};
 use crate::tenants::Tenant;
 
 /// Weight of the last decoding in the predicted speed, and how many times as slow as predicted it counts at most.
@@ -135,18 +135,18 @@ impl Intake {
     ) -> Result<Ready, ServerError> {
         let asked = Instant::now();
         let seconds = locked(&self.paces).seconds(kind, size);
-        let (registry, entry, paces) = (registry.clone(), entry.clone(), self.paces.clone());
+        let (registry, of, paces) = (registry.clone(), entry.clone(), self.paces.clone());
         let decode = move |waited: Duration| {
             let start = Instant::now();
             if start >= deadline {
                 return Err(ServerError::Deadline("waiting for the decode pool"));
             }
             let (stage, input) = match kind {
-                Kind::Bitstream => bitstream(&registry, &entry, &payload)?,
-                Kind::Image => image(&entry, &payload)?,
-                Kind::Features(map) => features(&entry, map, &payload)?,
-                Kind::Pixels { height, width } => pixels(&entry, (width, height), payload)?,
-                Kind::Normalised => normalised(&entry, &payload)?,
+                Kind::Bitstream => bitstream(&registry, &of, &payload)?,
+                Kind::Image => image(&of, &payload)?,
+                Kind::Features(map) => features(&of, map, &payload)?,
+                Kind::Pixels { height, width } => pixels(&of, (width, height), payload)?,
+                Kind::Normalised => normalised(&of, &payload)?,
             };
             let took = start.elapsed();
             telemetry::decoded(kind, took);
@@ -161,7 +161,12 @@ impl Intake {
         locked(&self.paces).ahead += seconds;
         let expected = Expected { paces: self.paces.clone(), seconds };
         let places = tokio::time::timeout_at(deadline.into(), self.places(tenant.index)).await;
-        let held = (places.map_err(|_| ServerError::Deadline("waiting for the decode pool"))??, expected);
+        let places = places.map_err(|_| {
+            telemetry::dropped("decode");
+            telemetry::queued(entry.name, asked.elapsed());
+            ServerError::Deadline("waiting for the decode pool")
+        })??;
+        let held = (places, expected, Decoding::enter());
         let waited = asked.elapsed();
         let decoded = tokio::task::spawn_blocking(move || {
             let _held = held;

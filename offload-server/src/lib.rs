@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod answering;
 pub mod batcher;
 pub mod config;
 pub mod error;

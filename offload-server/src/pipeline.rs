@@ -73,10 +73,11 @@ pub struct Ask<'a> {
     pub tenant: &'a Tenant,
 }
 
-/// What requests hold between arrival and answer.
+/// What requests hold from their arrival until their answers have been taken.
 pub struct Places {
     _tenants: Entered,
     _all: OwnedSemaphorePermit,
+    _counted: InFlight,
 }
 
 /// The answer to a request.
@@ -89,6 +90,8 @@ pub struct Answer {
     pub logits: Vec<f32>,
     /// Where the time went.
     pub times: Times,
+    /// The request's place, if it took one for itself: to be held until the answer has been taken.
+    pub place: Option<Places>,
 }
 
 impl Pipeline {
@@ -167,10 +170,11 @@ impl Pipeline {
         // as many as the tenants have together: it counts
         let places = self.in_flight.clone().try_acquire_many_owned(u32::try_from(n).unwrap_or(u32::MAX));
         let places = places.map_err(|_| ServerError::busy("too many requests in flight"))?;
-        Ok(Places { _tenants: tenant.enter(n)?, _all: places })
+        Ok(Places { _tenants: tenant.enter(n)?, _all: places, _counted: InFlight::enter(n) })
     }
 
-    /// One request, with metrics. It takes a place for itself unless it comes with others that have theirs ([`Self::enter`]).
+    /// One photo, with metrics. It takes a place for itself unless it comes with others that have theirs ([`Self::enter`]); the request's caller
+    /// notes it in the model's statistics.
     ///
     /// # Errors
     /// Why there is no answer.
@@ -194,29 +198,22 @@ impl Pipeline {
     }
 
     async fn admit(&self, ask: Ask<'_>, entered: Option<&Places>) -> Result<Answer, ServerError> {
-        let _place = entered.is_none().then(|| self.enter(ask.tenant, 1)).transpose()?;
-        let _counted = InFlight::enter();
+        let place = entered.is_none().then(|| self.enter(ask.tenant, 1)).transpose()?;
         let registry = self.repository.current();
         let entry = registry.model(ask.model, ask.version)?.clone();
         let deadline = ask.arrived + ask.budget;
         let size = self.intake.size(ask.kind, &ask.payload).inspect_err(|error| {
             telemetry::model(entry.name, Some(error));
-            entry.statistics.failed(ask.arrived.elapsed());
         })?;
         let decoded_by = deadline.checked_sub(self.intake.expected(ask.kind, size)).unwrap_or(ask.arrived);
         let admitted = entry.batcher.admit(entry.likely_stage(ask.kind), decoded_by, ask.priority, ask.tenant);
         let admitted = admitted.inspect_err(|error| telemetry::model(entry.name, Some(error)))?;
-        let arrived = ask.arrived;
         let answer = self.compute((ask, size), &registry, &entry, admitted, deadline).await;
         telemetry::model(entry.name, answer.as_ref().err());
-        match &answer {
-            Ok(answer) => {
-                entry.statistics.answered(&answer.times);
-                self.latencies.record(answer.times.total, Instant::now());
-            }
-            Err(_) => entry.statistics.failed(arrived.elapsed()),
+        if let Ok(answer) = &answer {
+            self.latencies.record(answer.times.total, Instant::now());
         }
-        answer
+        answer.map(|answer| Answer { place, ..answer })
     }
 
     async fn compute(
@@ -238,7 +235,7 @@ impl Pipeline {
         telemetry::queued(entry.name, queue);
         let times =
             Times { decode: ready.took, queue, network: computed.network, batch_size: computed.batch_size, total: ask.arrived.elapsed() };
-        Ok(Answer { entry: entry.clone(), labels: registry.labels.clone(), logits: computed.logits, times })
+        Ok(Answer { entry: entry.clone(), labels: registry.labels.clone(), logits: computed.logits, times, place: None })
     }
 }
 

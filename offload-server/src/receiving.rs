@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::Frame;
@@ -14,6 +15,7 @@ use tonic::body::Body;
 use tonic::codegen::{Service, http};
 use tonic::server::NamedService;
 
+use crate::answering::until_taken;
 use crate::telemetry;
 use crate::tenants::Tenant;
 
@@ -62,19 +64,20 @@ impl Drop for Opened {
     }
 }
 
-/// A service whose requests' bytes count as their tenant's.
+/// A service whose requests' bytes count as their tenant's, and whose answers are dropped if nobody takes them.
 #[derive(Clone)]
 pub struct Receiving<S> {
     service: S,
     /// A message that has come is no longer counted: it is a request in flight.
     streams: bool,
     open: Open,
+    idle: Duration,
 }
 
 impl<S> Receiving<S> {
-    /// `streams`: of many messages; `open` counts their bodies.
-    pub fn new(service: S, streams: bool, open: Open) -> Self {
-        Self { service, streams, open }
+    /// `streams`: of many messages; `open` counts bodies both ways; answers may rest for as long as `idle`.
+    pub fn new(service: S, streams: bool, open: Open, idle: Duration) -> Self {
+        Self { service, streams, open, idle }
     }
 }
 
@@ -82,22 +85,28 @@ impl<S: NamedService> NamedService for Receiving<S> {
     const NAME: &'static str = S::NAME;
 }
 
-impl<S: Service<http::Request<Body>>> Service<http::Request<Body>> for Receiving<S> {
-    type Response = S::Response;
+impl<S> Service<http::Request<Body>> for Receiving<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>>,
+    S::Future: Send + 'static,
+{
+    type Response = http::Response<Body>;
     type Error = S::Error;
-    type Future = S::Future;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, S::Error>> + Send>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.service.poll_ready(context)
     }
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        let Some(tenant) = request.extensions().get::<Arc<Tenant>>().cloned() else { return self.service.call(request) };
+        let Some(tenant) = request.extensions().get::<Arc<Tenant>>().cloned() else { return Box::pin(self.service.call(request)) };
         let held = Arc::new(Held::default());
         request.extensions_mut().insert(held.clone());
-        let (streams, open) = (self.streams, self.open.enter());
-        self.service
-            .call(request.map(|body| Body::new(Counted { body, tenant, held, message: Message::default(), streams, come: 0, _open: open })))
+        let (streams, open, idle) = (self.streams, self.open.enter(), self.idle);
+        let answering = self.open.enter();
+        let counted = |body| Body::new(Counted { body, tenant, held, message: Message::default(), streams, come: 0, _open: open });
+        let answered = self.service.call(request.map(counted));
+        Box::pin(async move { Ok(until_taken(answered.await?, idle, answering)) })
     }
 }
 

@@ -194,6 +194,9 @@ impl Repository {
     /// If it is not loaded.
     pub fn unload(&self, name: &str) -> Result<(), ServerError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if name.is_empty() {
+            return Err(ServerError::Invalid("which model is to be unloaded? Its name is empty".into()));
+        }
         let mut next = Registry::clone(&self.current());
         next.model(name, "")?;
         let gone = take(&mut next.models, name);
@@ -222,7 +225,12 @@ impl Repository {
         let mut index = Vec::new();
         for kind in BackboneKind::ALL {
             let name = kind.name();
-            for (version, _) in versions(&self.config.backbones, name) {
+            // what is loaded serves on, even if its file has gone
+            let loaded = current.models.iter().filter(|m| m.name == name).map(|m| m.version);
+            let mut all: Vec<u64> = versions(&self.config.backbones, name).into_iter().map(|(version, _)| version).chain(loaded).collect();
+            all.sort_unstable();
+            all.dedup();
+            for version in all.into_iter().rev() {
                 let ready = current.models.iter().any(|m| m.name == name && m.version == version);
                 let reason = if ready { String::new() } else { failures.get(name).cloned().unwrap_or_else(|| "not loaded".into()) };
                 index.push(Indexed { name: name.into(), version, ready, reason });

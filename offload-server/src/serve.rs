@@ -183,13 +183,13 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     let service = Inference::new(pipeline.clone(), &config);
     let inference = PerMethod::new(&limits, |most, answers, streams| {
         let server = GrpcInferenceServiceServer::new(service.clone()).max_decoding_message_size(most).max_encoding_message_size(answers);
-        let (known, server) = (tenants.clone(), Receiving::new(server, streams, pipeline.open.clone()));
+        let (known, server) = (tenants.clone(), Receiving::new(server, streams, pipeline.open.clone(), config.stream_idle));
         InterceptedService::new(server, move |request| known.intercept(request))
     });
     let service = Offload(pipeline.clone());
     let offload = PerMethod::new(&limits, |most, answers, streams| {
         let server = OffloadServiceServer::new(service.clone()).max_decoding_message_size(most).max_encoding_message_size(answers);
-        let (known, server) = (tenants.clone(), Receiving::new(server, streams, pipeline.open.clone()));
+        let (known, server) = (tenants.clone(), Receiving::new(server, streams, pipeline.open.clone(), config.stream_idle));
         InterceptedService::new(server, move |request| known.intercept(request))
     });
     let (health, health_service) = tonic_health::server::health_reporter();

@@ -64,7 +64,7 @@ impl Statistics {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A request has its answer.
+    /// A request, of however many photos, has its answer.
     pub fn answered(&self, times: &Times) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut totals = self.totals();

@@ -121,6 +121,8 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
     describe_histogram!("isthmus_network_seconds", "A batch in the network, by stage");
     describe_counter!("isthmus_failed_calls_total", "Calls that ended with an error before any message was sent, by gRPC code");
     describe_counter!("isthmus_connections_refused_total", "Connections closed at once because too many were open");
+    describe_gauge!("isthmus_decodings", "Decodings on the pool");
+    gauge!("isthmus_decodings").set(0.0);
     describe_gauge!("isthmus_in_flight", "Requests between arrival and answer");
     describe_gauge!("isthmus_queue_length", "Decoded requests that wait for a model's network");
     describe_gauge!("isthmus_model_loaded", "1 for a version of a model that is loaded, 0 for one that was");
@@ -129,7 +131,7 @@ pub fn install_metrics() -> Result<PrometheusHandle, ServerError> {
     describe_counter!("isthmus_streams_ended_total", "Streams of requests that ended, by who or what ended them");
     // autoscalers and alerts take a series that is not there for no data
     counter!("isthmus_connections_refused_total").increment(0);
-    for reason in ["overload", "full", "closed", "cancelled", "deadline"] {
+    for reason in ["overload", "full", "closed", "cancelled", "deadline", "decode"] {
         counter!("isthmus_dropped_total", "reason" => reason).increment(0);
     }
     for by in StreamEnd::ALL {
@@ -291,18 +293,35 @@ pub(crate) fn answered(kind: Kind, bytes: usize, took: Duration, error: Option<&
     }
 }
 
-/// Counts a request as in flight while it lives.
-pub(crate) struct InFlight;
+/// Counts a decoding on the pool while it lives.
+pub(crate) struct Decoding;
+
+impl Decoding {
+    pub(crate) fn enter() -> Self {
+        gauge!("isthmus_decodings").increment(1.0);
+        Self
+    }
+}
+
+impl Drop for Decoding {
+    fn drop(&mut self) {
+        gauge!("isthmus_decodings").decrement(1.0);
+    }
+}
+
+/// Counts requests as in flight while it lives.
+pub(crate) struct InFlight(f64);
 
 impl InFlight {
-    pub(crate) fn enter() -> Self {
-        gauge!("isthmus_in_flight").increment(1.0);
-        Self
+    pub(crate) fn enter(n: usize) -> Self {
+        let n = n as f64;
+        gauge!("isthmus_in_flight").increment(n);
+        Self(n)
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        gauge!("isthmus_in_flight").decrement(1.0);
+        gauge!("isthmus_in_flight").decrement(self.0);
     }
 }

@@ -102,6 +102,8 @@ impl Capacity {
 struct Places {
     own: Arc<Semaphore>,
     shared: Arc<Semaphore>,
+    /// Of both together.
+    most: usize,
 }
 
 impl Places {
@@ -109,8 +111,9 @@ impl Places {
     fn divide(all: usize, weights: &[f64]) -> Vec<Self> {
         let sum: f64 = weights.iter().sum();
         let own: Vec<usize> = weights.iter().map(|w| (0.5 * all as f64 * w / sum) as usize).collect();
-        let shared = Arc::new(Semaphore::new(all - own.iter().sum::<usize>()));
-        own.into_iter().map(|n| Self { own: Arc::new(Semaphore::new(n)), shared: shared.clone() }).collect()
+        let left = all - own.iter().sum::<usize>();
+        let shared = Arc::new(Semaphore::new(left));
+        own.into_iter().map(|n| Self { own: Arc::new(Semaphore::new(n)), shared: shared.clone(), most: n + left }).collect()
     }
 
     fn take(&self) -> Option<OwnedSemaphorePermit> {
@@ -153,14 +156,14 @@ impl Tenant {
     /// A tenant with places for itself alone.
     #[cfg(test)]
     pub(crate) fn alone(index: usize, config: &TenantConfig) -> Self {
-        let places = || Places { own: Arc::new(Semaphore::new(64)), shared: Arc::new(Semaphore::new(0)) };
+        let places = || Places { own: Arc::new(Semaphore::new(64)), shared: Arc::new(Semaphore::new(0)), most: 64 };
         Self::new(index, config, std::array::from_fn(|_| places()))
     }
 
-    /// Most requests that may come together; none: no bound of this tenant's own.
-    pub fn at_once(&self) -> Option<usize> {
+    /// Most requests that may come together, by quota, rate, and the places that it may take.
+    pub fn at_once(&self) -> usize {
         let (quota, rate) = (self.quota.as_ref().map(|q| q.0), self.rate.as_ref().map(|r| r.0));
-        quota.into_iter().chain(rate).min()
+        quota.into_iter().chain(rate).fold(self.requests.most, usize::min)
     }
 
     /// A place for a stream.
@@ -272,7 +275,7 @@ impl Tenants {
             most_urgent: Some(1),
             operator: true,
         };
-        let shared = |n: usize| Places { own: Arc::new(Semaphore::new(0)), shared: Arc::new(Semaphore::new(n)) };
+        let shared = |n: usize| Places { own: Arc::new(Semaphore::new(0)), shared: Arc::new(Semaphore::new(n)), most: n };
         let everybody = || Arc::new(Tenant::new(0, &everybody, capacity.all().map(shared)));
         let anonymous = configs.is_empty().then(everybody);
         Ok(Self { tokens: Arc::new(tokens), certificates: Arc::new(certificates), anonymous })

@@ -162,8 +162,10 @@ async fn threat_bombs_images_of_every_kind_of_wrong() {
     let animated_webp = std::fs::read(isthmus_testkit::root().join("fuzz/corpus/image/animated.webp")).unwrap();
     let mut large = std::io::Cursor::new(Vec::new());
     ::image::RgbImage::new(5000, 4000).write_to(&mut large, ::image::ImageFormat::Png).unwrap();
+    let scans = std::fs::read(isthmus_testkit::root().join("fuzz/corpus/image/scans")).unwrap();
     let cases: Vec<(&str, Vec<u8>)> = vec![
         ("empty", vec![]),
+        ("a jpeg of 70 scans", scans),
         ("text", b"hello, this is not an image".to_vec()),
         ("gif", b"GIF89a\x01\0\x01\0\0\0\0;".to_vec()),
         ("huge header", png(30_000, 30_000, vec![])),

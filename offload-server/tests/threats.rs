@@ -114,6 +114,33 @@ async fn threat_integer_overflow_in_tensor_shapes() {
     assert_healthy(&mut client(&server).await, &container).await;
 }
 
+/// As many inputs as fit into a message, two bytes each.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Empties {
+    #[prost(message, repeated, tag = "5")]
+    inputs: Vec<()>,
+}
+
+/// A field may take two bytes on the wire and hundreds in memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn threat_exhaustion_by_fields_that_grow_when_decoded() {
+    let server = Server::start(&[]);
+    let (container, _) = sample();
+    let mut asking = client(&server).await;
+    assert_healthy(&mut asking, &container).await;
+    let before = server.process.memory_kb("VmHWM");
+    let channel = tonic::transport::Endpoint::new(server.url()).unwrap().connect().await.unwrap();
+    let mut raw = tonic::client::Grpc::new(channel);
+    raw.ready().await.unwrap();
+    let path = tonic::codegen::http::uri::PathAndQuery::from_static("/inference.GRPCInferenceService/ModelInfer");
+    let codec = tonic_prost::ProstCodec::<Empties, isthmus_proto::inference::ModelInferResponse>::default();
+    let refused = raw.unary(tonic::Request::new(Empties { inputs: vec![(); 4_000_000] }), path, codec).await.unwrap_err();
+    assert!(refused.code() == Code::InvalidArgument && refused.message().contains("fields"), "{refused:?}");
+    let grown = server.process.memory_kb("VmHWM").saturating_sub(before);
+    assert!(grown < 60_000, "memory grew by {grown} kB");
+    assert_healthy(&mut asking, &container).await;
+}
+
 /// Certificates that have expired, are not valid yet, are for another name or of another authority, on either side.
 #[tokio::test(flavor = "multi_thread")]
 async fn threat_wrong_tls_identity() {

@@ -1,5 +1,7 @@
 //! Generated gRPC code: messages, clients and servers.
 
+pub mod bounded;
+
 /// `isthmus.offload.v1`: photos and bitstreams in, labels or logits out.
 pub mod offload_v1 {
     #![allow(missing_docs, clippy::all, clippy::pedantic)]

@@ -351,7 +351,8 @@ fn tenants_get_their_shares_and_nobody_starves() {
     queue.offer(Entry { tenant: 3, ..entry(3, now) }, now).unwrap();
     assert!(batch(queue.next(now)).0.contains(&3));
     // an urgent one goes before everybody
-    queue.offer(Entry { tenant: 1, priority: 0, ..entry(1, now) }, now).unwrap();
+    queue.offer(Entry { tenant: 1, priority: 0, ..entry(9, now) }, now).unwrap();
+    assert_eq!(batch(queue.next(now)).0[0], 9);
     let mut urgent = Queue::new(limits(1));
     urgent.offer(Entry { priority: 2, ..entry(1, now) }, now).unwrap();
     urgent.offer(Entry { priority: 1, ..entry(2, now) }, now).unwrap();

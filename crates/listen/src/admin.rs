@@ -22,8 +22,10 @@ const PROBE_BYTES: u64 = 4096;
 /// A page may run what it holds and ask its own server, nothing else.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'";
 
-/// Open connections, and how long one may be silent: for operators' browsers and probes.
+/// Open connections, in all and of one address, and how long one may be without an answer: for operators' browsers and probes, which ask at once and
+/// are answered at once. Whoever sends a question byte by byte has no longer.
 const CONNECTIONS: usize = 64;
+const OF_ONE: usize = CONNECTIONS / 2;
 const IDLE: Duration = Duration::from_secs(30);
 
 /// The listener's connections, as many as may be open; others are closed at once.
@@ -83,7 +85,7 @@ pub async fn serve<S: Serialize>(
         .route("/metrics", get(move || std::future::ready(metrics.render())))
         .route("/readyz", get(readiness))
         .route("/healthz", get(|| std::future::ready("ok\n")));
-    let bounded = Bounded { listener, places: Places::new(Bounds { most: CONNECTIONS, each_peer: CONNECTIONS }) };
+    let bounded = Bounded { listener, places: Places::new(Bounds { most: CONNECTIONS, each_peer: OF_ONE }) };
     let served = axum::serve(bounded, router).with_graceful_shutdown(stop.cancelled_owned()).await;
     if let Err(error) = served {
         tracing::error!(%error, "admin listener failed");

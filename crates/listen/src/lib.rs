@@ -77,14 +77,21 @@ impl Drop for PeerPlace {
 #[derive(Debug)]
 pub struct Counted {
     stream: TcpStream,
-    /// Until the next byte has to have come.
+    /// Until the first byte has to have come, or, where that is bounded, the next answer have begun.
     silent: Option<Pin<Box<Sleep>>>,
-    /// How long a byte may take after the first one, if it may not take for ever.
+    /// How long a connection may be without an answer after its last one, if not for ever.
     idle: Option<Duration>,
     _places: (OwnedSemaphorePermit, PeerPlace),
 }
 
 impl Counted {
+    /// Notes that some of an answer has gone out.
+    fn wrote(&mut self, written: &Poll<io::Result<usize>>) {
+        if let (Some(idle), Poll::Ready(Ok(_))) = (self.idle, written) {
+            self.silent = Some(Box::pin(sleep(idle)));
+        }
+    }
+
     fn new(stream: TcpStream, idle: Option<Duration>, places: (OwnedSemaphorePermit, PeerPlace)) -> Self {
         Self { stream, silent: Some(Box::pin(sleep(FIRST_BYTE))), idle, _places: places }
     }
@@ -198,10 +205,11 @@ impl AsyncRead for Counted {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        if buffer.filled().len() > before {
-            self.silent = self.idle.map(|idle| Box::pin(sleep(idle)));
+        let come = buffer.filled().len() > before;
+        if come && self.idle.is_none() {
+            self.silent = None;
         } else if self.silent.as_mut().is_some_and(|s| s.as_mut().poll(context).is_ready()) {
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "nothing came for too long")));
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "nothing came, or no question was complete, for too long")));
         }
         read
     }
@@ -209,11 +217,15 @@ impl AsyncRead for Counted {
 
 impl AsyncWrite for Counted {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.wrote(&written);
+        written
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, context: &mut Context<'_>, parts: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, parts)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(context, parts);
+        self.wrote(&written);
+        written
     }
 
     fn is_write_vectored(&self) -> bool {

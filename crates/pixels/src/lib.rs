@@ -22,6 +22,9 @@ pub const MAX_SIDE: u32 = 20_000;
 /// Memory a decoder may use beside the pixels.
 const MAX_DECODER_BYTES: u64 = 512 << 20;
 
+/// Scans of a JPEG. Encoders make some ten; each costs time for every block of the image, however short it is.
+const MAX_SCANS: usize = 64;
+
 /// What [`decode`] takes.
 const FORMATS: &str = "JPEG, PNG or WebP";
 
@@ -219,6 +222,7 @@ pub fn dimensions(bytes: &[u8]) -> Result<(u32, u32), PixelError> {
     }
     let size = match image::guess_format(bytes) {
         Ok(ImageFormat::Jpeg) => {
+            check_scans(bytes)?;
             let mut decoder = jpeg_decoder::Decoder::new(bytes);
             decoder.read_info().map_err(|e| PixelError::Decode(e.to_string()))?;
             let info = decoder.info().ok_or_else(|| PixelError::Decode("the JPEG has no frame".into()))?;
@@ -254,6 +258,7 @@ fn finish(mut decoder: impl ImageDecoder) -> Result<(DynamicImage, Orientation),
 /// files whose component ids start at 0 (docs/decisions/0003-jpeg-decoder.md).
 fn jpeg(bytes: &[u8]) -> Result<(DynamicImage, Orientation), PixelError> {
     let damaged = |e: jpeg_decoder::Error| PixelError::Decode(e.to_string());
+    check_scans(bytes)?;
     let mut decoder = jpeg_decoder::Decoder::new(bytes);
     decoder.set_max_decoding_buffer_size(MAX_DECODER_BYTES as usize);
     decoder.read_info().map_err(damaged)?;
@@ -274,6 +279,32 @@ fn jpeg(bytes: &[u8]) -> Result<(DynamicImage, Orientation), PixelError> {
         PixelFormat::L16 => return Err(PixelError::Decode("16-bit JPEG is not supported".into())),
     };
     Ok((image.ok_or_else(no_frame)?, orientation))
+}
+
+/// Refuses JPEGs of more than [`MAX_SCANS`] scans. Damaged ones are the decoder's to refuse.
+fn check_scans(bytes: &[u8]) -> Result<(), PixelError> {
+    const START_OF_SCAN: u8 = 0xda;
+    let mut rest = bytes.get(2..).unwrap_or_default();
+    let mut scans = 0;
+    // a marker is 0xff and another byte; within a scan's data 0xff is followed by zero or a restart marker
+    while let Some(at) = rest.windows(2).position(|pair| pair[0] == 0xff && !matches!(pair[1], 0 | 0xd0..=0xd7 | 0xff)) {
+        let marker = rest[at + 1];
+        scans += usize::from(marker == START_OF_SCAN);
+        if scans > MAX_SCANS {
+            return Err(PixelError::Decode(format!("a JPEG of more than {MAX_SCANS} scans: save it again")));
+        }
+        rest = &rest[at + 2..];
+        match marker {
+            // end of image: what follows is another's
+            0xd9 => break,
+            // these have no length
+            0x01 | 0xd8 => continue,
+            _ => {}
+        }
+        let Some(&[high, low]) = rest.first_chunk() else { break };
+        rest = rest.get(usize::from(u16::from_be_bytes([high, low]))..).unwrap_or_default();
+    }
+    Ok(())
 }
 
 /// Refuses sizes beyond [`MAX_PIXELS`] and [`MAX_SIDE`].

@@ -53,3 +53,16 @@ fn corpus_files_of_every_format_decode() {
         assert_eq!((rgb.width(), rgb.height()), (24, 18), "{name}");
     }
 }
+
+/// A scan costs time for every block of an image, and 27 bytes are enough for one.
+#[test]
+fn threat_bombs_jpegs_of_countless_scans_are_refused() {
+    let folder = isthmus_testkit::root().join("fuzz/corpus/image");
+    let bomb = std::fs::read(folder.join("scans")).unwrap();
+    let refused = |result: Result<(), PixelError>| matches!(&result, Err(PixelError::Decode(why)) if why.contains("64 scans"));
+    assert!(refused(decode(&bomb).map(drop)));
+    assert!(refused(isthmus_pixels::dimensions(&bomb).map(drop)), "before anything is decoded");
+    // the same image with what encoders write, and with another file's scans behind its end
+    let progressive = std::fs::read(folder.join("jpegp")).unwrap();
+    decode(&[&progressive[..], &bomb].concat()).unwrap();
+}

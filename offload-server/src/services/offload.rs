@@ -16,8 +16,9 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::stream::{self, Answers};
 use crate::ServerError;
+use crate::answering::Kept;
 use crate::features::FeatureMap;
-use crate::pipeline::{Ask, Pipeline, grpc_timeout};
+use crate::pipeline::{Ask, Pipeline, Places, grpc_timeout};
 use crate::receiving;
 use crate::telemetry::{self, Kind};
 use crate::tenants::{self, Tenant};
@@ -34,7 +35,7 @@ async fn infer(
     arrived: Instant,
     budget: Duration,
     tenant: &Tenant,
-) -> Result<InferResponse, ServerError> {
+) -> Result<(InferResponse, Option<Places>), ServerError> {
     let (kind, payload) = match request.payload {
         Some(Payload::Bitstream(b)) => (Kind::Bitstream, b),
         Some(Payload::Image(b)) => (Kind::Image, b),
@@ -45,12 +46,18 @@ async fn infer(
             return Err(error);
         }
     };
+    let registry = pipeline.repository.current();
     let answer = pipeline
         .infer(
             Ask { model: &request.model, version: "", kind, payload, arrived, budget, priority: pipeline.priority(0, tenant), tenant },
             None,
         )
-        .await?;
+        .await
+        .inspect_err(|_| {
+            let asked = registry.model(&request.model, "");
+            asked.into_iter().for_each(|entry| entry.statistics.failed(arrived.elapsed()));
+        })?;
+    answer.entry.statistics.answered(&answer.times);
     let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     let timing = Timing {
         decode_us: micros(answer.times.decode),
@@ -62,7 +69,8 @@ async fn infer(
     let top_k = if request.top_k == 0 { DEFAULT_TOP_K } else { request.top_k };
     let labels = isthmus_proto::best(&answer.logits, top_k as usize, &answer.labels);
     let logits = if request.logits { answer.logits } else { Vec::new() };
-    Ok(InferResponse { id: request.id, model: answer.entry.name.into(), labels, logits, timing: Some(timing) })
+    let response = InferResponse { id: request.id, model: answer.entry.name.into(), labels, logits, timing: Some(timing) };
+    Ok((response, answer.place))
 }
 
 #[tonic::async_trait]
@@ -100,7 +108,8 @@ impl OffloadService for Offload {
         let arrived = Instant::now();
         let budget = self.0.budget(grpc_timeout(request.metadata()));
         let (tenant, _held) = (tenants::of(&request)?, receiving::of(&request));
-        Ok(Response::new(infer(&self.0, request.into_inner(), arrived, budget, &tenant).await?))
+        let (response, place) = infer(&self.0, request.into_inner(), arrived, budget, &tenant).await?;
+        Ok(Kept::beside(response, place))
     }
 
     type InferStreamStream = Answers<InferStreamResponse>;
@@ -114,14 +123,14 @@ impl OffloadService for Offload {
             async move {
                 let id = request.id;
                 let asked = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms.into()));
-                let result = match infer(&pipeline, request, arrived, pipeline.budget(asked), &tenant).await {
-                    Ok(response) => Outcome::Response(response),
+                let (result, place) = match infer(&pipeline, request, arrived, pipeline.budget(asked), &tenant).await {
+                    Ok((response, place)) => (Outcome::Response(response), place),
                     Err(error) => {
                         let (code, retry_pushback_ms) = (error.code() as i32, error.retry_pushback_ms());
-                        Outcome::Error(InferError { id, code, message: error.to_string(), retry_pushback_ms })
+                        (Outcome::Error(InferError { id, code, message: error.to_string(), retry_pushback_ms }), None)
                     }
                 };
-                InferStreamResponse { result: Some(result) }
+                (InferStreamResponse { result: Some(result) }, place)
             }
         };
         Ok(Response::new(stream::serve((&self.0, &tenant), request.into_inner(), answer)?))

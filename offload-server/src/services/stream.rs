@@ -12,14 +12,14 @@ use tonic::{Status, Streaming};
 
 use crate::ServerError;
 use crate::error::of_transport;
-use crate::pipeline::Pipeline;
+use crate::pipeline::{Pipeline, Places};
 use crate::telemetry::{self, StreamEnd};
 use crate::tenants::Tenant;
 
 /// The answers of a stream, and the status that ends it.
 pub type Answers<A> = Pin<Box<dyn Stream<Item = Result<A, Status>> + Send>>;
 
-/// Answers every request of a stream with `answer`.
+/// Answers every request of a stream with `answer`; the places beside an answer are held until the transport has taken it.
 ///
 /// # Errors
 /// [`ServerError::Busy`] if too many streams are open.
@@ -31,9 +31,9 @@ pub fn serve<Q, A, F>(
 where
     Q: Send + 'static,
     A: Send + 'static,
-    F: Future<Output = A> + Send + 'static,
+    F: Future<Output = (A, Option<Places>)> + Send + 'static,
 {
-    let (place, open) = (tenant.stream()?, pipeline.open.enter());
+    let place = tenant.stream()?;
     let (answers, outgoing) = mpsc::channel(pipeline.window);
     let pipeline = pipeline.clone();
     // a place of its own for the status that ends the stream: the channel may be full
@@ -47,8 +47,7 @@ where
         drop(place);
     });
     let ending = futures_util::stream::once(ending).filter_map(|last| std::future::ready(last.ok()));
-    // open until the client has taken its last answer
-    Ok(Box::pin(ReceiverStream::new(outgoing).chain(ending).inspect(move |_| _ = &open)))
+    Ok(Box::pin(ReceiverStream::new(outgoing).map(|(answer, _places)| answer).chain(ending)))
 }
 
 /// Reads requests while the window has room and answers each as it is ready. The stream ends with the client's
@@ -59,11 +58,11 @@ async fn pump<Q, A, F>(
     pipeline: &Pipeline,
     mut requests: Streaming<Q>,
     answer: impl Fn(Q) -> F,
-    answers: mpsc::Sender<Result<A, Status>>,
+    answers: mpsc::Sender<(Result<A, Status>, Option<Places>)>,
 ) -> (StreamEnd, Option<Status>)
 where
     A: Send + 'static,
-    F: Future<Output = A> + Send + 'static,
+    F: Future<Output = (A, Option<Places>)> + Send + 'static,
 {
     let mut tasks: JoinSet<Result<(), ()>> = JoinSet::new();
     let mut ending: Option<(StreamEnd, Option<Status>)> = None;
@@ -94,8 +93,8 @@ where
                 Ok(Ok(Some(request))) => {
                     let (answered, answers) = (answer(request), answers.clone());
                     tasks.spawn(async move {
-                        let answered = answered.await;
-                        let sent = tokio::time::timeout(idle, answers.send(Ok(answered))).await;
+                        let (answer, places) = answered.await;
+                        let sent = tokio::time::timeout(idle, answers.send((Ok(answer), places))).await;
                         sent.map_err(|_| ())?.map_err(|_| ())
                     });
                 }

@@ -13,18 +13,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use isthmus_proto::inference::grpc_inference_service_server::GrpcInferenceService;
+use isthmus_proto::inference::infer_parameter::ParameterChoice;
 use isthmus_proto::inference::repository_index_response::ModelIndex;
 use isthmus_proto::inference::{
-    LogSettingsRequest, LogSettingsResponse, ModelConfigRequest, ModelConfigResponse, ModelInferRequest, ModelInferResponse,
-    ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest, ModelReadyResponse, ModelStatisticsRequest, ModelStatisticsResponse,
-    ModelStreamInferResponse, RepositoryIndexRequest, RepositoryIndexResponse, RepositoryModelLoadRequest, RepositoryModelLoadResponse,
-    RepositoryModelUnloadRequest, RepositoryModelUnloadResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
-    ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
+    InferParameter, LogSettingsRequest, LogSettingsResponse, ModelConfigRequest, ModelConfigResponse, ModelInferRequest,
+    ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest, ModelReadyResponse, ModelStatisticsRequest,
+    ModelStatisticsResponse, ModelStreamInferResponse, RepositoryIndexRequest, RepositoryIndexResponse, RepositoryModelLoadRequest,
+    RepositoryModelLoadResponse, RepositoryModelUnloadRequest, RepositoryModelUnloadResponse, ServerLiveRequest, ServerLiveResponse,
+    ServerMetadataRequest, ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
 };
 use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::stream::{self, Answers};
+use crate::answering::Kept;
 use crate::pipeline::{Pipeline, grpc_timeout};
 use crate::receiving;
 use crate::tenants::{self, Tenant};
@@ -34,6 +36,8 @@ use crate::{Config, ServerError, telemetry};
 const MOST_CHANGES: usize = 8;
 /// A load takes about so long.
 const CHANGE_RETRY: Duration = Duration::from_secs(1);
+/// Parameter of a stream's answers to which no other answer to the same request follows.
+const FINAL: &str = "triton_final_response";
 const EXTENSIONS: [&str; 5] = ["classification", "model_configuration", "model_repository", "statistics", "logging"];
 
 /// The service; clones share everything.
@@ -132,7 +136,8 @@ impl GrpcInferenceService for Inference {
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
         let (arrived, limit, tenant) = (Instant::now(), grpc_timeout(request.metadata()), tenants::of(&request)?);
         let _held = receiving::of(&request);
-        Ok(Response::new(request::infer(&self.pipeline, request.into_inner(), arrived, limit, &tenant).await?))
+        let (response, places) = request::infer(&self.pipeline, request.into_inner(), arrived, limit, &tenant).await?;
+        Ok(Kept::beside(response, Some(places)))
     }
 
     type ModelStreamInferStream = Answers<ModelStreamInferResponse>;
@@ -148,13 +153,13 @@ impl GrpcInferenceService for Inference {
             let arrived = Instant::now();
             async move {
                 let id = request.id.clone();
-                match request::infer(&pipeline, request, arrived, None, &tenant).await {
-                    Ok(response) => ModelStreamInferResponse { error_message: String::new(), infer_response: Some(response) },
-                    Err(error) => ModelStreamInferResponse {
-                        error_message: error.to_string(),
-                        infer_response: Some(ModelInferResponse { id, ..ModelInferResponse::default() }),
-                    },
-                }
+                let (error, mut response, places) = match request::infer(&pipeline, request, arrived, None, &tenant).await {
+                    Ok((response, places)) => (String::new(), response, Some(places)),
+                    Err(error) => (error.to_string(), ModelInferResponse { id, ..ModelInferResponse::default() }, None),
+                };
+                // one answer for each request
+                response.parameters.insert(FINAL.into(), InferParameter { parameter_choice: Some(ParameterChoice::BoolParam(true)) });
+                (ModelStreamInferResponse { error_message: error, infer_response: Some(response) }, places)
             }
         };
         Ok(Response::new(stream::serve((&self.pipeline, &tenant), request.into_inner(), answer)?))
@@ -170,11 +175,15 @@ impl GrpcInferenceService for Inference {
     async fn model_statistics(&self, request: Request<ModelStatisticsRequest>) -> Result<Response<ModelStatisticsResponse>, Status> {
         let request = request.into_inner();
         let registry = self.pipeline.repository.current();
-        let model_stats = if request.name.is_empty() && request.version.is_empty() {
-            registry.models.iter().map(|m| describe::statistics(m)).collect()
+        let model_stats = if request.version.is_empty() {
+            let of = |name: &str| request.name.is_empty() || name == request.name;
+            registry.models.iter().filter(|m| of(m.name)).map(|m| describe::statistics(m)).collect::<Vec<_>>()
         } else {
             vec![describe::statistics(registry.model(&request.name, &request.version)?)]
         };
+        if model_stats.is_empty() && !request.name.is_empty() {
+            registry.model(&request.name, "")?;
+        }
         Ok(Response::new(ModelStatisticsResponse { model_stats }))
     }
 
@@ -225,7 +234,7 @@ impl GrpcInferenceService for Inference {
         let settings = request.into_inner().settings;
         if !settings.is_empty() {
             self.operators_only(&tenant, "log settings are read only unless model_control = true")?;
-            telemetry::set_log_filter(&logs::filter(&settings)?)?;
+            telemetry::set_log_filter(&logs::filter(&settings, &telemetry::log_filter())?)?;
         }
         Ok(Response::new(LogSettingsResponse { settings: logs::settings(&telemetry::log_filter()) }))
     }

@@ -1,6 +1,7 @@
 //! An Open Inference Protocol request as payloads of the pipeline, and their answers as tensors.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -13,7 +14,8 @@ use isthmus_proto::inference::{InferParameter, ModelInferRequest, ModelInferResp
 
 use super::tensors::{Datatype, Tensor, Values, packed};
 use crate::ServerError;
-use crate::pipeline::{Answer, Ask, Pipeline};
+use crate::pipeline::{Answer, Ask, Pipeline, Places};
+use crate::registry::Entry;
 use crate::telemetry::{self, Kind};
 use crate::tenants::Tenant;
 
@@ -148,7 +150,10 @@ fn wanted(outputs: &[InferRequestedOutputTensor], parameters: &Parameters, class
     if outputs.is_empty() {
         return Ok(vec![Wanted::Logits, Wanted::Classes { name: "labels", top_k }]);
     }
-    let each = outputs.iter().map(|output| {
+    let each = outputs.iter().enumerate().map(|(i, output)| {
+        if outputs[..i].iter().any(|earlier| earlier.name == output.name) {
+            return Err(invalid(format!("output {:?} is asked for twice", output.name.chars().take(64).collect::<String>())));
+        }
         if output.parameters.contains_key("shared_memory_region") {
             return Err(invalid("shared memory is not offered; take the values"));
         }
@@ -177,7 +182,7 @@ fn classes(answer: &Answer, name: &str, top_k: usize) -> Vec<String> {
 /// Longest name of a request, which its answer carries.
 const MOST_ID: usize = 4 << 10;
 
-/// Answers a request.
+/// Answers a request; the places are to be held until the answer has been taken.
 ///
 /// # Errors
 /// Why there is no answer; a request of several photos has all answers or none.
@@ -187,8 +192,8 @@ pub async fn infer(
     arrived: Instant,
     limit: Option<Duration>,
     tenant: &Tenant,
-) -> Result<ModelInferResponse, ServerError> {
-    let (outputs, asks) =
+) -> Result<(ModelInferResponse, Places), ServerError> {
+    let (entry, outputs, asks) =
         read(pipeline, &mut request, arrived, limit, tenant).inspect_err(|error| telemetry::refused(error, Some(tenant)))?;
     // places and quotas for all of them at once: one by one, those that got theirs would be computed in vain whenever another did not
     let places = pipeline.enter(tenant, asks.len()).inspect_err(|error| telemetry::refused(error, Some(tenant)))?;
@@ -196,29 +201,34 @@ pub async fn infer(
     let mut under_way: FuturesUnordered<_> = numbered.collect();
     let mut answers = Vec::with_capacity(under_way.len());
     // whichever fails first ends all at once: the others would be computed in vain
-    while let Some(answer) = under_way.try_next().await? {
+    while let Some(answer) = under_way.try_next().await.inspect_err(|_| entry.statistics.failed(arrived.elapsed()))? {
         answers.push(answer);
     }
     drop(under_way);
     answers.sort_by_key(|(i, _)| *i);
     let answers: Vec<Answer> = answers.into_iter().map(|(_, answer)| answer).collect();
-    Ok(response(request.id, &answers, &outputs))
+    let slowest = answers.iter().max_by_key(|a| a.times.total);
+    slowest.into_iter().for_each(|answer| answer.entry.statistics.answered(&answer.times));
+    Ok((response(request.id, &answers, &outputs), places))
 }
 
-/// What is asked for each photo, and what of the answers is wanted.
+/// Who is asked, what of the answers is wanted, and what is asked for each photo.
+type Read<'a> = (Arc<Entry>, Vec<Wanted>, Vec<Ask<'a>>);
+
+/// Reads a request.
 fn read<'a>(
     pipeline: &Pipeline,
     request: &'a mut ModelInferRequest,
     arrived: Instant,
     limit: Option<Duration>,
     tenant: &'a Tenant,
-) -> Result<(Vec<Wanted>, Vec<Ask<'a>>), ServerError> {
+) -> Result<Read<'a>, ServerError> {
     if request.id.len() > MOST_ID {
         return Err(invalid(format!("id: at most {MOST_ID} bytes")));
     }
     let registry = pipeline.repository.current();
     // wrong names are told before the input is looked at
-    registry.model(&request.model_name, &request.model_version)?;
+    let entry = registry.model(&request.model_name, &request.model_version)?.clone();
     if request.parameters.contains_key("sequence_id") {
         let id = number(&request.parameters, "sequence_id").ok().flatten();
         if id != Some(0) {
@@ -232,14 +242,9 @@ fn read<'a>(
     let photos = Photos::read(request)?;
     let n = photos.payloads.len();
     // all of them are in flight together, or none has an answer
-    if let Some(most) = tenant.at_once().filter(|most| n > *most) {
+    let most = tenant.at_once().min(pipeline.max_in_flight());
+    if n > most {
         return Err(invalid(format!("{n} photos; this tenant may have {most} in flight: send fewer in a request")));
-    }
-    if n > pipeline.max_in_flight() {
-        return Err(invalid(format!(
-            "{n} photos; this server has at most {} in flight: send fewer in a request",
-            pipeline.max_in_flight()
-        )));
     }
     let least = n * outputs.iter().map(|output| output.bytes(&registry.labels)).sum::<usize>();
     if least > pipeline.max_response_bytes {
@@ -250,7 +255,7 @@ fn read<'a>(
     }
     let (model, version) = (request.model_name.as_str(), request.model_version.as_str());
     let ask = |payload| Ask { model, version, kind: photos.kind, payload, arrived, budget, priority, tenant };
-    Ok((outputs, photos.payloads.into_iter().map(ask).collect()))
+    Ok((entry, outputs, photos.payloads.into_iter().map(ask).collect()))
 }
 
 fn response(id: String, answers: &[Answer], wanted: &[Wanted]) -> ModelInferResponse {
