@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """A long run of mixed load: bitstreams and image files at a steady rate, requests that are cancelled, models that are loaded and unloaded, clients that send
-nonsense, stop in the middle or say nothing. Counts what became of every request, and watches the server's memory and descriptors.
+nonsense, stop in the middle, say nothing, read no answers, or send what is small on the wire and large or slow to decode. Counts what became of every request, and watches the server's memory and descriptors.
 
 usage: soak.py [--minutes M] [--rate R] [--out FILE]     run from the repository's root after `make build python-clients`
 
@@ -28,12 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).absolute() / "release"
 sys.path.insert(0, str(ROOT / "third_party/python-clients"))
 
+import grpc  # noqa: E402
 import numpy as np  # noqa: E402
 import tritonclient.grpc as triton  # noqa: E402
+from tritonclient.grpc import service_pb2  # noqa: E402
 from tritonclient.utils import InferenceServerException  # noqa: E402
 
 PHOTOS = sorted((ROOT / "third_party/foolbox/foolbox/data").glob("imagenet_*"))
 MODELS = ["efficientnet-lite0", "efficientnet-lite2"]
+SCANS = ROOT / "fuzz/corpus/image/scans"
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
 LIMIT_US = 20_000_000
 
 
@@ -116,8 +120,29 @@ def swaps(client, counts, stop):
     client.load_model(MODELS[1])
 
 
+def frame(kind, flags, stream, payload):
+    """A frame of HTTP/2."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def unread_request(container):
+    """A whole request on a connection that has no room for answers."""
+    literal = lambda name, value: b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value  # noqa: E731
+    head = b"\x83\x86" + literal(b":path", METHOD.encode()) + literal(b":authority", b"localhost")
+    head += literal(b"content-type", b"application/grpc") + literal(b"te", b"trailers")
+    request = service_pb2.ModelInferRequest(model_name=MODELS[0])
+    request.inputs.add(name="bitstream", datatype="BYTES", shape=[1, 1])
+    request.raw_input_contents.append(len(container).to_bytes(4, "little") + container)
+    message = request.SerializeToString()
+    no_room = b"\0\x04" + (0).to_bytes(4, "big")
+    greeting = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, no_room)
+    return greeting + frame(1, 4, 1, head) + frame(0, 1, 1, b"\0" + len(message).to_bytes(4, "big") + message)
+
+
 def hostile(address, client, container, counts, stop):
     host, port = address
+    channel = grpc.insecure_channel(f"{host}:{port}")
+    as_it_is = channel.unary_unary(METHOD, request_serializer=lambda b: b, response_deserializer=lambda b: b)
 
     def garbage():
         with socket.create_connection((host, port), timeout=5) as s:
@@ -144,11 +169,32 @@ def hostile(address, client, container, counts, stop):
         except InferenceServerException as error:
             counts.add("refused") if "INVALID_ARGUMENT" in str(error) else counts.add("wrong refusal", error)
 
+    def fields():
+        try:
+            as_it_is(b"\x2a\0" * 1_000_000, timeout=30)
+            counts.add("damaged input was answered", "fields")
+        except grpc.RpcError as error:
+            counts.add("refused") if error.code() == grpc.StatusCode.INVALID_ARGUMENT else counts.add("wrong refusal", error)
+
+    def scans():
+        try:
+            client.infer(MODELS[0], [tensor("image", SCANS.read_bytes())], client_timeout=30)
+            counts.add("damaged input was answered", "scans")
+        except InferenceServerException as error:
+            counts.add("refused") if "INVALID_ARGUMENT" in str(error) else counts.add("wrong refusal", error)
+
+    def unread():
+        s = socket.create_connection((host, port), timeout=5)
+        s.sendall(unread_request(container))
+        silent.append(s)
+        if len(silent) > 20:
+            silent.popleft().close()
+
     silent = collections.deque()
 
     def attack():
         try:
-            random.choice([garbage, half_a_request, silence, wrong, wrong])()
+            random.choice([garbage, half_a_request, silence, unread, fields, scans, wrong, wrong])()
             counts.add("attacks")
         except OSError:
             counts.add("attacks")  # the server may close first

@@ -76,6 +76,23 @@ impl Drop for Expected {
     }
 }
 
+/// Clients end their calls at their deadline, which may be so much earlier here.
+const ABOUT: Duration = Duration::from_millis(25);
+
+/// Waits for a decode worker, in vain if it is dropped.
+struct Waiting {
+    model: &'static str,
+    since: Instant,
+    deadline: Instant,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        telemetry::queued(self.model, self.since.elapsed());
+        telemetry::dropped(if Instant::now() + ABOUT < self.deadline { "cancelled" } else { "decode" });
+    }
+}
+
 /// A decoded payload.
 pub struct Ready {
     /// Where it enters the network.
@@ -160,12 +177,11 @@ impl Intake {
         }
         locked(&self.paces).ahead += seconds;
         let expected = Expected { paces: self.paces.clone(), seconds };
+        let waiting = Waiting { model: entry.name, since: asked, deadline };
         let places = tokio::time::timeout_at(deadline.into(), self.places(tenant.index)).await;
-        let places = places.map_err(|_| {
-            telemetry::dropped("decode");
-            telemetry::queued(entry.name, asked.elapsed());
-            ServerError::Deadline("waiting for the decode pool")
-        })??;
+        let places = places.map_err(|_| ServerError::Deadline("waiting for the decode pool"))??;
+        // not in vain
+        std::mem::forget(waiting);
         let held = (places, expected, Decoding::enter());
         let waited = asked.elapsed();
         let decoded = tokio::task::spawn_blocking(move || {

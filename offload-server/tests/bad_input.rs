@@ -391,6 +391,31 @@ async fn deadlines_are_kept() {
     assert_healthy(&mut client, &good).await;
 }
 
+/// Images that find no decode worker in time can be seen: autoscalers go by that.
+#[tokio::test(flavor = "multi_thread")]
+async fn waits_in_vain_for_a_decode_worker_are_counted() {
+    let server = configured("decode_workers = 1\nmax_batch = 1\n");
+    let mut large = std::io::Cursor::new(Vec::new());
+    ::image::RgbImage::new(4000, 4000).write_to(&mut large, ::image::ImageFormat::Png).unwrap();
+    let large = bytes::Bytes::from(large.into_inner());
+    let asking = client(&server).await;
+    let hurried = InferOptions { deadline: Duration::from_millis(600), ..options() };
+    let asked = (0..14).map(|_| {
+        let (mut asking, large, hurried) = (asking.clone(), large.clone(), hurried.clone());
+        tokio::spawn(async move { asking.infer(Payload::Image(large), &hurried).await })
+    });
+    for answer in asked.collect::<Vec<_>>() {
+        let _ = answer.await.unwrap();
+    }
+    // the server is told of the deadline with its last moments still to come
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let page = server.metrics();
+    let counted = |name: &str| page.lines().find_map(|l| l.strip_prefix(name)?.trim().parse::<f64>().ok()).unwrap_or(0.0);
+    let dropped = counted("isthmus_dropped_total{reason=\"decode\"}");
+    assert!(dropped >= 1.0, "fourteen decodings take longer: {page}");
+    assert!(counted("isthmus_queue_seconds_count{model=\"efficientnet-lite0\"}") >= dropped, "{page}");
+}
+
 /// The answers that fit are delivered, then a status says that the others are not.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_reads_too_late_learns_that_answers_are_missing() {

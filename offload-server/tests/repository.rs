@@ -132,6 +132,12 @@ async fn what_cannot_be_loaded_leaves_the_old_one_in_place() {
     std::fs::write(&file, good).unwrap();
     setup.load(LITE2).await.unwrap();
     assert_eq!(setup.state(LITE2).await, ("READY".into(), String::new()));
+    // what is loaded serves on without its file, and is listed
+    std::fs::rename(&file, setup.folder.path().join("away")).unwrap();
+    assert_eq!(setup.state(LITE2).await, ("READY".into(), String::new()));
+    let nameless = setup.unload("").await.unwrap_err();
+    assert_eq!(nameless.code(), tonic::Code::InvalidArgument);
+    assert_eq!(setup.state(LITE0).await.0, "READY");
     let other = edge_client::InferOptions { model: LITE2.into(), ..options() };
     asking.infer(Payload::Image(photo), &other).await.unwrap();
     let page = setup.server.metrics();

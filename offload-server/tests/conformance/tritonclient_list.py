@@ -188,6 +188,8 @@ def stream_infer():
         streaming.stop_stream()
     good = sorted(r.get_response().id for r, e in found if e is None)
     assert good == ["0", "1", "3", "4", "5"], good
+    # one answer for each request: clients that ask for empty final responses wait for none
+    assert all(r.get_response().parameters["triton_final_response"].bool_param for r, e in found if e is None)
 
 
 @point
