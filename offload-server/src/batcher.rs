@@ -26,9 +26,6 @@ const LATE: f64 = 0.5;
 /// A batch counts as at most so many times as slow as predicted; one that was too late may count for more.
 const STALL: f64 = 2.0;
 const STALL_LATE: f64 = 8.0;
-/// Weight of the last batch in the predicted wait for the cores, and the longest that is believed, over the batch's own time.
-const STRETCH: f64 = 0.3;
-const MOST_STRETCH: f64 = 50.0;
 /// Share of a request's time that is left over by prediction.
 const MARGIN: f64 = 0.05;
 /// Bounds of when those that were refused may come again.
@@ -95,8 +92,6 @@ fn gone(model: &'static str, item: &Item) {
 struct Pace {
     alone: f64,
     each: f64,
-    /// How long a batch takes with its wait for the cores, over what it takes once it has them.
-    stretch: f64,
 }
 
 /// How the network's queue is served.
@@ -203,7 +198,7 @@ impl Batcher {
         cores: &Arc<Cores>,
         statistics: &Arc<Statistics>,
     ) -> Result<Self, ServerError> {
-        let pace = Arc::new(Mutex::new(Pace { alone: serving.factor, each: serving.factor, stretch: 1.0 }));
+        let pace = Arc::new(Mutex::new(Pace { alone: serving.factor, each: serving.factor }));
         let costs = Arc::new(serving.costs.clone());
         let largest = serving.limits.max_batch;
         let on_cpu = runners.iter().any(|(_, instance)| instance.device == Device::Cpu);
@@ -234,19 +229,14 @@ impl Batcher {
         let (alone, cost) = self.predicted(stage);
         let deadline = with_margin(deadline);
         let asked = Asked { tenant: tenant.index, weight: tenant.weight, priority, deadline, cost, alone };
-        let others = self.others(alone);
+        let others = self.others();
         self.admission.enter(cost, |ahead| self.pool.would_take(&asked, ahead, others)).map_err(|why| self.refused(why))
     }
 
-    /// What other models will compute before an entry that comes now: what they have, or, while they have something, what they had between this one's
-    /// last batches if that was more, for what comes to them meanwhile has its turns too.
-    fn others(&self, alone: Duration) -> Duration {
-        let own = self.pool.load();
-        let Some(now) = self.cores.as_ref().map(|shared| shared.cores.others(&shared.own, own.batches + 1)).filter(|t| !t.is_zero()) else {
-            return Duration::ZERO;
-        };
-        let stretch = locked(&self.pace).stretch;
-        now.max((own.running + own.waiting + alone).mul_f64(stretch - 1.0))
+    /// What other models will compute before an entry that comes now.
+    fn others(&self) -> Duration {
+        let batches = self.pool.load().batches + 1;
+        self.cores.as_ref().map_or(Duration::ZERO, |shared| shared.cores.others(&shared.own, batches))
     }
 
     /// What an entry takes by itself, and as a member of a full batch.
@@ -326,16 +316,14 @@ impl<R: Runner> Work<Stage, Item> for Worker<R> {
         let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.runner.warm_up(self.largest)));
     }
 
-    type Turn = (Duration, Option<Held>);
+    type Turn = Option<Held>;
 
     /// Others may have the cores.
     fn turn(&self) -> Self::Turn {
-        let asked = Instant::now();
-        let held = self.cores.as_ref().map(|cores| cores.take(self.threads));
-        (asked.elapsed(), held)
+        self.cores.as_ref().map(|cores| cores.take(self.threads))
     }
 
-    fn run(&mut self, batch: Batch<Stage, Item>, (held_up, _held): Self::Turn) {
+    fn run(&mut self, batch: Batch<Stage, Item>, _held: Self::Turn) {
         let (start, stage) = (Instant::now(), batch.key);
         telemetry::waiting(self.name, -(batch.members.len() as f64));
         let inputs: Vec<&[f32]> = batch.members.iter().map(|(item, _)| item.input.as_slice()).collect();
@@ -353,8 +341,6 @@ impl<R: Runner> Work<Stage, Item> for Worker<R> {
                 let factor = network.as_secs_f64() / (roofline(&self.costs, stage) * batch_size as f64);
                 let predicted = if batch_size == 1 { pace.alone } else { pace.each };
                 follow(&mut pace.each, factor, late);
-                let stretch = 1.0 + held_up.as_secs_f64() / network.as_secs_f64().max(1e-6);
-                pace.stretch += STRETCH * (stretch.min(MOST_STRETCH) - pace.stretch);
                 if batch_size == 1 {
                     follow(&mut pace.alone, factor, late);
                 }
