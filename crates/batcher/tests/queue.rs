@@ -337,10 +337,9 @@ fn a_flood_does_not_shut_others_out() {
 fn tenants_get_their_shares_and_nobody_starves() {
     let now = Instant::now();
     let mut queue = Queue::new(limits(4));
-    for i in 0..200 {
-        queue.offer(Entry { tenant: 1, weight: 1.0, ..entry(1, now) }, now).unwrap();
-        queue.offer(Entry { tenant: 2, weight: 3.0, ..entry(2, now) }, now).unwrap();
-        let _ = i;
+    for _ in 0..200 {
+        queue.offer(Entry { tenant: 1, priority: 1, weight: 1.0, ..entry(1, now) }, now).unwrap();
+        queue.offer(Entry { tenant: 2, priority: 1, weight: 3.0, ..entry(2, now) }, now).unwrap();
     }
     let mut served = [0; 4];
     for _ in 0..40 {
@@ -348,7 +347,7 @@ fn tenants_get_their_shares_and_nobody_starves() {
     }
     assert!((35..=45).contains(&served[1]) && served[1] + served[2] == 160, "a quarter and three quarters: {served:?}");
     // somebody new is in the next batch, however long the others' queues are
-    queue.offer(Entry { tenant: 3, ..entry(3, now) }, now).unwrap();
+    queue.offer(Entry { tenant: 3, priority: 1, ..entry(3, now) }, now).unwrap();
     assert!(batch(queue.next(now)).0.contains(&3));
     // an urgent one goes before everybody
     queue.offer(Entry { tenant: 1, priority: 0, ..entry(9, now) }, now).unwrap();

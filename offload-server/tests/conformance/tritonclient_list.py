@@ -202,6 +202,9 @@ def statistics():
     assert after.inference_stats.success.count == before.inference_stats.success.count + 1
     assert after.execution_count > before.execution_count and after.inference_stats.compute_infer.ns > before.inference_stats.compute_infer.ns
     assert sum(b.batch_size * b.compute_infer.count for b in after.batch_stats) == after.inference_count
+    refused("INVALID_ARGUMENT", lambda: client.infer(MODEL, [blob("bitstream", CONTAINER, b"broken")]))
+    failed = client.get_inference_statistics(MODEL).model_stats[0].inference_stats.fail.count
+    assert failed == after.inference_stats.fail.count + 1, failed
     assert len(client.get_inference_statistics().model_stats) == 1
     refused("NOT_FOUND", lambda: client.get_inference_statistics("vgg"))
 
