@@ -235,7 +235,7 @@ impl Batcher {
 
     /// What other models will compute before an entry that comes now.
     fn others(&self) -> Duration {
-        let batches = self.pool.load().batches + 1;
+        let batches = self.pool.load().batches;
         self.cores.as_ref().map_or(Duration::ZERO, |shared| shared.cores.others(&shared.own, batches))
     }
 

@@ -157,12 +157,13 @@ impl Cores {
         users.push(Arc::downgrade(user));
     }
 
-    /// What all but `own` will compute before its `batches`th batch from now: what they are at, and, as turns are taken, as many batches of each as it has itself,
-    /// of those that have anything to do.
+    /// What all but `own` will compute before its `batches`th batch from now. Turns are taken: who computes now comes behind the first of them, all others that
+    /// have anything to do may be before it.
     pub fn others(&self, own: &Arc<dyn Backlog>, batches: u32) -> Duration {
         let users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
         let others = users.iter().filter_map(Weak::upgrade).filter(|u| !Arc::ptr_eq(u, own));
-        others.map(|u| u.load()).map(|load| load.running + load.batch * batches).sum()
+        let before = |load: Load| load.running + load.batch * batches.saturating_sub(u32::from(!load.running.is_zero()));
+        others.map(|u| before(u.load())).sum()
     }
 
     /// Waits for `threads` of them (at most for all there are). Whoever has some computes a batch, so they come back.
@@ -222,6 +223,36 @@ mod tests {
             assert!(matches!(instances(&config(&format!("[[placements]]\n{bad}")), "a"), Err(ServerError::Config(_))), "{bad}");
         }
         assert!(toml::from_str::<Config>("[[placements]]\nprecision = \"int8\"").is_err());
+    }
+
+    struct User(Load);
+
+    impl Backlog for User {
+        fn load(&self) -> Load {
+            self.0
+        }
+    }
+
+    #[test]
+    fn what_others_compute_before_is_what_they_are_at_and_their_turns() {
+        const MS: Duration = Duration::from_millis(1);
+        let user = |running: u32, batch: u32| -> Arc<dyn Backlog> {
+            Arc::new(User(Load { running: running * MS, waiting: 900 * MS, batch: batch * MS, batches: 9 }))
+        };
+        let before = |others: &[Arc<dyn Backlog>], batches: u32| {
+            let (cores, own) = (Cores::new(1), user(0, 70));
+            cores.join(&own);
+            others.iter().for_each(|other| cores.join(other));
+            cores.others(&own, batches)
+        };
+        assert_eq!(before(&[], 3), Duration::ZERO);
+        assert_eq!(before(&[user(0, 0)], 3), Duration::ZERO, "somebody without anything to do");
+        // it computes, then comes our first batch; before the second one it has another turn
+        assert_eq!(before(&[user(30, 100)], 1), 30 * MS);
+        assert_eq!(before(&[user(30, 100)], 2), 130 * MS);
+        // it waits for the cores as we do, and may have come first
+        assert_eq!(before(&[user(0, 100)], 2), 200 * MS);
+        assert_eq!(before(&[user(30, 100), user(0, 40)], 2), (130 + 80) * MS);
     }
 
     #[test]

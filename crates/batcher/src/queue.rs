@@ -136,7 +136,7 @@ pub struct Load {
     pub waiting: Duration,
     /// The next batch of it; while there is something to do, as long as those before were at least, for more comes until it is closed.
     pub batch: Duration,
-    /// Batches that wait.
+    /// Batches that have to be computed until one with a new entry is done.
     pub batches: u32,
 }
 
@@ -203,7 +203,7 @@ impl<K: Clone + PartialEq, T> Queue<K, T> {
         let next = self.cost / len.max(1) * len.min(most);
         let busy = len > 0 || !self.running.is_empty();
         let batch = if busy { next.max(self.recent) } else { Duration::ZERO };
-        Load { running: self.running_at(now), waiting: self.cost, batch, batches: len.div_ceil(most) }
+        Load { running: self.running_at(now), waiting: self.cost, batch, batches: (len + 1).div_ceil(most) }
     }
 
     /// Predicted time until everything that waits or runs is done, by all workers together.
