@@ -17,8 +17,9 @@ use crate::ServerError;
 use crate::pipeline::Places;
 use crate::receiving::Opened;
 
-/// The transport asks for more when a client has room for some; what it has is out of reach. So it gets no more than this at once.
-const SLICE: usize = 64 << 10;
+/// The transport asks for more when a client has room for some; what it has is out of reach until the stream or its connection ends. So it gets no more
+/// than this at once: a frame.
+const SLICE: usize = 16 << 10;
 
 /// What a response holds until it has been taken, as an extension of it.
 #[derive(Clone)]
@@ -35,7 +36,7 @@ impl Kept {
     }
 }
 
-/// `response`, dropped if nothing of it is taken for as long as `limit`; `open` counts until it has all been.
+/// `response`, dropped if nothing of it is taken for somewhat longer than `limit`; `open` counts until it has all been.
 pub fn until_taken(mut response: http::Response<Body>, limit: Duration, open: Opened) -> http::Response<Body> {
     if response.body().is_end_stream() {
         return response;
@@ -44,7 +45,8 @@ pub fn until_taken(mut response: http::Response<Body>, limit: Duration, open: Op
     response.map(|body| {
         let answer = Answer { body, rest: Bytes::new(), kept, _open: open };
         let shared = Arc::new(Mutex::new(State { answer: Some(answer), unasked: Some(Instant::now()) }));
-        let watch = tokio::spawn(drop_untaken(Arc::downgrade(&shared), limit)).abort_handle();
+        // a little later than a stream's own limits, which tell why
+        let watch = tokio::spawn(drop_untaken(Arc::downgrade(&shared), limit + limit / 4)).abort_handle();
         Body::new(Taken { shared, watch })
     })
 }

@@ -262,13 +262,20 @@ proptest! {
 fn the_load_is_what_runs_what_waits_and_the_next_batch() {
     let now = Instant::now();
     let mut queue = Queue::new(limits(4));
-    assert_eq!(queue.load(now), Load::default());
+    assert_eq!(queue.load(now), Load { batches: 1, ..Load::default() });
     for i in 0..10 {
         queue.offer(entry(i, now), now).unwrap();
     }
     assert_eq!(queue.load(now), Load { running: Duration::ZERO, waiting: 10 * MS, batch: 4 * MS, batches: 3 });
     assert_eq!(batch(queue.next(now)).0.len(), 4);
     assert_eq!(queue.load(now + MS), Load { running: 3 * MS, waiting: 6 * MS, batch: 4 * MS, batches: 2 });
+    // while there is something to do, the next batch is expected to be like the last ones: a half of the first, so far
+    for _ in 0..2 {
+        let cost = queue.next(now).batch.map_or(Duration::ZERO, |b| b.cost);
+        queue.done(now, cost);
+    }
+    queue.offer(entry(10, now), now).unwrap();
+    assert_eq!(queue.load(now + 4 * MS), Load { running: Duration::ZERO, waiting: MS, batch: 5 * MS / 2, batches: 1 });
 }
 
 /// A batch that is complete does not wait, let alone expire, behind one of another key that is not.

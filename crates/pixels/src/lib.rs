@@ -287,14 +287,19 @@ fn check_scans(bytes: &[u8]) -> Result<(), PixelError> {
     let mut rest = bytes.get(2..).unwrap_or_default();
     let mut scans = 0;
     // a marker is 0xff and another byte; within a scan's data 0xff is followed by zero or a restart marker
-    while let Some(at) = rest.windows(2).position(|pair| pair[0] == 0xff && !matches!(pair[1], 0 | 0xd0..=0xd7 | 0xff)) {
-        let marker = rest[at + 1];
+    while let Some(&[marker, ref behind @ ..]) = memchr::memchr(0xff, rest).and_then(|at| rest.get(at + 1..)) {
+        // fill: the marker's code may follow
+        if marker == 0xff {
+            rest = &rest[rest.len() - behind.len() - 1..];
+            continue;
+        }
         scans += usize::from(marker == START_OF_SCAN);
         if scans > MAX_SCANS {
             return Err(PixelError::Decode(format!("a JPEG of more than {MAX_SCANS} scans: save it again")));
         }
-        rest = &rest[at + 2..];
+        rest = behind;
         match marker {
+            0 | 0xd0..=0xd7 => continue,
             // end of image: what follows is another's
             0xd9 => break,
             // these have no length

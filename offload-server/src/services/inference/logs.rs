@@ -40,11 +40,18 @@ pub fn filter(settings: &HashMap<String, SettingValue>, current: &str) -> Result
         Levels { info: false, .. } => "warn",
         _ => "info",
     };
-    let unchanged = (after == before).then(|| current.to_owned());
-    Ok(said.or(unchanged).unwrap_or_else(|| level.to_owned()))
+    if let Some(said) = said {
+        return Ok(said);
+    }
+    if after == before {
+        return Ok(current.to_owned());
+    }
+    // what is said of single targets stays
+    let targets = current.split(',').filter(|part| part.contains('='));
+    Ok(targets.chain([level]).collect::<Vec<_>>().join(","))
 }
 
-/// What a filter lets through, anywhere.
+/// What a filter lets through where it names no target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Levels {
     verbose: u32,
@@ -55,7 +62,7 @@ struct Levels {
 
 impl Levels {
     fn of(filter: &str) -> Self {
-        let says = |level: &str| filter.split(',').any(|part| part.rsplit('=').next().is_some_and(|l| l.eq_ignore_ascii_case(level)));
+        let says = |level: &str| filter.split(',').any(|part| part.trim().eq_ignore_ascii_case(level));
         let (trace, debug) = (says("trace"), says("debug"));
         let info = trace || debug || says("info");
         let warning = info || says("warn");
@@ -104,9 +111,12 @@ mod tests {
         assert_eq!(after(&[("log_error", BoolParam(true))], "warn").unwrap(), "warn");
         assert_eq!(after(&[("log_info", BoolParam(true))], "h2=warn,info").unwrap(), "h2=warn,info");
         assert_eq!(after(&[("log_verbose_level", Uint32Param(0))], "trace").unwrap(), "info");
+        assert_eq!(after(&[("log_info", BoolParam(false))], "h2=debug,warn").unwrap(), "h2=debug,warn", "no louder than before");
+        assert_eq!(after(&[("log_info", BoolParam(false))], "h2=debug,info").unwrap(), "h2=debug,warn");
         assert_eq!(after(&[("log_info", BoolParam(true))], "off").unwrap(), "off", "errors and warnings stay off");
         let verbose = |filter| settings(filter)["log_verbose_level"].parameter_choice.clone();
-        assert_eq!(verbose("offload_server=debug,info"), Some(setting_value::ParameterChoice::Uint32Param(1)));
+        assert_eq!(verbose("offload_server=debug,info"), Some(setting_value::ParameterChoice::Uint32Param(0)));
+        assert_eq!(verbose("h2=warn,debug"), Some(setting_value::ParameterChoice::Uint32Param(1)));
         assert_eq!(verbose("warn"), Some(setting_value::ParameterChoice::Uint32Param(0)));
     }
 }

@@ -1,7 +1,6 @@
 //! An Open Inference Protocol request as payloads of the pipeline, and their answers as tensors.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -15,7 +14,6 @@ use isthmus_proto::inference::{InferParameter, ModelInferRequest, ModelInferResp
 use super::tensors::{Datatype, Tensor, Values, packed};
 use crate::ServerError;
 use crate::pipeline::{Answer, Ask, Pipeline, Places};
-use crate::registry::Entry;
 use crate::telemetry::{self, Kind};
 use crate::tenants::Tenant;
 
@@ -182,18 +180,33 @@ fn classes(answer: &Answer, name: &str, top_k: usize) -> Vec<String> {
 /// Longest name of a request, which its answer carries.
 const MOST_ID: usize = 4 << 10;
 
-/// Answers a request; the places are to be held until the answer has been taken.
+/// Answers a request; the places are to be held until the answer has been taken. It counts in the statistics of the model that it names.
 ///
 /// # Errors
 /// Why there is no answer; a request of several photos has all answers or none.
 pub async fn infer(
+    pipeline: &Pipeline,
+    request: ModelInferRequest,
+    arrived: Instant,
+    limit: Option<Duration>,
+    tenant: &Tenant,
+) -> Result<(ModelInferResponse, Places), ServerError> {
+    let asked = pipeline.repository.current().model(&request.model_name, &request.model_version).cloned();
+    let answered = attempt(pipeline, request, arrived, limit, tenant).await;
+    if let (Ok(entry), Err(_)) = (asked, &answered) {
+        entry.statistics.failed(arrived.elapsed());
+    }
+    answered
+}
+
+async fn attempt(
     pipeline: &Pipeline,
     mut request: ModelInferRequest,
     arrived: Instant,
     limit: Option<Duration>,
     tenant: &Tenant,
 ) -> Result<(ModelInferResponse, Places), ServerError> {
-    let (entry, outputs, asks) =
+    let (outputs, asks) =
         read(pipeline, &mut request, arrived, limit, tenant).inspect_err(|error| telemetry::refused(error, Some(tenant)))?;
     // places and quotas for all of them at once: one by one, those that got theirs would be computed in vain whenever another did not
     let places = pipeline.enter(tenant, asks.len()).inspect_err(|error| telemetry::refused(error, Some(tenant)))?;
@@ -201,7 +214,7 @@ pub async fn infer(
     let mut under_way: FuturesUnordered<_> = numbered.collect();
     let mut answers = Vec::with_capacity(under_way.len());
     // whichever fails first ends all at once: the others would be computed in vain
-    while let Some(answer) = under_way.try_next().await.inspect_err(|_| entry.statistics.failed(arrived.elapsed()))? {
+    while let Some(answer) = under_way.try_next().await? {
         answers.push(answer);
     }
     drop(under_way);
@@ -212,23 +225,20 @@ pub async fn infer(
     Ok((response(request.id, &answers, &outputs), places))
 }
 
-/// Who is asked, what of the answers is wanted, and what is asked for each photo.
-type Read<'a> = (Arc<Entry>, Vec<Wanted>, Vec<Ask<'a>>);
-
-/// Reads a request.
+/// What is asked for each photo, and what of the answers is wanted.
 fn read<'a>(
     pipeline: &Pipeline,
     request: &'a mut ModelInferRequest,
     arrived: Instant,
     limit: Option<Duration>,
     tenant: &'a Tenant,
-) -> Result<Read<'a>, ServerError> {
+) -> Result<(Vec<Wanted>, Vec<Ask<'a>>), ServerError> {
     if request.id.len() > MOST_ID {
         return Err(invalid(format!("id: at most {MOST_ID} bytes")));
     }
     let registry = pipeline.repository.current();
     // wrong names are told before the input is looked at
-    let entry = registry.model(&request.model_name, &request.model_version)?.clone();
+    registry.model(&request.model_name, &request.model_version)?;
     if request.parameters.contains_key("sequence_id") {
         let id = number(&request.parameters, "sequence_id").ok().flatten();
         if id != Some(0) {
@@ -255,7 +265,7 @@ fn read<'a>(
     }
     let (model, version) = (request.model_name.as_str(), request.model_version.as_str());
     let ask = |payload| Ask { model, version, kind: photos.kind, payload, arrived, budget, priority, tenant };
-    Ok((entry, outputs, photos.payloads.into_iter().map(ask).collect()))
+    Ok((outputs, photos.payloads.into_iter().map(ask).collect()))
 }
 
 fn response(id: String, answers: &[Answer], wanted: &[Wanted]) -> ModelInferResponse {
