@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http_body::{Body as _, Frame, SizeHint};
+use http_body::{Body as _, Frame};
 use tokio::task::AbortHandle;
 use tonic::Status;
 use tonic::body::Body;
@@ -130,9 +130,5 @@ impl http_body::Body for Taken {
 
     fn is_end_stream(&self) -> bool {
         locked(&self.shared).answer.as_ref().is_some_and(|answer| answer.rest.is_empty() && answer.body.is_end_stream())
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        SizeHint::default()
     }
 }

@@ -26,6 +26,8 @@ const LATE: f64 = 0.5;
 /// A batch counts as at most so many times as slow as predicted; one that was too late may count for more.
 const STALL: f64 = 2.0;
 const STALL_LATE: f64 = 8.0;
+/// Batches of other models that a busy one expects beyond its turns: what it lets in waits while theirs fill (decision 0019).
+const MORE: u32 = 2;
 /// Share of a request's time that is left over by prediction.
 const MARGIN: f64 = 0.05;
 /// Bounds of when those that were refused may come again.
@@ -236,9 +238,8 @@ impl Batcher {
     /// What other models will compute before an entry that comes now.
     fn others(&self) -> Duration {
         let own = self.pool.load();
-        // where both are busy each batch fills while the other's runs: more of the other's, or what is let in is late (docs/benchmarks)
         let idle = own.running.is_zero() && own.waiting.is_zero();
-        let batches = own.batches + u32::from(!idle) * 2;
+        let batches = own.batches + if idle { 0 } else { MORE };
         self.cores.as_ref().map_or(Duration::ZERO, |shared| shared.cores.others(&shared.own, batches))
     }
 

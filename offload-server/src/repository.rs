@@ -138,7 +138,9 @@ impl Repository {
         let bundles = repository.bundles()?;
         for name in &config.models {
             let entries = repository.entries(name, &bundles)?;
-            entries.iter().take(1).for_each(|entry| telemetry::load(entry.name, true));
+            if let Some(entry) = entries.first() {
+                telemetry::load(entry.name, true);
+            }
             repository.put(name, &bundles, entries);
         }
         Ok(repository)

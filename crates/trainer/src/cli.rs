@@ -21,6 +21,20 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// A bundle that is made of another one.
+#[derive(clap::Args)]
+pub struct NewBundle {
+    /// The bundle that it is made of (for a blueprint: whose encoder the run used).
+    #[arg(long)]
+    pub bundle: PathBuf,
+    /// Folder of the new bundle.
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Version of the new bundle.
+    #[arg(long)]
+    pub version: String,
+}
+
 #[derive(Subcommand)]
 pub enum Command {
     /// Fetch the photo packages, check them against the frozen split, and pack the training photos.
@@ -66,31 +80,14 @@ pub enum Command {
         /// Folder of the run.
         #[arg(long)]
         run: PathBuf,
-        /// The bundle whose encoder it used.
-        #[arg(long)]
-        bundle: PathBuf,
-        /// Folder of the new bundle.
-        #[arg(long)]
-        out: PathBuf,
-        /// Version of the new bundle.
-        #[arg(long)]
-        version: String,
+        #[command(flatten)]
+        from: NewBundle,
         /// Folder with imported backbones.
         #[arg(long, default_value = "data/backbones")]
         backbones: PathBuf,
     },
     /// Write a bundle anew without what is never used: latent channels that are empty on all training crops are no longer coded.
-    Silence {
-        /// Bundle folder.
-        #[arg(long)]
-        bundle: PathBuf,
-        /// Folder of the new bundle.
-        #[arg(long)]
-        out: PathBuf,
-        /// Version of the new bundle.
-        #[arg(long)]
-        version: String,
-    },
+    Silence(NewBundle),
     /// Compare a bundle with WebP, JPEG, AVIF and other bundles on folders of photos, in this process.
     Evaluate {
         /// Bundle folder.

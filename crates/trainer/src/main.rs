@@ -9,7 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use bench_harness::compare;
 use clap::Parser;
-use cli::{Cli, Command, Wanted};
+use cli::{Cli, Command, NewBundle, Wanted};
 use isthmus_codec::{Trust, folder};
 use isthmus_nets::process::{BOUNDED_SPINNING, KEPT_HEAP, with_environment};
 use isthmus_nets::{Backbone, EncoderKind, device};
@@ -50,7 +50,7 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::Import { ref out } => Ok(import::run(&cli.third_party, out)?),
         Command::Export { ref run, ref out, ref version, ref backbones } => export_run(&cli, run, out, version, backbones),
-        Command::Blueprint { ref run, ref bundle, ref out, ref version, ref backbones } => {
+        Command::Blueprint { ref run, from: NewBundle { ref bundle, ref out, ref version }, ref backbones } => {
             let recipe = Recipe::open(&run.join("recipe.toml"))?;
             let path = backbones.join(format!("{}.safetensors", recipe.backbone.name()));
             let teacher = Backbone::open(recipe.backbone, &path, Device::Cpu).context("run `make setup` first")?;
@@ -63,7 +63,7 @@ fn run(cli: Cli) -> Result<()> {
             println!("{} {} for {} written to {}", manifest.name, manifest.version, backbones.join(" and "), out.display());
             Ok(())
         }
-        Command::Silence { ref bundle, ref out, ref version } => {
+        Command::Silence(NewBundle { ref bundle, ref out, ref version }) => {
             let manifest = silence::bundle(bundle, &Pack::open(&cli.data.join("train.pack"))?, version, out)?;
             let tables = folder::open(out, |_| false, &Trust::all())?.tables;
             for (q, level) in (1..).zip(&tables.levels) {
