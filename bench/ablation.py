@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """What each part of the recipe is worth: short trainings at equal crops seen, several seeds each.
 
-usage: ablation.py [--out FOLDER] [--steps N] [--seeds N] [--only NAME ...] [--device auto] [--threads N] [--table]
+usage: ablation.py [--out FOLDER] [--steps N] [--seeds N] [--only NAME ...] [--jobs N] [--device auto] [--threads N] [--table]
 
 Run from the repository's root after `make build training-photos`. Every run starts from fresh weights, sees `steps` x 36 crops, and is scored on the centre
 crops of the held-out photos (bytes from the densities). Runs that are done are not done again: stop it and start it again as you like; --table prints what
 there is. Two groups: parts added to a plain recipe (squared error by channel), and parts taken from the whole one. A variant is compared with its group's
-first in bytes at equal KL, seed by seed: mean over the range of KL that both curves cover (log-linear between the levels), then mean and 95 % interval (t)
-over the seeds.
+first, seed by seed, in KL at equal bytes and in bytes at equal KL: mean over the range that both curves cover (log-linear between the levels), then mean and
+95 % interval (t) over the seeds.
 """
 import argparse
 import json
@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,12 +84,13 @@ def train(args, folder, text):
         command.append("--resume")
     done = subprocess.run([str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}")
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}")
 
 
-def curve(point):
-    """(log KL, log bytes), by rising KL."""
-    return sorted((math.log(max(level["kl"], 1e-6)), math.log(level["bytes"])) for level in point["levels"])
+def curve(point, by):
+    """(log of `by`, log of the other one of bytes and KL), rising."""
+    other = "kl" if by == "bytes" else "bytes"
+    return sorted((math.log(max(level[by], 1e-6)), math.log(max(level[other], 1e-6))) for level in point["levels"])
 
 
 def at(points, x):
@@ -98,13 +100,13 @@ def at(points, x):
     raise ValueError(x)
 
 
-def saved(point, base):
-    """Mean of log bytes less the base's at equal KL; none if the curves do not overlap."""
-    ours, theirs = curve(point), curve(base)
+def change(point, base, by):
+    """Mean of the log of bytes or KL less the base's at equal `by`; none if the curves do not overlap."""
+    ours, theirs = curve(point, by), curve(base, by)
     low, high = max(ours[0][0], theirs[0][0]), min(ours[-1][0], theirs[-1][0])
     if low >= high:
         return None
-    xs = [low + (high - low) * i / 50 for i in range(51)]
+    xs = [min(low + (high - low) * i / 50, high) for i in range(51)]
     return statistics.fmean(at(ours, x) - at(theirs, x) for x in xs)
 
 
@@ -114,11 +116,22 @@ def with_interval(values):
     return mean, mean - half, mean + half
 
 
+def compared(points, others, by):
+    """One cell: the change over the seeds that both have."""
+    paired = [change(point, others[seed], by) for seed, point in points.items() if seed in others]
+    if not paired:
+        return "-"
+    if None in paired:
+        return "no overlap"
+    mean, low, high = (100 * (math.exp(v) - 1) for v in with_interval(paired))
+    return f"{mean:+.0f} % [{low:+.0f}, {high:+.0f}]" if len(paired) > 1 else f"{mean:+.0f} % (one seed)"
+
+
 def table(args, results):
     for group, variants in GROUPS.items():
         base = next(iter(variants))
         print(f"\n**{group}** ({args.steps * BATCH:,} crops each)\n")
-        print("| variant | seeds | bytes, KL and agreement of the levels (mean) | bytes at equal KL, [95 % interval] |\n|---|---:|---|---|")
+        print("| variant | seeds | bytes, KL and agreement of the levels (mean) | KL at equal bytes [95 %] | bytes at equal KL [95 %] |\n|---|---:|---|---|---|")
         for name in variants:
             points = results.get((group, name), {})
             if not points:
@@ -126,16 +139,8 @@ def table(args, results):
             levels = range(len(next(iter(points.values()))["levels"]))
             mean = lambda level, key: statistics.fmean(p["levels"][level][key] for p in points.values())  # noqa: E731, B023
             shown = ", ".join(f"{mean(i, 'bytes'):.0f} B {mean(i, 'kl'):.2f} {100 * mean(i, 'agreement'):.0f} %" for i in levels)
-            others = results.get((group, base), {})
-            paired = [saved(point, others[seed]) for seed, point in points.items() if seed in others]
-            if name == base:
-                change = "-"
-            elif not paired or None in paired:
-                change = "curves do not overlap"
-            else:
-                m, low, high = (100 * (math.exp(v) - 1) for v in with_interval(paired))
-                change = f"{m:+.0f} % [{low:+.0f}, {high:+.0f}]" if len(paired) > 1 else f"{m:+.0f} % (one seed)"
-            print(f"| {name} | {len(points)} | {shown} | {change} |")
+            others = results.get((group, base), {}) if name != base else {}
+            print(f"| {name} | {len(points)} | {shown} | {compared(points, others, 'bytes')} | {compared(points, others, 'kl')} |")
 
 
 def main():
@@ -144,20 +149,26 @@ def main():
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="these variants alone")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, where a GPU has room for them")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print what is there; train nothing")
     args = parser.parse_args()
     wanted = [(g, n, c) for g, variants in GROUPS.items() for n, c in variants.items() if not args.only or n in args.only]
     results = {}
-    for seed in range(1, args.seeds + 1):
-        for group, name, changes in wanted:
-            folder = args.out / str(args.steps) / group.split(":")[0] / f"{name}-{seed}"
-            if not args.table and not scored(folder, args.steps):
-                print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
-                train(args, folder, recipe(group, changes, args.steps, seed))
-            if point := scored(folder, args.steps):
-                results.setdefault((group, name), {})[seed] = point
+
+    def one(seed, group, name, changes):
+        folder = args.out / str(args.steps) / group.split(":")[0] / f"{name}-{seed}"
+        if not args.table and not scored(folder, args.steps):
+            print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
+            train(args, folder, recipe(group, changes, args.steps, seed))
+        if point := scored(folder, args.steps):
+            results.setdefault((group, name), {})[seed] = point
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = [pool.submit(one, seed, *variant) for seed in range(1, args.seeds + 1) for variant in wanted]
+        for run in runs:
+            run.result()
     table(args, results)
 
 

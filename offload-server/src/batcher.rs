@@ -48,12 +48,7 @@ pub trait Runner: Send + 'static {
 
 impl Runner for Model {
     fn warm_up(&self, largest: usize) {
-        // the first stage is that of most requests, and the others' layers are among its own; a server is not to start later for their sake
-        if let Some(&stage) = self.stages().first() {
-            let input = vec![0.0; self.input_len(stage)];
-            // what fails here fails again for the request, which is told
-            let _ = self.run(stage, &vec![input.as_slice(); largest]);
-        }
+        Self::warm_up(self, largest);
     }
 
     fn run(&self, stage: Stage, inputs: &[&[f32]]) -> Result<Vec<Vec<f32>>, ServerError> {

@@ -46,6 +46,12 @@ pub struct Model {
     precision: Precision,
 }
 
+/// Inputs that are computed where `n` were asked for. A GPU's libraries choose, and in half precision compile, kernels for every size of batch when it first
+/// comes, which takes up to seconds: few sizes come there, all of them before the first request.
+fn padded(device: Device, n: usize) -> usize {
+    if device.is_cuda() { n.next_power_of_two() } else { n }
+}
+
 fn read(path: &Path) -> Result<Vec<u8>, ServerError> {
     std::fs::read(path).map_err(|cause| ServerError::Io { path: path.into(), cause })
 }
@@ -192,6 +198,25 @@ impl Model {
         Ok(least)
     }
 
+    /// Chooses kernels and takes memory for batches of up to `largest`. On a CPU the first stage is enough, which is that of most requests: the others' layers are among
+    /// its own, and a server is not to start later for their sake.
+    pub fn warm_up(&self, largest: usize) {
+        let stages = self.stages();
+        let (stages, sizes): (Vec<Stage>, Vec<usize>) = if self.device.is_cuda() {
+            let whole = stages.into_iter().filter(|stage| !matches!(stage, Stage::Features(_)));
+            (whole.collect(), (0..=largest.next_power_of_two().ilog2()).map(|power| 1 << power).collect())
+        } else {
+            (stages.into_iter().take(1).collect(), vec![largest])
+        };
+        for stage in stages {
+            let input = vec![0.0; self.input_len(stage)];
+            for &size in &sizes {
+                // what fails here fails again for the request, which is told
+                let _ = self.run(stage, &vec![input.as_slice(); size]);
+            }
+        }
+    }
+
     /// Shape (C, H, W) of an input at `stage`.
     fn shape(&self, stage: Stage) -> Option<[i64; 3]> {
         match stage {
@@ -219,9 +244,10 @@ impl Model {
         if inputs.iter().any(|i| i.len() != wanted) {
             return Err(ServerError::Network(format!("an input has not {wanted} values")));
         }
-        let flat = inputs.concat();
-        let batch =
-            Tensor::f_from_slice(&flat).map_err(failed)?.f_view([inputs.len() as i64, shape[0], shape[1], shape[2]]).map_err(failed)?;
+        let computed = padded(self.device, inputs.len());
+        let mut flat = inputs.concat();
+        flat.resize(computed * wanted, 0.0);
+        let batch = Tensor::f_from_slice(&flat).map_err(failed)?.f_view([computed as i64, shape[0], shape[1], shape[2]]).map_err(failed)?;
         let batch = batch.to_device(self.device).to_kind(self.precision.kind());
         let logits = match (stage, blueprint) {
             (Stage::Features(layer), _) => self.backbone.tail(&batch, layer),
@@ -231,9 +257,21 @@ impl Model {
         let logits = logits.to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
         let classes = logits.size().last().copied().unwrap_or(1).max(1) as usize;
         let flat = Vec::<f32>::try_from(logits.view(-1)).map_err(failed)?;
-        if flat.len() != classes * inputs.len() {
+        if flat.len() != classes * computed {
             return Err(NetError::format("logits", "unexpected size").into());
         }
-        Ok(flat.chunks_exact(classes).map(<[f32]>::to_vec).collect())
+        Ok(flat.chunks_exact(classes).take(inputs.len()).map(<[f32]>::to_vec).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_sees_few_sizes_of_batches() {
+        let sizes = |device| (1..=9).map(|n| padded(device, n)).collect::<Vec<_>>();
+        assert_eq!(sizes(Device::Cuda(0)), [1, 2, 4, 4, 8, 8, 8, 8, 16]);
+        assert_eq!(sizes(Device::Cpu), (1..=9).collect::<Vec<_>>());
     }
 }
