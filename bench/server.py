@@ -23,7 +23,7 @@ BIN = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).absolute() / "re
 PHOTO = ROOT / "third_party" / "foolbox" / "foolbox" / "data" / "imagenet_00_243.jpg"
 BOTH = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
 ONE, OTHER = BOTH.split(",")
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # for both, as the server sets it for itself
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # for both, as the server sets it for itself
 
 
 def on(cores, *command):

@@ -221,6 +221,56 @@ pub async fn add_prefixes(
     Ok(())
 }
 
+/// Probabilities of the best class from which on a server wants no refinement.
+const CERTAIN: [f32; 4] = [0.3, 0.5, 0.7, 0.9];
+
+/// Probability of the best class.
+fn certainty(logits: &[f32]) -> f32 {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    1.0 / logits.iter().map(|l| (l - most).exp()).sum::<f32>()
+}
+
+/// What every beginning of a progressive bitstream is worth (a family of its own), and streams that end as soon as the server is certain (another one).
+///
+/// # Errors
+/// If the bundle has no refinements, or encoding or the backend fails.
+pub async fn add_progressive(
+    comparison: &mut Comparison,
+    set: &PhotoSet,
+    encoder: &mut Encoder,
+    backend: &mut impl Backend,
+) -> Result<(), HarnessError> {
+    let steps = encoder.bundle().refinements.as_ref().map_or(0, |r| r.steps().len());
+    let mut beginnings = vec![Vec::new(); steps + 1];
+    let bar = progress(set, steps + 1, "progressive".into());
+    for photo in &set.photos {
+        let latent = encoder.latent(&photo.pixels)?;
+        let mut come = Vec::new();
+        for (part, answers) in encoder.bundle().encode_progressive(&latent)?.into_iter().zip(&mut beginnings) {
+            come.extend(part);
+            answers.push((come.len(), backend.logits(Payload::Bitstream(come.clone().into())).await?));
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    let family = format!("{OURS} progressive");
+    for (refinements, answers) in beginnings.iter().enumerate() {
+        let name = format!("{family}, {refinements} refinements");
+        comparison.rows.push(row(set, &comparison.reference, name, &family, answers));
+    }
+    let family = format!("{OURS} until certain");
+    for enough in CERTAIN {
+        let answers: Vec<_> = (0..set.photos.len())
+            .filter_map(|i| {
+                let of_photo = || beginnings.iter().filter_map(|answers| answers.get(i));
+                of_photo().find(|(_, logits)| certainty(logits) >= enough).or_else(|| of_photo().next_back()).cloned()
+            })
+            .collect();
+        comparison.rows.push(row(set, &comparison.reference, format!("{family}, {enough}"), &family, &answers));
+    }
+    Ok(())
+}
+
 /// So many from each level of the encoder's bundle to the next.
 fn qualities(encoder: &Encoder, each_level: u8) -> Vec<Quality> {
     let each = f64::from(each_level.max(1));

@@ -137,13 +137,15 @@ pub enum Payload {
     Image(Bytes),
     /// Values of a layer of the server's model.
     Features(Features),
+    /// The next refinement of a progressive bitstream; see [`crate::stream::Sender::refine`].
+    Refinement(Bytes),
 }
 
 impl Payload {
     /// Bytes of the payload itself.
     pub fn len(&self) -> usize {
         match self {
-            Self::Bitstream(b) | Self::Image(b) => b.len(),
+            Self::Bitstream(b) | Self::Image(b) | Self::Refinement(b) => b.len(),
             Self::Features(f) => f.data.len(),
         }
     }
@@ -165,11 +167,13 @@ pub struct InferOptions {
     pub logits: bool,
     /// Give up after this long.
     pub deadline: Duration,
+    /// Probability of the best class from which on a stream's answer to a progressive bitstream is the last; 0: always.
+    pub certainty: f32,
 }
 
 impl Default for InferOptions {
     fn default() -> Self {
-        Self { model: String::new(), top_k: 5, logits: false, deadline: Duration::from_secs(10) }
+        Self { model: String::new(), top_k: 5, logits: false, deadline: Duration::from_secs(10), certainty: 0.0 }
     }
 }
 
@@ -180,9 +184,11 @@ impl InferOptions {
             Payload::Bitstream(b) => WirePayload::Bitstream(b),
             Payload::Image(b) => WirePayload::Image(b),
             Payload::Features(f) => WirePayload::Features(f),
+            Payload::Refinement(b) => WirePayload::Refinement(b),
         };
         let timeout_ms = u32::try_from(self.deadline.as_millis()).unwrap_or(u32::MAX);
-        InferRequest { id, model: self.model.clone(), payload: Some(payload), top_k: self.top_k, logits: self.logits, timeout_ms }
+        let (model, top_k, logits, certainty) = (self.model.clone(), self.top_k, self.logits, self.certainty);
+        InferRequest { id, model, payload: Some(payload), top_k, logits, timeout_ms, certainty }
     }
 }
 

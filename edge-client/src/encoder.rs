@@ -78,6 +78,15 @@ pub struct Encoded {
     pub timing: EncodeTiming,
 }
 
+/// A photo as a progressive bitstream.
+#[derive(Debug, Clone)]
+pub struct Progressive {
+    /// The container of level 1, then its refinements.
+    pub parts: Vec<Vec<u8>>,
+    /// How long it took.
+    pub timing: EncodeTiming,
+}
+
 /// Encodes photos with one bundle.
 pub struct Encoder {
     bundle: Bundle,
@@ -153,19 +162,48 @@ impl Encoder {
         self.engine.run(pixels)
     }
 
+    /// Encodes a JPEG, PNG or WebP file as a progressive bitstream: as many refinements as the budget allows.
+    ///
+    /// # Errors
+    /// As [`Encoder::encode`]; a bundle without refinements is an error.
+    pub fn encode_progressive(&mut self, file: &[u8]) -> Result<Progressive, ClientError> {
+        let start = Instant::now();
+        let (latent, timing) = self.timed_latent(&isthmus_pixels::decode(file)?, start)?;
+        let start = Instant::now();
+        let mut parts = self.bundle.encode_progressive(&latent)?;
+        let Budget { target, most } = self.budget;
+        let limit = target.unwrap_or(usize::MAX).min(most.unwrap_or(usize::MAX));
+        if let (Some(first), Some(most)) = (parts.first().map(Vec::len), most)
+            && first > most
+        {
+            return Err(ClientError::TooLong { bytes: first, most });
+        }
+        let mut bytes = 0;
+        let fit = parts.iter().take_while(|part| {
+            bytes += part.len();
+            bytes <= limit
+        });
+        parts.truncate(fit.count().max(1));
+        Ok(Progressive { parts, timing: EncodeTiming { entropy_us: micros(start), ..timing } })
+    }
+
     #[tracing::instrument(level = "debug", skip_all, fields(%quality), err(level = "debug"))]
     fn encode_from(&mut self, photo: &Rgb, quality: Quality, start: Instant) -> Result<Encoded, ClientError> {
         self.bundle.tables.level(quality)?;
+        let (latent, timing) = self.timed_latent(photo, start)?;
+        let start = Instant::now();
+        let (quality, container) = self.code(&latent, quality)?;
+        Ok(Encoded { quality, container, timing: EncodeTiming { entropy_us: micros(start), ..timing } })
+    }
+
+    /// The latent, and how long it took since `start`.
+    fn timed_latent(&mut self, photo: &Rgb, start: Instant) -> Result<(Vec<f32>, EncodeTiming), ClientError> {
         let mut pixels = Vec::new();
         photo.network_input(self.bundle.manifest.input.size)?.normalise_into(&mut pixels);
         let preprocess_us = micros(start);
         let start = Instant::now();
         let latent = self.engine.run(pixels)?;
-        let network_us = micros(start);
-        let start = Instant::now();
-        let (quality, container) = self.code(&latent, quality)?;
-        let entropy_us = micros(start);
-        Ok(Encoded { quality, container, timing: EncodeTiming { preprocess_us, network_us, entropy_us } })
+        Ok((latent, EncodeTiming { preprocess_us, network_us: micros(start), entropy_us: 0 }))
     }
 
     /// The container of the highest quality up to `asked` that is within the budget.

@@ -67,6 +67,8 @@ enum Command {
         #[command(flatten)]
         policy: PolicyArgs,
         #[command(flatten)]
+        progressive: ProgressiveArgs,
+        #[command(flatten)]
         ask: AskArgs,
     },
     /// Encode a photo into a container file.
@@ -204,6 +206,16 @@ struct PolicyArgs {
     local_model: PathBuf,
 }
 
+#[derive(Args)]
+struct ProgressiveArgs {
+    /// Send the lowest quality of each photo, then refinements for as long as the server is not certain (the bundle must have them).
+    #[arg(long, conflicts_with_all = ["quality", "target_bytes", "policy"])]
+    progressive: bool,
+    /// With --progressive, the probability of the best class from which on nothing more is sent (0 to 1).
+    #[arg(long, default_value_t = 0.5, value_parser = parse_share, requires = "progressive")]
+    certainty: f64,
+}
+
 fn parse_share(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|s| (0.0..=1.0).contains(s)).ok_or_else(|| "a number from 0 to 1".into())
 }
@@ -271,9 +283,10 @@ fn main() -> ExitCode {
                 Command::Stream { folder, fps, repeat, server, encoding, policy, ask, .. } if policy.policy == PolicyKind::Auto => {
                     commands::auto::stream(&folder, fps, repeat, &server, &encoding, &policy, &ask).await
                 }
-                Command::Stream { folder, fps, window, repeat, server, encoding, ask, .. } => {
+                Command::Stream { folder, fps, window, repeat, server, encoding, progressive, ask, .. } => {
                     let pace = commands::stream::Pace { fps, window: window.into(), repeat };
-                    commands::stream::run(&folder, &pace, &server, &encoding, &ask).await
+                    let certainty = progressive.progressive.then_some(progressive.certainty as f32);
+                    commands::stream::run(&folder, &pace, &server, &encoding, certainty, &ask).await
                 }
                 Command::Encode { file, output, encoding } => commands::files::encode(&file, output, &encoding),
                 Command::Inspect { file, bundle } => commands::files::inspect(&file, bundle.as_deref()),

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
 use isthmus_proto::offload_v1::{InferRequest, InferResponse, InferStreamResponse};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -70,6 +71,10 @@ pub async fn open(client: &mut Client, window: usize, options: InferOptions) -> 
     Ok((sender, Receiver { answers, pending, deadline }))
 }
 
+fn ended() -> ClientError {
+    Status::unavailable("the stream has ended").into()
+}
+
 impl Sender {
     /// Waits for a free place in the window, then sends. Returns the id of the answer to come.
     ///
@@ -77,18 +82,35 @@ impl Sender {
     /// [`ClientError::Deadline`] if no answer frees a place in time, [`ClientError::Server`] if the
     /// stream has ended.
     pub async fn send(&mut self, payload: Payload) -> Result<u64, ClientError> {
-        let deadline = self.options.deadline;
-        let ended = || ClientError::from(Status::unavailable("the stream has ended"));
-        let place = tokio::time::timeout(deadline, self.window.clone().acquire_owned());
-        let place = place.await.map_err(|_| ClientError::Deadline(deadline))?.map_err(|_| ended())?;
+        let place = self.place().await?;
         let id = self.next;
         self.next += 1;
+        self.under_way(id, place);
+        self.requests.send(self.options.request(id, payload)).await.map_err(|_| ended())?;
+        Ok(id)
+    }
+
+    /// Sends the next refinement of the progressive bitstream whose answer, of this id, wanted more. The answer to come has the same id.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub async fn refine(&mut self, id: u64, refinement: Bytes) -> Result<(), ClientError> {
+        let place = self.place().await?;
+        self.under_way(id, place);
+        self.requests.send(self.options.request(id, Payload::Refinement(refinement))).await.map_err(|_| ended())
+    }
+
+    async fn place(&self) -> Result<OwnedSemaphorePermit, ClientError> {
+        let deadline = self.options.deadline;
+        let place = tokio::time::timeout(deadline, self.window.clone().acquire_owned());
+        place.await.map_err(|_| ClientError::Deadline(deadline))?.map_err(|_| ended())
+    }
+
+    fn under_way(&self, id: u64, place: OwnedSemaphorePermit) {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner).insert(id, (Instant::now(), place));
         if let Some(retries) = &self.retries {
             retries.first();
         }
-        self.requests.send(self.options.request(id, payload)).await.map_err(|_| ended())?;
-        Ok(id)
     }
 }
 

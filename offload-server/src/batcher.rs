@@ -28,6 +28,8 @@ const STALL: f64 = 2.0;
 const STALL_LATE: f64 = 8.0;
 /// Batches of other models that a busy one expects beyond its turns: what it lets in waits while theirs fill (decision 0019).
 const MORE: u32 = 2;
+/// One hopeless request in this time is let in.
+const PROBE: Duration = Duration::from_secs(1);
 /// Share of a request's time that is left over by prediction.
 const MARGIN: f64 = 0.05;
 /// Bounds of when those that were refused may come again.
@@ -122,7 +124,7 @@ impl Pending<'_> {
             telemetry::waiting(self.batcher.name, -1.0);
             gone(self.batcher.name, &item);
         }
-        Err(ServerError::Deadline("waiting for the network"))
+        Err(ServerError::Deadline("waiting for the network or in it"))
     }
 }
 
@@ -144,6 +146,8 @@ pub struct Batcher {
     admission: Admission,
     pace: Arc<Mutex<Pace>>,
     costs: Arc<Vec<(Stage, Duration)>>,
+    /// When one was let in last that would be late by prediction.
+    tried: Mutex<Option<Instant>>,
 }
 
 /// The cores, and the pool as others see it there.
@@ -215,7 +219,15 @@ impl Batcher {
             cores.join(&own);
             Shared { cores: cores.clone(), own }
         });
-        Ok(Self { name, pool, cores: shared, admission: Admission::default(), pace: pace.clone(), costs: costs.clone() })
+        Ok(Self {
+            name,
+            pool,
+            cores: shared,
+            admission: Admission::default(),
+            pace: pace.clone(),
+            costs: costs.clone(),
+            tried: Mutex::default(),
+        })
     }
 
     /// Lets a request in, before its payload is decoded, that would enter at `stage` and must leave the network by `deadline`.
@@ -224,10 +236,28 @@ impl Batcher {
     /// As [`Self::submit`].
     pub fn admit(&self, stage: Stage, deadline: Instant, priority: u8, tenant: &Tenant) -> Result<Admitted<'_>, ServerError> {
         let (alone, cost) = self.predicted(stage);
+        self.hopeful(alone, deadline)?;
         let deadline = with_margin(deadline);
         let asked = Asked { tenant: tenant.index, weight: tenant.weight, priority, deadline, cost, alone };
         let others = self.others();
         self.admission.enter(cost, |ahead| self.pool.would_take(&asked, ahead, others)).map_err(|why| self.refused(why))
+    }
+
+    /// Refuses what the network cannot have done by its deadline even if it begins at once. Now and then one is let in all the same: the queue takes everything while it is
+    /// idle, so that a wrong prediction is found out, and so it must be here.
+    fn hopeful(&self, takes: Duration, deadline: Instant) -> Result<(), ServerError> {
+        let now = Instant::now();
+        let left = deadline.saturating_duration_since(now);
+        if takes <= left {
+            return Ok(());
+        }
+        let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
+        if tried.is_none_or(|last| now.duration_since(last) >= PROBE) {
+            *tried = Some(now);
+            return Ok(());
+        }
+        telemetry::dropped("overload");
+        Err(ServerError::Hopeless { takes, left })
     }
 
     /// What other models will compute before an entry that comes now.
@@ -367,7 +397,7 @@ impl<R: Runner> Work<Stage, Item> for Worker<R> {
 
 fn expired(model: &'static str, item: Item) {
     gone(model, &item);
-    let _ = item.answer.send(Err(ServerError::Deadline("waiting for the network")));
+    let _ = item.answer.send(Err(ServerError::Deadline("waiting for the network or in it")));
 }
 
 /// Value of the label `closed`.

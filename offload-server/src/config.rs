@@ -265,6 +265,11 @@ impl Config {
         if let Some(model) = self.placements.iter().filter_map(|p| p.model.as_ref()).find(|m| BackboneKind::from_name(m).is_none()) {
             return bad(&format!("placements: model {model:?} is unknown"));
         }
+        if let Some(model) =
+            self.placements.iter().filter_map(|p| p.model.as_ref()).find(|m| !self.model_control && !self.models.contains(m))
+        {
+            return bad(&format!("placements: model {model:?} is not among models, and nobody can load it without model_control"));
+        }
         if self.queue_delay > Duration::from_secs(10) || (self.queue_delay >= self.max_deadline && !self.max_deadline.is_zero()) {
             return bad("queue_delay: at most 10 s, and below max_deadline");
         }

@@ -45,6 +45,9 @@ pub enum ServerError {
     /// The client's bundle is not loaded.
     #[error("bundle {0} is not loaded on this server; use the same bundle on both sides")]
     UnknownBundle(String),
+    /// A refinement of what is not kept on its stream.
+    #[error("no bitstream of id {0} waits on this stream to be refined; send it whole, as bitstream")]
+    NothingToRefine(u64),
     /// The queues are full.
     #[error("the server is busy ({why}); try again later")]
     Busy {
@@ -59,6 +62,14 @@ pub enum ServerError {
     /// Only operators may do this.
     #[error("{0}")]
     Forbidden(&'static str),
+    /// The deadline is shorter than the network.
+    #[error("the network takes about {takes:?}, the deadline leaves {left:?}")]
+    Hopeless {
+        /// By prediction.
+        takes: Duration,
+        /// Until the deadline.
+        left: Duration,
+    },
     /// The deadline has passed.
     #[error("the deadline passed while the request was {0}")]
     Deadline(&'static str),
@@ -84,14 +95,14 @@ impl ServerError {
         match self {
             Self::Config(_) | Self::Io { .. } | Self::Net(_) | Self::Transport(_) => "setup",
             Self::Codec(CodecError::WrongBundle { .. }) | Self::UnknownBundle(_) => "wrong_bundle",
-            Self::Codec(_) => "bad_container",
+            Self::Codec(_) | Self::NothingToRefine(_) => "bad_container",
             Self::Pixels(_) => "bad_image",
             Self::Invalid(_) => "bad_request",
             Self::UnknownModel(_) => "unknown_model",
             Self::Busy { .. } => "busy",
             Self::Unauthenticated => "unauthenticated",
             Self::Forbidden(_) => "forbidden",
-            Self::Deadline(_) => "deadline",
+            Self::Deadline(_) | Self::Hopeless { .. } => "deadline",
             Self::Draining => "draining",
             Self::Aged => "aged",
             Self::Network(_) => "network",
@@ -109,14 +120,14 @@ impl ServerError {
     /// The gRPC code of this error.
     pub fn code(&self) -> Code {
         match self {
-            Self::Codec(CodecError::WrongBundle { .. }) | Self::UnknownBundle(_) => Code::FailedPrecondition,
+            Self::Codec(CodecError::WrongBundle { .. }) | Self::UnknownBundle(_) | Self::NothingToRefine(_) => Code::FailedPrecondition,
             Self::Codec(CodecError::BadTables(_) | CodecError::BadBundle(_)) => Code::Internal,
             Self::Codec(_) | Self::Pixels(_) | Self::Invalid(_) => Code::InvalidArgument,
             Self::UnknownModel(_) => Code::NotFound,
             Self::Busy { .. } => Code::ResourceExhausted,
             Self::Unauthenticated => Code::Unauthenticated,
             Self::Forbidden(_) => Code::PermissionDenied,
-            Self::Deadline(_) => Code::DeadlineExceeded,
+            Self::Deadline(_) | Self::Hopeless { .. } => Code::DeadlineExceeded,
             Self::Draining | Self::Aged => Code::Unavailable,
             Self::Config(_) | Self::Io { .. } | Self::Net(_) | Self::Transport(_) | Self::Network(_) => Code::Internal,
         }

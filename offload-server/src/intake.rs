@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use isthmus_codec::Container;
+use isthmus_codec::Progressive;
 use isthmus_nets::Layer;
 use isthmus_pixels::{MAX_SIDE, PixelError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -211,13 +211,13 @@ fn brief(kind: Kind, seconds: f64) -> bool {
 }
 
 fn bitstream(registry: &Registry, entry: &Entry, payload: &[u8]) -> Result<(Stage, Vec<f32>), ServerError> {
-    let container = Container::parse(payload)?;
-    let bundle = registry.bundle(&container.header.bundle)?;
+    let parsed = Progressive::parse(payload)?;
+    let bundle = registry.bundle(&parsed.container.header.bundle)?;
     let stage = entry
         .stage(&bundle.hash)
         .ok_or_else(|| ServerError::UnknownBundle(format!("{} (no decoder for model {})", bundle.manifest.name, entry.name)))?;
     let mut input = Vec::new();
-    container.decode_into(&bundle.hash, bundle.manifest.latent, &bundle.tables, &mut input)?;
+    bundle.decode_parsed_into(&parsed, &mut input)?;
     Ok((stage, input))
 }
 

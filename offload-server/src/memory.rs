@@ -16,9 +16,13 @@ const PERIOD: Duration = Duration::from_secs(1);
 pub(crate) async fn watch() {
     describe_gauge!("isthmus_memory_allocated_bytes", "Memory that the server and its networks hold");
     describe_gauge!("isthmus_memory_resident_bytes", "The same with what the allocator keeps for reuse");
+    describe_gauge!("isthmus_memory_process_bytes", "Resident memory of the process, as the operating system counts it");
     let mut ticks = tokio::time::interval(PERIOD);
     loop {
         ticks.tick().await;
+        if let Some(resident) = process_resident() {
+            gauge!("isthmus_memory_process_bytes").set(resident as f64);
+        }
         // statistics are of the last epoch
         let read = epoch::advance().and_then(|_| Ok((stats::allocated::read()?, stats::resident::read()?)));
         match read {
@@ -32,4 +36,12 @@ pub(crate) async fn watch() {
             }
         }
     }
+}
+
+/// Bytes, from the kernel's account of this process; none where there is no such account.
+fn process_resident() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes << 10)
 }

@@ -44,6 +44,8 @@ pub struct Pipeline {
     streams: AtomicU32,
     /// Largest answer in bytes.
     pub max_response_bytes: usize,
+    /// Most requests that wait for a network.
+    pub max_queue: usize,
     intake: Intake,
     in_flight: Arc<Semaphore>,
     max_in_flight: usize,
@@ -110,6 +112,7 @@ impl Pipeline {
             stream_age: config.max_connection_age,
             streams: AtomicU32::new(0),
             max_response_bytes: config.max_response_bytes,
+            max_queue: config.max_queue,
             intake,
             in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
             max_in_flight: config.max_in_flight,
@@ -155,11 +158,15 @@ impl Pipeline {
     }
 
     /// From a request's number, 1 being the most urgent; 0 or none is the middle. A tenant has no more urgent one than it may ask for.
-    pub fn priority(&self, asked: u64, tenant: &Tenant) -> u8 {
+    ///
+    /// # Errors
+    /// [`ServerError::Invalid`] above the levels there are.
+    pub fn priority(&self, asked: u64, tenant: &Tenant) -> Result<u8, ServerError> {
         let levels = self.priority_levels;
         let middle = levels / 2;
-        let wanted = if asked == 0 { middle } else { u8::try_from(asked - 1).unwrap_or(u8::MAX).min(levels - 1) };
-        wanted.max(tenant.most_urgent.map_or(middle, |most| most.saturating_sub(1)).min(levels - 1))
+        let above = || ServerError::Invalid(format!("priority {asked}: 1, the most urgent, to {levels}, or 0 for the middle"));
+        let wanted = if asked == 0 { middle } else { u8::try_from(asked - 1).ok().filter(|p| *p < levels).ok_or_else(above)? };
+        Ok(wanted.max(tenant.most_urgent.map_or(middle, |most| most.saturating_sub(1)).min(levels - 1)))
     }
 
     /// Places for `n` requests of a tenant that come together: for all or for none.

@@ -200,6 +200,11 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(isthmus_proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name(<OffloadServiceServer<Offload> as NamedService>::NAME)
+            .with_service_name(<GrpcInferenceServiceServer<Inference> as NamedService>::NAME)
+            .with_service_name("grpc.health.v1.Health")
+            .with_service_name("grpc.reflection.v1.ServerReflection")
+            .with_service_name("grpc.reflection.v1alpha.ServerReflection")
     };
     // nobody has to be known for health and reflection: their questions are small, and soon there
     let health_service = Within::new(health_service.max_decoding_message_size(OPEN_BYTES), OPEN_TIME);

@@ -237,6 +237,13 @@ impl Tenants {
         }
         let weights: Vec<f64> = configs.iter().map(|c| c.weight.clamp(1e-3, 1e3)).collect();
         let shares = capacity.all().map(|all| Places::divide(all, &weights));
+        let without = (0..configs.len()).filter(|i| shares.iter().any(|of| of[*i].own.available_permits() == 0)).count();
+        if without > 0 {
+            tracing::warn!(
+                "{without} of {} tenants have no place of their own: max_in_flight, max_streams and max_received_bytes are small for so many",
+                configs.len()
+            );
+        }
         for (i, config) in configs.iter().enumerate() {
             let places = shares.each_ref().map(|of| of[i].clone());
             let name = &config.name;

@@ -6,7 +6,9 @@ use sha2::{Digest, Sha256};
 
 use crate::container::{self, Container, HASH_PREFIX};
 use crate::manifest::{FORMAT, Manifest};
+use crate::progressive::{self, Progressive};
 use crate::quality::Quality;
+use crate::refinement::Refinements;
 use crate::signature::{SIGNATURE, Trust};
 use crate::tables::Tables;
 use crate::{CodecError, golden};
@@ -54,6 +56,8 @@ pub struct Bundle {
     pub hash: BundleHash,
     /// Entropy tables of every level.
     pub tables: Tables,
+    /// What refines level 1, if the bundle has that.
+    pub refinements: Option<Refinements>,
     files: BTreeMap<String, Vec<u8>>,
 }
 
@@ -86,7 +90,8 @@ impl Bundle {
         check_manifest(&manifest)?;
         let mut files = BTreeMap::new();
         for (name, expected) in &manifest.files {
-            let needed = *name == manifest.tables || *name == manifest.golden.container || wanted(name);
+            let used = [Some(&manifest.tables), Some(&manifest.golden.container), manifest.refinements.as_ref()];
+            let needed = used.contains(&Some(name)) || wanted(name);
             if !needed {
                 continue;
             }
@@ -109,7 +114,11 @@ impl Bundle {
         if !fits || tables.levels.len() != manifest.quality.len() {
             return Err(CodecError::bundle("tables and manifest differ in channels or quality levels"));
         }
-        let bundle = Self { manifest, hash, tables, files };
+        let refinements = manifest.refinements.as_ref().map(|name| Refinements::from_bytes(listed(name)?)).transpose()?;
+        if refinements.as_ref().is_some_and(|r| r.channels() != usize::from(manifest.latent.channels)) {
+            return Err(CodecError::bundle("refinements and manifest differ in channels"));
+        }
+        let bundle = Self { manifest, hash, tables, refinements, files };
         bundle.check_golden()?;
         Ok(bundle)
     }
@@ -138,14 +147,31 @@ impl Bundle {
         container::encode(&symbols, quality, &self.hash, self.manifest.latent, &self.tables)
     }
 
-    /// Decodes a container into the decoder's input (channel-major), appended to `out`.
+    /// Rounds and codes a latent (channel-major) into a container of level 1 and its refinements, which belong together in this order; see [`progressive`].
     ///
     /// # Errors
-    /// As [`Container::parse`] and [`Container::decode`].
+    /// As [`progressive::encode`], and [`CodecError::UnknownRefinement`] if the bundle has none.
+    pub fn encode_progressive(&self, latent: &[f32]) -> Result<Vec<Vec<u8>>, CodecError> {
+        let refinements = self.refinements.as_ref().ok_or(CodecError::UnknownRefinement { step: 1, steps: 0 })?;
+        progressive::encode(latent, &self.hash, self.manifest.latent, (&self.tables, refinements))
+    }
+
+    /// Decodes a container, and what refines it, into the decoder's input (channel-major), appended to `out`.
+    ///
+    /// # Errors
+    /// As [`Progressive::parse`] and [`Progressive::decode_into`].
     pub fn decode_into(&self, bytes: &[u8], out: &mut Vec<f32>) -> Result<Header, CodecError> {
-        let container = Container::parse(bytes)?;
-        container.decode_into(&self.hash, self.manifest.latent, &self.tables, out)?;
-        Ok(container.header)
+        let parsed = Progressive::parse(bytes)?;
+        self.decode_parsed_into(&parsed, out)?;
+        Ok(parsed.container.header)
+    }
+
+    /// As [`Self::decode_into`].
+    ///
+    /// # Errors
+    /// As [`Progressive::decode_into`].
+    pub fn decode_parsed_into(&self, parsed: &Progressive<'_>, out: &mut Vec<f32>) -> Result<(), CodecError> {
+        parsed.decode_into(&self.hash, self.manifest.latent, (&self.tables, self.refinements.as_ref()), out)
     }
 
     /// Decodes the golden container and compares symbols and latent with the manifest.

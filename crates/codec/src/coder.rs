@@ -185,7 +185,7 @@ pub fn decode_end(end: &[u8], level: &LevelTables, shape: LatentShape) -> Result
         return Ok(Part { symbols: vec![0; shape.symbols()], known: 0 });
     }
     let mut symbols = vec![0; shape.symbols()];
-    let (known, _) = decode_words::<true>(end, level, shape, gather(&mut symbols, shape))?;
+    let (known, _) = decode_words::<true>(end, level, shape, &[], gather(&mut symbols, shape))?;
     Ok(Part { symbols, known })
 }
 
@@ -204,7 +204,18 @@ pub fn decode(payload: &[u8], level: &LevelTables, shape: LatentShape) -> Result
 /// # Errors
 /// As [`decode`]; what was handed over before means nothing then.
 pub fn decode_planes(payload: &[u8], level: &LevelTables, shape: LatentShape, each: impl FnMut(usize, &[i32])) -> Result<(), CodecError> {
-    let (_, ended) = decode_words::<false>(payload, level, shape, each)?;
+    decode_given(payload, level, shape, &[], each)
+}
+
+/// As [`decode_planes`], where the symbols of the first channels are `given`.
+pub(crate) fn decode_given(
+    payload: &[u8],
+    level: &LevelTables,
+    shape: LatentShape,
+    given: &[i32],
+    each: impl FnMut(usize, &[i32]),
+) -> Result<(), CodecError> {
+    let (_, ended) = decode_words::<false>(payload, level, shape, given, each)?;
     if !ended {
         return Err(CodecError::malformed("bytes are left after the last symbol"));
     }
@@ -227,8 +238,12 @@ fn decode_words<const PART: bool>(
     payload: &[u8],
     level: &LevelTables,
     shape: LatentShape,
+    given: &[i32],
     mut each: impl FnMut(usize, &[i32]),
 ) -> Result<(usize, bool), CodecError> {
+    if given.len() != level.given() * shape.positions() {
+        return Err(CodecError::BadLatent(format!("{} symbols are given, {} channels are to be", given.len(), level.given())));
+    }
     if !payload.len().is_multiple_of(4) || level.channels.len() != usize::from(shape.channels) {
         return Err(CodecError::malformed("the payload's length is no multiple of 4"));
     }
@@ -239,6 +254,9 @@ fn decode_words<const PART: bool>(
     let mut coder = Reader::from_compressed_slice(&words).map_err(|_| CodecError::malformed("the payload ends in a zero word"))?;
     let mut plane = vec![0; shape.positions()];
     let mut field = (!level.is_static()).then(|| Field::new(shape, |channel| level.is_read(channel)));
+    if let Some(field) = field.as_mut() {
+        (0u16..).zip(given.chunks_exact(shape.positions())).for_each(|(channel, plane)| field.note(channel, plane));
+    }
     let mut known = 0;
     for &channel in level.order() {
         let contexts = &level.channels[usize::from(channel)].contexts;

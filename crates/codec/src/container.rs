@@ -65,6 +65,14 @@ pub struct Container<'a> {
     pub payload: &'a [u8],
 }
 
+/// Length of the container that `bytes` begin with, as its header claims; none if they are too short to say.
+pub(crate) fn claimed_len(bytes: &[u8]) -> Option<usize> {
+    let header: &[u8; HEADER_LEN] = bytes.first_chunk()?;
+    let payload = u32::from_le_bytes([header[25], header[26], header[27], header[28]]);
+    let between = usize::from(header[4] == VERSION_BETWEEN);
+    (OVERHEAD + between).checked_add(payload as usize)
+}
+
 /// Upper bound on the payload of a latent: every symbol an escape of full length.
 pub fn max_payload(shape: LatentShape) -> usize {
     shape.symbols() * 6 + 16

@@ -32,6 +32,14 @@ pub enum CodecError {
         /// Levels of the bundle.
         levels: u8,
     },
+    /// There is no such refinement.
+    #[error("refinement {step} does not exist; the bundle has {steps}")]
+    UnknownRefinement {
+        /// Asked for.
+        step: usize,
+        /// Refinements of the bundle.
+        steps: usize,
+    },
     /// The latent cannot be coded.
     #[error("the latent cannot be coded: {0}")]
     BadLatent(String),

@@ -29,6 +29,9 @@ pub struct Manifest {
     pub encoder: EncoderEntry,
     /// File of the entropy tables.
     pub tables: String,
+    /// File of the refinements of level 1, if its bitstreams can be progressive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refinements: Option<String>,
     /// One decoder per backbone.
     pub decoders: Vec<DecoderEntry>,
     /// Quality levels, level 1 first.

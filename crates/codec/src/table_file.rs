@@ -6,13 +6,20 @@
 //! dx i8, weight i16; thresholds i32 x m; i32 x s for each of the m + 1 bins; then (m + 1)(s + 1) distributions:
 //! offset i32, symbol count u16 (without escape), widths u16 x (count + 1), where the last is the escape
 //! symbol's. The file's SHA-256 is in the manifest. Version 2 has no n: all channels are coded.
+//!
+//! The file of a bundle's refinements: magic `ISTR`, version u8 (1), steps u8, channels u16 (c); then per step: factors u16 x c, the number of
+//! coded channels u16 (n), the coding order (u16 x n, from c on: what is refined is known, and has the numbers before), and per channel as above.
 
 use crate::CodecError;
 use crate::contexts::{Contexts, MAX_CUTS, Predictor, Tap};
 use crate::distribution::Distribution;
+use crate::pmf;
+use crate::refinement::{MAX_STEPS, Refinement, Refinements};
 use crate::tables::{ChannelTable, LevelTables, Tables};
 
 const MAGIC: &[u8; 4] = b"ISTB";
+const REFINEMENTS_MAGIC: &[u8; 4] = b"ISTR";
+const REFINEMENTS_VERSION: u8 = 1;
 const VERSION: u8 = 3;
 /// All channels coded.
 const VERSION_ALL_CODED: u8 = 2;
@@ -57,6 +64,22 @@ impl Reader<'_> {
         Distribution::new(offset, widths)
     }
 
+    /// A coding order of at most `channels` channels.
+    fn order(&mut self, channels: u16, all: bool) -> Result<Vec<u16>, CodecError> {
+        let coded = if all { channels } else { self.u16()? };
+        if coded > channels {
+            return Err(CodecError::tables(format!("{coded} of {channels} channels are coded")));
+        }
+        (0..coded).map(|_| self.u16()).collect()
+    }
+
+    fn end(&self) -> Result<(), CodecError> {
+        if !self.0.is_empty() {
+            return Err(CodecError::tables(format!("{} bytes follow the last table", self.0.len())));
+        }
+        Ok(())
+    }
+
     fn channel(&mut self) -> Result<ChannelTable, CodecError> {
         let [gain, inverse, median] = [self.take()?, self.take()?, self.take()?].map(f32::from_le_bytes);
         let [cuts, signed_cuts] = self.take()?.map(usize::from);
@@ -73,6 +96,16 @@ impl Reader<'_> {
         let distributions = (0..bins * (signed_cuts + 1)).map(|_| self.distribution()).collect::<Result<_, _>>()?;
         ChannelTable::with_contexts(gain, inverse, median, Contexts::new(predictors, cuts, signed, distributions)?)
     }
+}
+
+/// What channels have that are known before: nothing is coded with it.
+pub(crate) fn known_channel() -> Result<ChannelTable, CodecError> {
+    ChannelTable::new(1.0, 1.0, 0.0, 0, vec![pmf::TOTAL - 1, 1])
+}
+
+fn write_order(level: &LevelTables, out: &mut Vec<u8>) {
+    out.extend((level.order().len() as u16).to_le_bytes());
+    out.extend(level.order().iter().flat_map(|c| c.to_le_bytes()));
 }
 
 fn write_channel(table: &ChannelTable, out: &mut Vec<u8>) {
@@ -125,17 +158,11 @@ impl Tables {
         }
         let mut out = Vec::new();
         for _ in 0..levels {
-            let coded = if version == VERSION_ALL_CODED { channels } else { r.u16()? };
-            if coded > channels {
-                return Err(CodecError::tables(format!("{coded} of {channels} channels are coded")));
-            }
-            let order = (0..coded).map(|_| r.u16()).collect::<Result<_, _>>()?;
+            let order = r.order(channels, version == VERSION_ALL_CODED)?;
             let tables = (0..channels).map(|_| r.channel()).collect::<Result<_, _>>()?;
             out.push(LevelTables::in_order(tables, order)?);
         }
-        if !r.0.is_empty() {
-            return Err(CodecError::tables(format!("{} bytes follow the last table", r.0.len())));
-        }
+        r.end()?;
         Ok(Self { levels: out })
     }
 
@@ -146,9 +173,56 @@ impl Tables {
         let channels = self.levels.first().map_or(0, |l| l.channels.len());
         out.extend((channels as u16).to_le_bytes());
         for level in &self.levels {
-            out.extend((level.order().len() as u16).to_le_bytes());
-            out.extend(level.order().iter().flat_map(|c| c.to_le_bytes()));
+            write_order(level, &mut out);
             level.channels.iter().for_each(|table| write_channel(table, &mut out));
+        }
+        out
+    }
+}
+
+impl Refinements {
+    /// Reads a file of refinements.
+    ///
+    /// # Errors
+    /// [`CodecError::BadTables`] says what is wrong.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, CodecError> {
+        let mut r = Reader(bytes);
+        if &r.take::<4>()? != REFINEMENTS_MAGIC {
+            return Err(CodecError::tables("wrong magic: not a file of refinements"));
+        }
+        let version = r.byte()?;
+        if version != REFINEMENTS_VERSION {
+            return Err(CodecError::tables(format!(
+                "refinements of version {version}, this software reads {REFINEMENTS_VERSION}: update it"
+            )));
+        }
+        let (steps, channels) = (r.byte()?, r.u16()?);
+        if steps == 0 || usize::from(steps) > MAX_STEPS || channels == 0 {
+            return Err(CodecError::tables(format!("{steps} refinements of {channels} channels; 1 to {MAX_STEPS} can be")));
+        }
+        let mut out = Vec::new();
+        for _ in 0..steps {
+            let factors = (0..channels).map(|_| r.u16()).collect::<Result<_, _>>()?;
+            let order = r.order(channels, false)?;
+            let known = (0..channels).map(|_| known_channel());
+            let known = known.collect::<Result<Vec<_>, _>>()?;
+            let tables = known.into_iter().map(Ok).chain((0..channels).map(|_| r.channel())).collect::<Result<_, _>>()?;
+            out.push(Refinement::new(factors, LevelTables::with_given(tables, order, channels.into())?)?);
+        }
+        r.end()?;
+        Self::new(out)
+    }
+
+    /// Writes the file of refinements.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut out = REFINEMENTS_MAGIC.to_vec();
+        let channels = self.steps().first().map_or(0, |s| s.factors().len());
+        out.extend([REFINEMENTS_VERSION, self.steps().len() as u8]);
+        out.extend((channels as u16).to_le_bytes());
+        for step in self.steps() {
+            out.extend(step.factors().iter().flat_map(|f| f.to_le_bytes()));
+            write_order(step.tables(), &mut out);
+            step.finer().iter().for_each(|table| write_channel(table, &mut out));
         }
         out
     }

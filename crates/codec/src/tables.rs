@@ -76,6 +76,8 @@ pub struct LevelTables {
     /// One per latent channel.
     pub channels: Vec<ChannelTable>,
     order: Vec<u16>,
+    /// So many of the first channels are known before: see [`Self::with_given`].
+    given: usize,
     /// Channels whose symbols are coded; the others' are zero.
     coded: Vec<bool>,
     /// Channels that predictors read.
@@ -98,12 +100,21 @@ impl LevelTables {
     /// # Errors
     /// [`CodecError::BadTables`] if the order names a channel twice or one that is not there, or contexts read what is not coded before.
     pub fn in_order(channels: Vec<ChannelTable>, order: Vec<u16>) -> Result<Self, CodecError> {
+        Self::with_given(channels, order, 0)
+    }
+
+    /// As [`Self::in_order`], where both sides know the first `given` channels already: they are not coded, but contexts read them, all around a symbol.
+    ///
+    /// # Errors
+    /// As [`Self::in_order`].
+    pub fn with_given(channels: Vec<ChannelTable>, order: Vec<u16>, given: usize) -> Result<Self, CodecError> {
         let mut coded = vec![false; channels.len()];
         for &c in &order {
-            let table = channels.get(usize::from(c)).filter(|_| !coded[usize::from(c)]);
+            let table = channels.get(usize::from(c)).filter(|_| !coded[usize::from(c)] && usize::from(c) >= given);
             let table =
                 table.ok_or_else(|| CodecError::tables(format!("the coding order names channel {c} twice, or there is none such")))?;
-            table.contexts.check_causal(c, |other| coded.get(usize::from(other)).copied().unwrap_or(false))?;
+            let known = |other| usize::from(other) < given || coded.get(usize::from(other)).copied().unwrap_or(false);
+            table.contexts.check_causal(c, known)?;
             coded[usize::from(c)] = true;
         }
         let mut read = vec![false; channels.len()];
@@ -112,7 +123,7 @@ impl LevelTables {
                 *read = true;
             }
         }
-        Ok(Self { channels, order, coded, read })
+        Ok(Self { channels, order, given, coded, read })
     }
 
     /// The same tables with `channels` silent: see [`Self::in_order`].
@@ -121,7 +132,12 @@ impl LevelTables {
     /// [`CodecError::BadTables`] if the contexts of others read them.
     pub fn silenced(self, channels: &[u16]) -> Result<Self, CodecError> {
         let order = self.order.into_iter().filter(|c| !channels.contains(c)).collect();
-        Self::in_order(self.channels, order)
+        Self::with_given(self.channels, order, self.given)
+    }
+
+    /// How many of the first channels both sides know before.
+    pub fn given(&self) -> usize {
+        self.given
     }
 
     /// Order in which the channels are coded; silent ones are not in it.
@@ -141,7 +157,7 @@ impl LevelTables {
 
     /// Silent channels, in the order of their numbers.
     pub fn silent(&self) -> impl Iterator<Item = u16> {
-        (0u16..).zip(&self.coded).filter(|(_, coded)| !**coded).map(|(channel, _)| channel)
+        (0u16..).zip(&self.coded).skip(self.given).filter(|(_, coded)| !**coded).map(|(channel, _)| channel)
     }
 
     /// True if some distribution depends on symbols of `channel`.
@@ -201,10 +217,13 @@ impl LevelTables {
 
 /// Quantisation of one latent channel; see [`ChannelTable`].
 #[derive(Debug, Clone, Copy)]
-struct Step {
-    gain: f32,
-    inverse: f32,
-    median: f32,
+pub struct Step {
+    /// As of [`ChannelTable::gain`].
+    pub gain: f32,
+    /// As of [`ChannelTable::inverse`].
+    pub inverse: f32,
+    /// As of [`ChannelTable::median`].
+    pub median: f32,
 }
 
 impl Step {
@@ -280,6 +299,11 @@ impl<'a> Level<'a> {
             out.extend(plane.iter().map(|&s| step.dequantise(s)));
         }
         Ok(())
+    }
+
+    /// The quality's own quantisers, by channel.
+    pub fn quantisers(&self) -> impl Iterator<Item = Step> {
+        self.steps.iter().copied()
     }
 
     /// What a symbol of zero stands for.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use isthmus_codec::Quality;
 use isthmus_trainer::photos::Set;
 
 use crate::lr_range;
@@ -88,6 +89,14 @@ pub enum Command {
     },
     /// Write a bundle anew without what is never used: latent channels that are empty on all training crops are no longer coded.
     Silence(NewBundle),
+    /// Write a bundle anew with progressive bitstreams: level 1, then refinements, of which any number can be left out.
+    Refine {
+        #[command(flatten)]
+        from: NewBundle,
+        /// Qualities that the refinements go towards, rising.
+        #[arg(long, value_delimiter = ',', default_value = "3,5.5")]
+        towards: Vec<Quality>,
+    },
     /// Compare a bundle with WebP, JPEG, AVIF and other bundles on folders of photos, in this process.
     Evaluate {
         /// Bundle folder.
@@ -111,6 +120,9 @@ pub enum Command {
         /// Also what the first parts of this level's bitstreams are worth.
         #[arg(long, value_name = "LEVEL")]
         prefixes: Option<u8>,
+        /// Also what every beginning of a progressive bitstream is worth, and where streams end that stop once the answer is certain.
+        #[arg(long)]
+        progressive: bool,
         /// Qualities from one level to the next: 1 for the levels alone, 2 with those halfway.
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
         each_level: u8,

@@ -78,35 +78,50 @@ pub fn fit(run: &Run, tables: &Tables, shape: LatentShape, pack: &Pack, crops: u
 }
 
 /// The symbols of one level, crop by crop.
-struct Seen {
+pub(crate) struct Seen {
     symbols: Vec<Vec<i32>>,
     fields: Vec<Field>,
     shape: LatentShape,
 }
 
 impl Seen {
+    /// None yet.
+    pub(crate) fn new(shape: LatentShape) -> Self {
+        Self { symbols: Vec::new(), fields: Vec::new(), shape }
+    }
+
     /// Symbols of one channel, crop after crop.
     fn channel(&self, channel: usize) -> impl Iterator<Item = i32> {
         let positions = self.shape.positions();
         self.symbols.iter().flat_map(move |s| &s[channel * positions..][..positions]).copied()
     }
+
+    /// Adds a crop's.
+    pub(crate) fn note(&mut self, symbols: Vec<i32>) {
+        let mut field = Field::new(self.shape, |_| true);
+        for (channel, plane) in (0..self.shape.channels).zip(symbols.chunks_exact(self.shape.positions())) {
+            field.note(channel, plane);
+        }
+        self.symbols.push(symbols);
+        self.fields.push(field);
+    }
+
+    /// These channels with their mean magnitudes, the busiest first.
+    pub(crate) fn busiest(&self, channels: std::ops::Range<u16>) -> Vec<(u16, f64)> {
+        let count = (self.symbols.len() * self.shape.positions()) as f64;
+        let busy = |c: u16| self.channel(c.into()).map(|s| f64::from(s.unsigned_abs())).sum::<f64>() / count;
+        let mut order: Vec<(u16, f64)> = channels.map(|c| (c, busy(c))).collect();
+        order.sort_by(|a, b| b.1.total_cmp(&a.1));
+        order
+    }
 }
 
 fn fit_level(level: &LevelTables, latents: &[f32], shape: LatentShape, seed: u64) -> Result<LevelTables, TrainError> {
-    let mut seen = Seen { symbols: Vec::new(), fields: Vec::new(), shape };
+    let mut seen = Seen::new(shape);
     for latent in latents.chunks_exact(shape.symbols()) {
-        let symbols = level.quantise(latent, shape)?;
-        let mut field = Field::new(shape, |_| true);
-        for (channel, plane) in (0..shape.channels).zip(symbols.chunks_exact(shape.positions())) {
-            field.note(channel, plane);
-        }
-        seen.symbols.push(symbols);
-        seen.fields.push(field);
+        seen.note(level.quantise(latent, shape)?);
     }
-    let count = (seen.symbols.len() * shape.positions()) as f64;
-    let busy = |c: usize| seen.channel(c).map(|s| f64::from(s.unsigned_abs())).sum::<f64>() / count;
-    let mut order: Vec<(u16, f64)> = (0..shape.channels).map(|c| (c, busy(c.into()))).collect();
-    order.sort_by(|a, b| b.1.total_cmp(&a.1));
+    let order = seen.busiest(0..shape.channels);
     let mut channels = level.channels.clone();
     let mut earlier: Vec<u16> = Vec::new();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -117,6 +132,15 @@ fn fit_level(level: &LevelTables, latents: &[f32], shape: LatentShape, seed: u64
         earlier.push(c);
     }
     Ok(LevelTables::in_order(channels, order.into_iter().map(|(c, _)| c).collect())?)
+}
+
+/// Contexts of a channel that read itself and `earlier` ones; without any if it is hardly ever `busy`.
+pub(crate) fn fit_if_busy(seen: &Seen, (channel, busy): (u16, f64), earlier: &[u16], rng: &mut impl Rng) -> Result<Contexts, TrainError> {
+    if busy >= LIVE {
+        return fit_channel(seen, channel, earlier, rng);
+    }
+    let all = Histogram::of(seen.channel(channel.into()));
+    Ok(Contexts::none(all.smoothed(&all)?))
 }
 
 fn fit_channel(seen: &Seen, channel: u16, earlier: &[u16], rng: &mut impl Rng) -> Result<Contexts, TrainError> {

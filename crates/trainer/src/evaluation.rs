@@ -15,6 +15,8 @@ pub struct Rivals<'a> {
     pub bundles: &'a [PathBuf],
     /// The level whose bitstreams' first parts are compared.
     pub prefixes: Option<u8>,
+    /// Whether progressive bitstreams are compared.
+    pub progressive: bool,
     /// Codecs and qualities.
     pub plan: compare::Plan,
 }
@@ -41,6 +43,9 @@ pub fn run(
             let mut comparison = compare::run(set, &mut encoder, &mut backend, &rivals.plan).await?;
             if let Some(level) = rivals.prefixes {
                 compare::add_prefixes(&mut comparison, set, &mut encoder, &mut backend, level).await?;
+            }
+            if rivals.progressive {
+                compare::add_progressive(&mut comparison, set, &mut encoder, &mut backend).await?;
             }
             for folder in rivals.bundles {
                 for version in edge_client::bundle_versions(folder)?.into_iter().rev() {

@@ -160,6 +160,7 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
         name: r.name.clone(),
         version: origin.version.into(),
         tables: TABLES.into(),
+        refinements: None,
         files: hashes(&files),
         input: Input { size: side, resize: Resize::CenterBicubic, mean: 127.0, scale: 128.0 },
         latent,

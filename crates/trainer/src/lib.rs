@@ -27,6 +27,8 @@ mod progress;
 pub mod quick;
 pub mod rcc;
 pub mod recipe;
+pub mod refine;
+mod remake;
 pub mod silence;
 pub mod wake;
 

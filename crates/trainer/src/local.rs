@@ -88,6 +88,7 @@ impl Local {
                 self.backbone.tail(&self.decoder.forward(&x), self.split)
             }
             Payload::Features(_) => return Err(TrainError::data("features", "are not evaluated here")),
+            Payload::Refinement(_) => return Err(TrainError::data("refinements", "are evaluated with what they refine")),
             Payload::Image(bytes) => {
                 let side = i64::from(self.bundle.manifest.input.size);
                 let mut pixels = Vec::new();

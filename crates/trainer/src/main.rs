@@ -18,7 +18,9 @@ use isthmus_trainer::history::History;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
-use isthmus_trainer::{adapt, blueprint, contexts, crops, curves, domain, evaluation, export, gain, import, local, own, quick, silence};
+use isthmus_trainer::{
+    adapt, blueprint, contexts, crops, curves, domain, evaluation, export, gain, import, local, own, quick, refine, silence,
+};
 use tch::Device;
 
 /// Side of the evaluation crops: that of the Lite0 teacher.
@@ -72,6 +74,11 @@ fn run(cli: Cli) -> Result<()> {
             println!("{} {} written to {}", manifest.name, manifest.version, out.display());
             Ok(())
         }
+        Command::Refine { from: NewBundle { ref bundle, ref out, ref version }, ref towards } => {
+            let manifest = refine::bundle(bundle, towards, &Pack::open(&cli.data.join("train.pack"))?, version, out)?;
+            println!("{} {} written to {}", manifest.name, manifest.version, out.display());
+            Ok(())
+        }
         Command::Graph { ref encoder, ref out } => {
             let kind = EncoderKind::from_name(encoder)
                 .with_context(|| format!("encoder {encoder:?} is unknown: use patch-stem or frankensplit"))?;
@@ -120,9 +127,20 @@ fn run(cli: Cli) -> Result<()> {
             println!("{train} crops in {}, {held_out} in its folder held-out", out.display());
             Ok(())
         }
-        Command::Evaluate { ref bundle, ref backbones, ref backbone, ref photos, ref rival, no_codecs, prefixes, each_level, ref out } => {
+        Command::Evaluate {
+            ref bundle,
+            ref backbones,
+            ref backbone,
+            ref photos,
+            ref rival,
+            no_codecs,
+            prefixes,
+            progressive,
+            each_level,
+            ref out,
+        } => {
             let plan = if no_codecs { compare::Plan::ours(each_level) } else { compare::Plan { each_level, ..compare::Plan::default() } };
-            let rivals = evaluation::Rivals { bundles: rival, prefixes, plan };
+            let rivals = evaluation::Rivals { bundles: rival, prefixes, progressive, plan };
             evaluation::run(bundle, (backbones, backbone.as_deref()), photos, &rivals, out)?;
             println!("results in {}", out.display());
             Ok(())

@@ -1,21 +1,13 @@
 //! Latent channels that are empty on all training crops: they are left out of the coding order, so that neither side spends time on them.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use isthmus_codec::bundle::MANIFEST;
 use isthmus_codec::manifest::Manifest;
 use isthmus_codec::{BundleHash, LatentShape, Quality, Tables, container};
-use isthmus_nets::weights::Weights;
-use isthmus_nets::{Encoder, EncoderKind};
-use tch::{Device, nn};
 
-use crate::augment::Augment;
-use crate::contexts::{self, CROPS};
 use crate::error::TrainError;
-use crate::export;
-use crate::loader::Plan;
 use crate::pack::Pack;
+use crate::remake::Remake;
 
 /// Silences, level by level, the channels without a symbol other than zero in all of `latents` (one after the other), at the level's own quality and at the
 /// finest that is coded with its tables.
@@ -42,37 +34,19 @@ pub fn silence(tables: Tables, latents: &[f32], shape: LatentShape) -> Result<Ta
     Ok(Tables { levels: levels.collect::<Result<_, _>>()? })
 }
 
-/// Writes the bundle of `folder` into `out` with its empty channels silent, as about [`CROPS`] crops of `pack` show them; all else stays.
+/// Writes the bundle of `folder` into `out` with its empty channels silent, as about [`crate::contexts::CROPS`] crops of `pack` show them; all else stays.
 ///
 /// # Errors
 /// If a file cannot be read or written, or crops cannot be made.
 pub fn bundle(folder: &Path, pack: &Pack, version: &str, out: &Path) -> Result<Manifest, TrainError> {
-    let _frozen = tch::no_grad_guard();
-    let old = isthmus_codec::folder::open(folder, |_| true, &isthmus_codec::Trust::all())?;
-    let mut manifest = old.manifest.clone();
-    let kind = EncoderKind::from_name(&manifest.encoder.kind)
-        .ok_or_else(|| TrainError::data(MANIFEST, format!("encoder {} is unknown", manifest.encoder.kind)))?;
-    let vs = nn::VarStore::new(Device::Cpu);
-    let encoder = Encoder::new(&vs.root(), kind);
-    Weights::from_safetensors(old.file(&manifest.encoder.weights)?, &manifest.encoder.weights, Device::Cpu)?.copy_to(&vs)?;
-    let levels = old.tables.levels.len() as i64;
-    let plan = Plan { batch: contexts::BATCH, side: manifest.input.size, levels, augment: Augment::default(), seed: 0 };
-    let mut latents = contexts::latents(&encoder, Device::Cpu, &plan, pack, CROPS)?;
+    let mut remake = Remake::open(folder, pack)?;
+    let manifest = &remake.manifest;
     // the golden input stays what it was: its answers are the decoders'
-    latents.extend(export::values(&encoder.forward(&export::golden_input(plan.side, Device::Cpu)?))?);
-    let tables = silence(old.tables.clone(), &latents, manifest.latent)?;
-
-    let (header, symbols) = old.golden_symbols()?;
-    let unbound = BundleHash([0; 32]);
-    let golden = container::encode(&symbols, header.quality, &unbound, manifest.latent, &tables)?;
-    let mut files = BTreeMap::new();
-    for name in manifest.files.keys() {
-        files.insert(name.clone(), old.file(name)?.to_vec());
-    }
-    files.insert(manifest.tables.clone(), tables.to_bytes());
-    files.insert(manifest.golden.container.clone(), golden);
-    manifest.version = version.into();
-    manifest.files = export::hashes(&files);
-    export::write(out, &manifest, &files)?;
-    Ok(manifest)
+    remake.latents.extend(&remake.golden);
+    let tables = silence(remake.old.tables.clone(), &remake.latents, manifest.latent)?;
+    let (header, symbols) = remake.old.golden_symbols()?;
+    let golden = container::encode(&symbols, header.quality, &BundleHash([0; 32]), manifest.latent, &tables)?;
+    remake.files.insert(manifest.tables.clone(), tables.to_bytes());
+    remake.files.insert(manifest.golden.container.clone(), golden);
+    remake.write(version, out)
 }

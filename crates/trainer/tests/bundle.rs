@@ -79,3 +79,52 @@ fn the_bundle_has_at_least_four_rate_points_over_the_promised_span() {
     assert!(bytes.len() >= 4 && bytes.windows(2).all(|w| w[0] < w[1]), "{bytes:?}");
     assert!(bytes[0] < 1000.0 && bytes[bytes.len() - 1] > 4000.0, "{bytes:?}");
 }
+
+/// Each beginning of a progressive bitstream comes nearer to the latent, at the price of about a level of that quality.
+#[test]
+fn refinements_cost_what_their_levels_cost() {
+    let mut edge = Encoder::new(open_bundle(&isthmus_testkit::bundle()).unwrap(), 1).unwrap();
+    let steps = edge.bundle().refinements.as_ref().expect("the default bundle has refinements").steps().len();
+    let (mut bytes, mut errors, mut level) = (vec![0; steps + 1], vec![0.0; steps + 1], 0);
+    for path in demo_photos() {
+        let photo = isthmus_pixels::decode(&std::fs::read(path).unwrap()).unwrap().network_input(224).unwrap();
+        let latent = edge.latent(&photo).unwrap();
+        let bundle = edge.bundle();
+        level += bundle.encode(&latent, 3).unwrap().len();
+        let mut come = Vec::new();
+        for (n, part) in bundle.encode_progressive(&latent).unwrap().into_iter().enumerate() {
+            come.extend(part);
+            bytes[n] += come.len();
+            let mut decoded = Vec::new();
+            bundle.decode_into(&come, &mut decoded).unwrap();
+            errors[n] += decoded.iter().zip(&latent).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+        }
+    }
+    println!("bytes {bytes:?}, level 3 {level}, squared errors {errors:?}");
+    assert!(bytes.is_sorted() && errors.iter().rev().is_sorted());
+    assert!(bytes[1] as f64 <= 1.1 * level as f64, "the first refinement goes towards level 3");
+}
+
+/// Quantisers of refinements are nested in the level's, and end near the qualities that were asked for.
+#[test]
+fn refinements_are_fitted_to_the_qualities_asked_for() {
+    let bundle = open_bundle(&isthmus_testkit::bundle()).unwrap();
+    let shape = bundle.manifest.latent;
+    let mut edge = Encoder::new(bundle, 1).unwrap();
+    let photos = demo_photos();
+    let latents: Vec<f32> =
+        photos[..4].iter().flat_map(|path| edge.latent(&isthmus_pixels::decode(&std::fs::read(path).unwrap()).unwrap()).unwrap()).collect();
+    let tables = &edge.bundle().tables;
+    let target = isthmus_codec::Quality::from(4);
+    let fitted = isthmus_trainer::refine::fit(tables, &[target], &latents, shape).unwrap();
+    let [step] = fitted.steps() else { panic!("one refinement") };
+    let base = tables.level(1).unwrap();
+    for (((finer, coarser), factor), channel) in step.finer().iter().zip(&base.channels).zip(step.factors()).zip(0u16..) {
+        assert_eq!(factor % 2, 1);
+        if base.is_coded(channel) {
+            let nested = coarser.gain * f32::from(*factor);
+            assert!((finer.gain - nested).abs() <= 1e-5 * nested, "channel {channel}");
+        }
+    }
+    assert!(isthmus_trainer::refine::fit(tables, &[isthmus_codec::Quality::from(9)], &latents, shape).is_err());
+}

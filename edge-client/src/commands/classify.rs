@@ -17,7 +17,7 @@ pub async fn run(files: &[PathBuf], server: &ServerArgs, encoding: &EncodingArgs
     if let Some(newest) = encoder.take() {
         encoder = Some(super::served(newest, &mut client, encoding, ask.deadline).await?);
     }
-    let options = InferOptions { model: ask.model.clone(), top_k: ask.top_k, logits: false, deadline: ask.deadline };
+    let options = InferOptions { model: ask.model.clone(), top_k: ask.top_k, deadline: ask.deadline, ..InferOptions::default() };
     let mut printer = Printer::new(ask.json, files.len() as u64);
     for path in files {
         let name = path.display().to_string();

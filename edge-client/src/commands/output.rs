@@ -17,6 +17,9 @@ pub struct Line {
     pub error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quality: Option<Quality>,
+    /// Refinements that were sent, with --progressive.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refinements: Option<usize>,
     /// What --policy auto chose.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub choice: Option<String>,

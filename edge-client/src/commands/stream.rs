@@ -1,16 +1,17 @@
 //! `stream`: the photos of a folder over one bidirectional stream, at a steady rate.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use edge_client::stream::{Receiver, Sender, open};
-use edge_client::{Client, ClientError, EncodeTiming, InferOptions, Payload};
+use edge_client::{Client, ClientError, EncodeTiming, Encoder, InferOptions, Payload};
 
 use isthmus_codec::Quality;
+use isthmus_codec::progressive::BASE;
 use isthmus_proto::offload_v1::InferResponse;
 use tokio::task::JoinSet;
 use tonic::Status;
@@ -26,8 +27,13 @@ pub struct Pace {
 
 struct Sent {
     file: String,
+    /// What has been sent of it.
     container: Bytes,
     quality: Quality,
+    /// Refinements that may follow.
+    rest: VecDeque<Vec<u8>>,
+    /// Refinements that have been sent, of a progressive bitstream.
+    refinements: Option<usize>,
     timing: EncodeTiming,
     at: Instant,
 }
@@ -101,13 +107,62 @@ pub fn ticks(fps: f64) -> Result<tokio::time::Interval> {
     Ok(tick)
 }
 
-pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &EncodingArgs, ask: &AskArgs) -> Result<bool> {
+/// Encodes one photo; as a progressive bitstream, of which the beginning is to be sent, if a `certainty` is asked for.
+fn encode(encoder: &mut Encoder, path: &Path, quality: Quality, certainty: Option<f32>) -> Result<Sent, ClientError> {
+    let read = super::read(path)?;
+    let (file, at) = (path.display().to_string(), Instant::now());
+    if certainty.is_none() {
+        let encoded = encoder.encode(&read, quality)?;
+        let (container, quality, timing) = (encoded.container.into(), encoded.quality, encoded.timing);
+        return Ok(Sent { file, container, quality, rest: VecDeque::new(), refinements: None, timing, at });
+    }
+    let encoded = encoder.encode_progressive(&read)?;
+    let mut rest = VecDeque::from(encoded.parts);
+    let container = rest.pop_front().unwrap_or_default().into();
+    Ok(Sent { file, container, quality: BASE.into(), rest, refinements: Some(0), timing: encoded.timing, at })
+}
+
+/// Sends what an answer of this id wants more of a photo, if there is more; true if it was sent.
+async fn refine(sender: Option<&mut Sender>, id: u64, sent: &mut Sent, limit: Duration) -> Result<bool, ClientError> {
+    let Some(sender) = sender.filter(|_| sent.at.elapsed() < limit) else { return Ok(false) };
+    let Some(part) = sent.rest.pop_front() else { return Ok(false) };
+    sent.container = [&sent.container[..], &part].concat().into();
+    sent.refinements = sent.refinements.map(|n| n + 1);
+    sender.refine(id, part.into()).await?;
+    Ok(true)
+}
+
+/// True for a refinement of what the server no longer keeps.
+fn is_forgotten(error: &ClientError, sent: &Sent) -> bool {
+    let gone = |status: &Status| status.code() == tonic::Code::FailedPrecondition && status.message().contains("to be refined");
+    sent.refinements.is_some_and(|n| n > 0) && matches!(error, ClientError::Server(status) if gone(status))
+}
+
+pub async fn run(
+    folder: &Path,
+    pace: &Pace,
+    server: &ServerArgs,
+    encoding: &EncodingArgs,
+    certainty: Option<f32>,
+    ask: &AskArgs,
+) -> Result<bool> {
     let mut tick = ticks(pace.fps)?;
     let files = photos(folder)?;
     let newest = super::encoder(encoding)?;
     let mut client = Client::connect_any(&super::endpoints(server)?).await?;
     let (mut encoder, quality) = super::served(newest, &mut client, encoding, ask.deadline).await?;
-    let options = InferOptions { model: ask.model.clone(), top_k: ask.top_k, logits: false, deadline: ask.deadline };
+    if certainty.is_some() && encoder.bundle().refinements.is_none() {
+        let manifest = &encoder.bundle().manifest;
+        bail!("bundle {} {} has no refinements: --progressive needs a bundle of `trainer refine`", manifest.name, manifest.version);
+    }
+    let certainty_wanted = certainty.unwrap_or_default();
+    let options = InferOptions {
+        model: ask.model.clone(),
+        top_k: ask.top_k,
+        deadline: ask.deadline,
+        certainty: certainty_wanted,
+        ..InferOptions::default()
+    };
     let (sender, mut receiver) = open(&mut client, pace.window, options.clone()).await?;
     let mut sender = Some(sender);
     let mut ending = false;
@@ -125,17 +180,18 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
         tokio::select! {
             _ = tick.tick(), if sender.is_some() && receiver.pending() < pace.window.max(1) => {
                 let Some(path) = queue.next() else {
-                    sender = None; // half-close: the answers under way still come
+                    // half-close: the answers under way still come; but they may want more
+                    if certainty.is_none() || under_way.is_empty() {
+                        sender = None;
+                    }
                     ending = true;
                     continue;
                 };
                 let name = path.display().to_string();
-                let encoded = super::read(path).and_then(|file| encoder.encode(&file, quality));
-                match (encoded, sender.as_mut()) {
+                match (encode(&mut encoder, path, quality, certainty), sender.as_mut()) {
                     (Ok(encoded), Some(open)) => {
-                        let container = Bytes::from(encoded.container);
-                        let sent = Sent { file: name, container: container.clone(), quality: encoded.quality, timing: encoded.timing, at: Instant::now() };
-                        match open.send(Payload::Bitstream(container)).await {
+                        let sent = Sent { at: Instant::now(), ..encoded };
+                        match open.send(Payload::Bitstream(sent.container.clone())).await {
                             Ok(id) => {
                                 under_way.insert(id, sent);
                             }
@@ -158,8 +214,28 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
             // once the stream has ended, only those are awaited
             answer = receiver.next(), if !ended => match answer {
                 Ok(Some(answer)) => {
-                    let Some(sent) = under_way.remove(&answer.id) else { continue };
+                    let id = answer.id;
+                    let Some(mut sent) = under_way.remove(&id) else { continue };
                     match answer.result.map_err(ClientError::from) {
+                        Ok(response) if response.wants_more => match refine(sender.as_mut(), id, &mut sent, options.deadline).await {
+                            Ok(true) => drop(under_way.insert(id, sent)),
+                            Ok(false) => print(&mut printer, sent, Ok(response))?,
+                            // the receiving half tells why the stream has ended; what was sent of it is sent again
+                            Err(_) => {
+                                under_way.insert(UNSENT, sent);
+                                sender = None;
+                            }
+                        },
+                        Err(error) if is_forgotten(&error, &sent) && sender.is_some() => {
+                            let Some(open) = sender.as_mut() else { continue };
+                            match open.send(Payload::Bitstream(sent.container.clone())).await {
+                                Ok(again) => drop(under_way.insert(again, sent)),
+                                Err(_) => {
+                                    under_way.insert(UNSENT, sent);
+                                    sender = None;
+                                }
+                            }
+                        }
                         Err(error) if error.is_transient() && client.has_others() && refused.len() < pace.window => {
                             // ids begin anew with each stream
                             let id = refusals;
@@ -170,6 +246,9 @@ pub async fn run(folder: &Path, pace: &Pace, server: &ServerArgs, encoding: &Enc
                             refused.insert(id, sent);
                         }
                         result => print(&mut printer, sent, result)?,
+                    }
+                    if ending && under_way.is_empty() {
+                        sender = None;
                     }
                 }
                 Ok(None) if under_way.is_empty() && ending => ended = true,
@@ -228,7 +307,11 @@ fn give_up(printer: &mut Printer, photos: impl Iterator<Item = Sent>, error: &Cl
 
 fn print(printer: &mut Printer, sent: Sent, answer: Result<InferResponse, ClientError>) -> Result<()> {
     let line = match answer {
-        Ok(response) => Line::answered(sent.file, Some(sent.quality), sent.container.len(), Some(sent.timing), sent.at.elapsed(), response),
+        Ok(response) => {
+            let (bytes, refinements) = (sent.container.len(), sent.refinements);
+            let line = Line::answered(sent.file, Some(sent.quality), bytes, Some(sent.timing), sent.at.elapsed(), response);
+            Line { refinements, ..line }
+        }
         Err(error) => Line::failed(sent.file, &error),
     };
     Ok(printer.print(&line)?)

@@ -3,7 +3,8 @@
 use std::sync::OnceLock;
 
 use isthmus_codec::{
-    BundleHash, ChannelTable, Container, Contexts, Distribution, LatentShape, LevelTables, Predictor, Tables, Tap, coder, pmf,
+    BundleHash, ChannelTable, Container, Contexts, Distribution, LatentShape, LevelTables, Predictor, Progressive, Refinement, Refinements,
+    Tables, Tap, coder, pmf,
 };
 
 use isthmus_federate::train::Model;
@@ -17,10 +18,12 @@ use prost::Message;
 pub type Target = fn(&[u8]);
 
 /// Name and function of every target.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 14] = [
     ("container", container),
     ("payload", payload),
+    ("progressive", progressive),
     ("tables", tables),
+    ("refinements", refinements),
     ("manifest", manifest),
     ("image", image),
     ("avif", avif),
@@ -50,6 +53,20 @@ fn small_tables() -> &'static Tables {
         };
         let level = |channels| LevelTables::new(channels).expect("a level");
         Tables { levels: vec![level((0..4).map(|_| channel()).collect()), level((0..4).map(dependent).collect())] }
+    })
+}
+
+/// Two refinements of the first of [`small_tables`].
+fn small_refinements() -> &'static Refinements {
+    static REFINEMENTS: OnceLock<Refinements> = OnceLock::new();
+    REFINEMENTS.get_or_init(|| {
+        let known = || small_tables().levels[0].channels.iter().cloned();
+        let step = |factors: [u16; 4], order: Vec<u16>| {
+            let channels = known().chain(known()).collect();
+            let tables = LevelTables::with_given(channels, order, 4).expect("tables");
+            Refinement::new(factors.to_vec(), tables).expect("a refinement")
+        };
+        Refinements::new(vec![step([3, 1, 5, 3], vec![4, 6, 7]), step([3, 3, 1, 255], vec![7, 5, 4])]).expect("refinements")
     })
 }
 
@@ -123,6 +140,31 @@ pub fn payload(data: &[u8]) {
             let again = coder::encode(&symbols, level, SHAPE).expect("decoded symbols are codable");
             assert_eq!(coder::decode(&again, level, SHAPE).as_deref(), Ok(symbols.as_slice()));
         }
+    }
+}
+
+/// Progressive bitstreams, and payloads of refinements behind sound checksums.
+pub fn progressive(data: &[u8]) {
+    let (tables, refinements) = (small_tables(), small_refinements());
+    if let Ok(parsed) = Progressive::parse(data) {
+        let mut out = Vec::new();
+        if parsed.decode_into(&BundleHash([0; 32]), SHAPE, (tables, Some(refinements)), &mut out).is_ok() {
+            assert_eq!(out.len(), SHAPE.symbols());
+        }
+    }
+    let mut symbols: Vec<i32> = (0..SHAPE.symbols() as i32).map(|i| i % 5 - 2).collect();
+    for step in refinements.steps() {
+        let Ok(finer) = step.decode(data, &symbols, SHAPE) else { return };
+        let again = step.encode(&symbols, &finer, SHAPE).expect("decoded symbols are codable");
+        assert_eq!(step.decode(&again, &symbols, SHAPE).as_deref(), Ok(finer.as_slice()));
+        symbols = finer;
+    }
+}
+
+/// Files of refinements.
+pub fn refinements(data: &[u8]) {
+    if let Ok(r) = Refinements::from_bytes(data) {
+        assert_eq!(r.to_bytes(), data);
     }
 }
 

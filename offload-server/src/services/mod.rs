@@ -2,4 +2,5 @@
 
 pub mod inference;
 pub mod offload;
+mod progressive;
 mod stream;

@@ -14,6 +14,7 @@ use isthmus_proto::offload_v1::{
 };
 use tonic::{Request, Response, Status, Streaming};
 
+use super::progressive::{self, Beginnings};
 use super::stream::{self, Answers};
 use crate::ServerError;
 use crate::answering::Kept;
@@ -35,21 +36,32 @@ async fn infer(
     arrived: Instant,
     budget: Duration,
     tenant: &Tenant,
+    beginnings: Option<&Beginnings>,
 ) -> Result<(InferResponse, Option<Places>), ServerError> {
+    let refused = |error: ServerError| {
+        telemetry::answered(Kind::Bitstream, 0, arrived.elapsed(), Some(&error));
+        error
+    };
+    if !(0.0..=1.0).contains(&request.certainty) {
+        return Err(refused(ServerError::Invalid(format!("certainty {}: a probability from 0 to 1", request.certainty))));
+    }
     let (kind, payload) = match request.payload {
         Some(Payload::Bitstream(b)) => (Kind::Bitstream, b),
+        Some(Payload::Refinement(part)) => {
+            let beginnings = beginnings.ok_or_else(|| ServerError::Invalid("refinements need InferStream".into()));
+            (Kind::Bitstream, beginnings.and_then(|b| b.refined(request.id, &part)).map_err(refused)?)
+        }
         Some(Payload::Image(b)) => (Kind::Image, b),
         Some(Payload::Features(f)) => (Kind::Features(FeatureMap { block: f.block, encoding: f.encoding }), f.data),
         None => {
-            let error = ServerError::Invalid("the request has no payload: set bitstream, image or features".into());
-            telemetry::answered(Kind::Bitstream, 0, arrived.elapsed(), Some(&error));
-            return Err(error);
+            return Err(refused(ServerError::Invalid("the request has no payload: set bitstream, image or features".into())));
         }
     };
     let registry = pipeline.repository.current();
+    let begun = beginnings.filter(|_| kind == Kind::Bitstream && request.certainty > 0.0).map(|b| (b, payload.clone()));
     let answer = pipeline
         .infer(
-            Ask { model: &request.model, version: "", kind, payload, arrived, budget, priority: pipeline.priority(0, tenant), tenant },
+            Ask { model: &request.model, version: "", kind, payload, arrived, budget, priority: pipeline.priority(0, tenant)?, tenant },
             None,
         )
         .await
@@ -69,7 +81,13 @@ async fn infer(
     let top_k = if request.top_k == 0 { DEFAULT_TOP_K } else { request.top_k };
     let labels = isthmus_proto::best(&answer.logits, top_k as usize, &answer.labels);
     let logits = if request.logits { answer.logits } else { Vec::new() };
-    let response = InferResponse { id: request.id, model: answer.entry.name.into(), labels, logits, timing: Some(timing) };
+    let uncertain = labels.first().is_some_and(|best| best.score < request.certainty);
+    let begun = begun.filter(|(_, bitstream)| uncertain && progressive::can_be_refined(&registry, bitstream));
+    let wants_more = begun.is_some();
+    if let Some((beginnings, bitstream)) = begun {
+        beginnings.keep(request.id, bitstream);
+    }
+    let response = InferResponse { id: request.id, model: answer.entry.name.into(), labels, logits, timing: Some(timing), wants_more };
     Ok((response, answer.place))
 }
 
@@ -108,7 +126,7 @@ impl OffloadService for Offload {
         let arrived = Instant::now();
         let budget = self.0.budget(grpc_timeout(request.metadata()));
         let (tenant, _held) = (tenants::of(&request)?, receiving::of(&request));
-        let (response, place) = infer(&self.0, request.into_inner(), arrived, budget, &tenant).await?;
+        let (response, place) = infer(&self.0, request.into_inner(), arrived, budget, &tenant, None).await?;
         Ok(Kept::beside(response, place))
     }
 
@@ -116,14 +134,14 @@ impl OffloadService for Offload {
 
     async fn infer_stream(&self, request: Request<Streaming<InferRequest>>) -> Result<Response<Self::InferStreamStream>, Status> {
         let tenant = tenants::of(&request)?;
-        let asking = (self.0.clone(), tenant.clone());
+        let asking = (self.0.clone(), tenant.clone(), Arc::new(Beginnings::default()));
         let answer = move |request: InferRequest| {
-            let (pipeline, tenant) = asking.clone();
+            let (pipeline, tenant, beginnings) = asking.clone();
             let arrived = Instant::now();
             async move {
                 let id = request.id;
                 let asked = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms.into()));
-                let (result, place) = match infer(&pipeline, request, arrived, pipeline.budget(asked), &tenant).await {
+                let (result, place) = match infer(&pipeline, request, arrived, pipeline.budget(asked), &tenant, Some(&beginnings)).await {
                     Ok((response, place)) => (Outcome::Response(response), place),
                     Err(error) => {
                         let (code, retry_pushback_ms) = (error.code() as i32, error.retry_pushback_ms());

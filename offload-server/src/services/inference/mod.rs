@@ -101,6 +101,14 @@ impl Inference {
     }
 }
 
+/// Refuses another repository than the one there is.
+fn the_repository(name: &str) -> Result<(), ServerError> {
+    if name.is_empty() {
+        return Ok(());
+    }
+    Err(ServerError::Invalid("repository_name: there is one repository, which has no name".into()))
+}
+
 #[tonic::async_trait]
 impl GrpcInferenceService for Inference {
     async fn server_live(&self, _: Request<ServerLiveRequest>) -> Result<Response<ServerLiveResponse>, Status> {
@@ -190,9 +198,7 @@ impl GrpcInferenceService for Inference {
     async fn repository_index(&self, request: Request<RepositoryIndexRequest>) -> Result<Response<RepositoryIndexResponse>, Status> {
         let request = request.into_inner();
         let only_ready = request.ready;
-        if !request.repository_name.is_empty() {
-            return Err(ServerError::Invalid("repository_name: there is one repository, which has no name".into()).into());
-        }
+        the_repository(&request.repository_name)?;
         let repository = self.pipeline.clone();
         let listed = tokio::task::spawn_blocking(move || repository.repository.index()).await;
         let listed = listed.map_err(|e| ServerError::Network(e.to_string()))?;
@@ -211,6 +217,7 @@ impl GrpcInferenceService for Inference {
     ) -> Result<Response<RepositoryModelLoadResponse>, Status> {
         let tenant = tenants::of(&request)?;
         let request = request.into_inner();
+        the_repository(&request.repository_name)?;
         if let Some(parameter) = request.parameters.keys().next() {
             let shown: String = parameter.chars().take(64).collect();
             return Err(ServerError::Invalid(format!("parameter {shown:?}: models are loaded as they lie in the repository")).into());
@@ -224,8 +231,9 @@ impl GrpcInferenceService for Inference {
         request: Request<RepositoryModelUnloadRequest>,
     ) -> Result<Response<RepositoryModelUnloadResponse>, Status> {
         let tenant = tenants::of(&request)?;
-        let name = request.into_inner().model_name;
-        self.change(&tenant, move |p| p.repository.unload(&name)).await?;
+        let request = request.into_inner();
+        the_repository(&request.repository_name)?;
+        self.change(&tenant, move |p| p.repository.unload(&request.model_name)).await?;
         Ok(Response::new(RepositoryModelUnloadResponse {}))
     }
 

@@ -128,15 +128,16 @@ enum Wanted {
 }
 
 impl Wanted {
-    /// About as many bytes as it has for each photo; of all classes, at least as many.
+    /// No more bytes than this for each photo.
     fn bytes(&self, labels: &[String]) -> usize {
         /// Length, value and number of a class as text.
-        const AROUND: usize = 15;
+        const AROUND: usize = 4 + "-123456.123456:9999:".len();
         match self {
             Self::Logits => 4 * labels.len(),
             Self::Classes { top_k, .. } => {
-                let all: usize = labels.iter().map(|l| l.len() + AROUND).sum();
-                top_k * (all / labels.len().max(1))
+                let mut names: Vec<usize> = labels.iter().map(String::len).collect();
+                names.sort_unstable_by(|a, b| b.cmp(a));
+                names.iter().take(*top_k).map(|name| name + AROUND).sum()
             }
         }
     }
@@ -179,6 +180,8 @@ fn classes(answer: &Answer, name: &str, top_k: usize) -> Vec<String> {
 
 /// Longest name of a request, which its answer carries.
 const MOST_ID: usize = 4 << 10;
+/// Room for what an answer has beside its values: names, shapes, times.
+const FRAME: usize = 1 << 10;
 
 /// Answers a request; the places are to be held until the answer has been taken. It counts in the statistics of the model that it names.
 ///
@@ -247,20 +250,21 @@ fn read<'a>(
     }
     let asked = number(&request.parameters, "timeout")?.filter(|us| *us > 0).map(Duration::from_micros);
     let budget = pipeline.budget([asked, limit].into_iter().flatten().min());
-    let priority = pipeline.priority(number(&request.parameters, "priority")?.unwrap_or(0), tenant);
+    let priority = pipeline.priority(number(&request.parameters, "priority")?.unwrap_or(0), tenant)?;
     let outputs = wanted(&request.outputs, &request.parameters, registry.labels.len())?;
     let photos = Photos::read(request)?;
     let n = photos.payloads.len();
     // all of them are in flight together, or none has an answer
-    let most = tenant.at_once().min(pipeline.max_in_flight());
+    let most = tenant.at_once().min(pipeline.max_in_flight()).min(pipeline.max_queue);
     if n > most {
         return Err(invalid(format!("{n} photos; this tenant may have {most} in flight: send fewer in a request")));
     }
-    let least = n * outputs.iter().map(|output| output.bytes(&registry.labels)).sum::<usize>();
-    if least > pipeline.max_response_bytes {
+    // before they are computed: an answer that is too large is nobody's
+    let size = n * outputs.iter().map(|output| output.bytes(&registry.labels)).sum::<usize>() + request.id.len() + FRAME;
+    if size > pipeline.max_response_bytes {
         let most = pipeline.max_response_bytes;
         return Err(invalid(format!(
-            "the answer would have some {least} bytes, this server sends at most {most}: ask for fewer photos or classes"
+            "the answer would have some {size} bytes, this server sends at most {most}: ask for fewer photos or classes"
         )));
     }
     let (model, version) = (request.model_name.as_str(), request.model_version.as_str());
