@@ -29,7 +29,7 @@ const STALL_LATE: f64 = 8.0;
 /// Batches of other models that a busy one expects beyond its turns: what it lets in waits while theirs fill (decision 0019).
 const MORE: u32 = 2;
 /// One hopeless request in this time is let in.
-const PROBE: Duration = Duration::from_secs(1);
+const PROBE: Duration = Duration::from_millis(250);
 /// Share of a request's time that is left over by prediction.
 const MARGIN: f64 = 0.05;
 /// Bounds of when those that were refused may come again.
@@ -123,6 +123,8 @@ impl Pending<'_> {
         if let Some(item) = self.batcher.pool.cancel(self.ticket) {
             telemetry::waiting(self.batcher.name, -1.0);
             gone(self.batcher.name, &item);
+        } else {
+            telemetry::dropped("late");
         }
         Err(ServerError::Deadline("waiting for the network or in it"))
     }
@@ -452,6 +454,20 @@ mod tests {
         assert!(after(true, &[4.0, 4.0, 4.0]) > 3.5, "three late batches");
         assert!(after(true, &[100.0]) < 4.6);
         assert!(after(true, &[4.0, 1.0, 1.0, 1.0]) < 1.2, "forgotten as fast");
+    }
+
+    #[test]
+    fn what_the_network_cannot_have_done_in_time_is_refused_but_now_and_then() {
+        let batcher = batcher(0, 8);
+        let admit = |left: Duration| batcher.admit(Stage::Pixels, Instant::now() + left, 0, &everybody()).map(drop);
+        let (short, long) = (Duration::from_micros(200), Duration::from_secs(1));
+        assert!(admit(short).is_ok(), "the prediction of a millisecond may be wrong");
+        for _ in 0..3 {
+            assert!(matches!(admit(short), Err(ServerError::Hopeless { .. })));
+            assert!(admit(long).is_ok());
+        }
+        let error = ServerError::Hopeless { takes: long, left: short };
+        assert_eq!((error.code(), error.retry_pushback_ms()), (tonic::Code::DeadlineExceeded, 0));
     }
 
     #[tokio::test]

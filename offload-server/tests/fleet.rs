@@ -126,6 +126,32 @@ async fn chaos_kill_and_drain_behind_envoy() {
     }
 }
 
+/// What a client's own deadline brings about says nothing of a server.
+#[tokio::test(flavor = "multi_thread")]
+async fn deadlines_of_a_client_eject_no_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    authority.write(folder.path(), &["offload-server", "envoy"]);
+    let tls =
+        format!("tls_cert = {:?}\ntls_key = {:?}\n", folder.path().join("offload-server.pem"), folder.path().join("offload-server.key"));
+    let servers: Vec<Server> = (0..2).map(|_| start(folder.path(), &tls)).collect();
+    let addresses: Vec<_> = servers.iter().map(|s| s.address).collect();
+    let Some(envoy) = Envoy::start(&addresses, folder.path()) else { return };
+    let url = format!("https://localhost:{}", envoy.address.port());
+    let mut client = Client::connect(&Endpoint::new(&url).unwrap().with_ca(authority.pem.into_bytes())).await.unwrap();
+    let (container, _) = sample();
+    assert_healthy(&mut client, &container).await;
+    // the limit goes with the call, as of clients that know their deadline
+    for _ in 0..30 {
+        let request = options().request(0, Payload::Bitstream(container.clone()));
+        let mut request = tonic::Request::new(request);
+        request.set_timeout(Duration::from_millis(7));
+        let _ = client.raw().infer(request).await;
+    }
+    assert_eq!(envoy.statistic("cluster.offload.outlier_detection.ejections_enforced_total"), 0);
+    assert_healthy(&mut client, &container).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn servers_that_are_away_are_found_when_they_come_and_none_at_all_is_an_error() {
     let folder = tempfile::tempdir().unwrap();

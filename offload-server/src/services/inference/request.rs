@@ -175,7 +175,11 @@ fn wanted(outputs: &[InferRequestedOutputTensor], parameters: &Parameters, class
 fn classes(answer: &Answer, name: &str, top_k: usize) -> Vec<String> {
     let best = isthmus_proto::best(&answer.logits, top_k, &answer.labels);
     let value = |l: &isthmus_proto::offload_v1::Label| if name == "labels" { l.score } else { answer.logits[l.index as usize] };
-    best.iter().map(|l| format!("{:.6}:{}:{}", value(l), l.index, l.name)).collect()
+    best.iter().map(|l| class(value(l), l.index, &l.name)).collect()
+}
+
+fn class(value: f32, index: u32, name: &str) -> String {
+    format!("{value:.6}:{index}:{name}")
 }
 
 /// Longest name of a request, which its answer carries.
@@ -300,5 +304,22 @@ fn response(id: String, answers: &[Answer], wanted: &[Wanted]) -> ModelInferResp
         parameters: times.into_iter().flatten().map(|(name, time)| (name.to_owned(), micros(time))).collect(),
         outputs,
         raw_output_contents: raw,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_no_longer_than_was_foreseen() {
+        let labels: Vec<String> = (0..1000).map(|i| "x".repeat(i % 97)).collect();
+        for top_k in [1, 5, 1000] {
+            let mut longest: Vec<String> = labels.iter().map(|name| class(-123_456.78, 999, name)).collect();
+            longest.sort_by_key(|text| std::cmp::Reverse(text.len()));
+            let packed = packed(longest[..top_k].iter().map(String::as_str));
+            let foreseen = Wanted::Classes { name: "logits", top_k }.bytes(&labels);
+            assert!(packed.len() <= foreseen && foreseen <= packed.len() + 4 * top_k, "{} of {foreseen}", packed.len());
+        }
     }
 }
