@@ -250,16 +250,36 @@ impl Batcher {
     fn hopeful(&self, takes: Duration, deadline: Instant) -> Result<(), ServerError> {
         let now = Instant::now();
         let left = deadline.saturating_duration_since(now);
-        if takes <= left {
-            return Ok(());
-        }
-        let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
-        if tried.is_none_or(|last| now.duration_since(last) >= PROBE) {
-            *tried = Some(now);
+        if takes <= left || self.probes(now) {
             return Ok(());
         }
         telemetry::dropped("overload");
         Err(ServerError::Hopeless { takes, left })
+    }
+
+    /// True now and then.
+    fn probes(&self, now: Instant) -> bool {
+        let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = tried.is_none_or(|last| now.duration_since(last) >= PROBE);
+        if due {
+            *tried = Some(now);
+        }
+        due
+    }
+
+    /// Whether the last of `n` requests that come together would be let in: if not, none needs to be begun. Now and then they may try.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub fn would_admit(&self, stage: Stage, n: usize, deadline: Instant, priority: u8, tenant: &Tenant) -> Result<(), ServerError> {
+        let (alone, cost) = self.predicted(stage);
+        let deadline = with_margin(deadline);
+        let asked = Asked { tenant: tenant.index, weight: tenant.weight, priority, deadline, cost, alone };
+        let (before, others) = (cost * n.saturating_sub(1) as u32, self.others());
+        match self.admission.enter(Duration::ZERO, |ahead| self.pool.would_take(&asked, ahead + before, others)) {
+            Err(Refused::Late) if self.probes(Instant::now()) => Ok(()),
+            taken => taken.map(drop).map_err(|why| self.refused(why)),
+        }
     }
 
     /// What other models will compute before an entry that comes now.
@@ -468,6 +488,17 @@ mod tests {
         }
         let error = ServerError::Hopeless { takes: long, left: short };
         assert_eq!((error.code(), error.retry_pushback_ms()), (tonic::Code::DeadlineExceeded, 0));
+    }
+
+    #[test]
+    fn of_many_that_come_together_the_last_one_counts() {
+        let batcher = batcher(0, 100);
+        let (soon, later) = (Duration::from_millis(20), Duration::from_secs(5));
+        let all = |n, left| batcher.would_admit(Stage::Pixels, n, Instant::now() + left, 0, &everybody());
+        assert!(all(60, soon).is_ok(), "the prediction of 60 ms may be wrong");
+        assert!(matches!(all(60, soon), Err(ServerError::Busy { .. })));
+        assert!(all(5, soon).is_ok());
+        assert!(all(60, later).is_ok());
     }
 
     #[tokio::test]

@@ -180,6 +180,16 @@ impl Pipeline {
         Ok(Places { _tenants: tenant.enter(n)?, _all: places, _counted: InFlight::enter(n) })
     }
 
+    /// Whether `n` photos like this one that come together could all be answered in time: if not, none needs to be begun.
+    ///
+    /// # Errors
+    /// [`ServerError::Busy`] if not, [`ServerError::UnknownModel`].
+    pub fn would_admit(&self, ask: &Ask<'_>, n: usize) -> Result<(), ServerError> {
+        let registry = self.repository.current();
+        let entry = registry.model(ask.model, ask.version)?;
+        entry.batcher.would_admit(entry.likely_stage(ask.kind), n, ask.arrived + ask.budget, ask.priority, ask.tenant)
+    }
+
     /// One photo, with metrics. It takes a place for itself unless it comes with others that have theirs ([`Self::enter`]); the request's caller
     /// notes it in the model's statistics.
     ///

@@ -166,6 +166,13 @@ pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Running,
     let background = CancellationToken::new();
     tokio::spawn(isthmus_listen::admin::upkeep(metrics.clone(), background.clone()));
     let tenants = Tenants::new(&config.tenants, Capacity::of(&config))?;
+    let without = if config.tenants.is_empty() { 0 } else { tenants.without_places() };
+    if without > 0 {
+        tracing::warn!(
+            without,
+            "so many tenants have no place of their own: max_in_flight, max_streams and max_received_bytes are small for them"
+        );
+    }
     let pipeline = Arc::new(Pipeline::new(Arc::new(repository), &config, tenants.clone()));
     let draining = pipeline.draining.clone();
     let mut admin_address = None;

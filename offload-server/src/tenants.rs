@@ -237,13 +237,6 @@ impl Tenants {
         }
         let weights: Vec<f64> = configs.iter().map(|c| c.weight.clamp(1e-3, 1e3)).collect();
         let shares = capacity.all().map(|all| Places::divide(all, &weights));
-        let without = (0..configs.len()).filter(|i| shares.iter().any(|of| of[*i].own.available_permits() == 0)).count();
-        if without > 0 {
-            tracing::warn!(
-                "{without} of {} tenants have no place of their own: max_in_flight, max_streams and max_received_bytes are small for so many",
-                configs.len()
-            );
-        }
         for (i, config) in configs.iter().enumerate() {
             let places = shares.each_ref().map(|of| of[i].clone());
             let name = &config.name;
@@ -286,6 +279,12 @@ impl Tenants {
         let everybody = || Arc::new(Tenant::new(0, &everybody, capacity.all().map(shared)));
         let anonymous = configs.is_empty().then(everybody);
         Ok(Self { tokens: Arc::new(tokens), certificates: Arc::new(certificates), anonymous })
+    }
+
+    /// Tenants whose share of something is less than one place: nothing is kept for them.
+    pub fn without_places(&self) -> usize {
+        let none = |places: &Places| places.own.available_permits() == 0;
+        self.all().filter(|t| [&t.calls, &t.requests, &t.streams, &t.bytes].into_iter().any(none)).count()
     }
 
     /// All of them, in the order of the configuration.

@@ -215,6 +215,9 @@ async fn attempt(
 ) -> Result<(ModelInferResponse, Places), ServerError> {
     let (outputs, asks) =
         read(pipeline, &mut request, arrived, limit, tenant).inspect_err(|error| telemetry::refused(error, Some(tenant)))?;
+    if let [first, _, ..] = &asks[..] {
+        pipeline.would_admit(first, asks.len()).inspect_err(|error| telemetry::refused(error, Some(tenant)))?;
+    }
     // places and quotas for all of them at once: one by one, those that got theirs would be computed in vain whenever another did not
     let places = pipeline.enter(tenant, asks.len()).inspect_err(|error| telemetry::refused(error, Some(tenant)))?;
     let numbered = asks.into_iter().enumerate().map(async |(i, ask)| Ok::<_, ServerError>((i, pipeline.infer(ask, Some(&places)).await?)));
