@@ -167,8 +167,13 @@ def main():
 
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = [pool.submit(one, seed, *variant) for seed in range(1, args.seeds + 1) for variant in wanted]
-        for run in runs:
-            run.result()
+        try:
+            for run in runs:
+                run.result()
+        except BaseException:
+            # what is queued would take hours
+            pool.shutdown(cancel_futures=True)
+            raise
     table(args, results)
 
 

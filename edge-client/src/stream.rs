@@ -82,35 +82,44 @@ impl Sender {
     /// [`ClientError::Deadline`] if no answer frees a place in time, [`ClientError::Server`] if the
     /// stream has ended.
     pub async fn send(&mut self, payload: Payload) -> Result<u64, ClientError> {
-        let place = self.place().await?;
         let id = self.next;
         self.next += 1;
-        self.under_way(id, place);
-        self.requests.send(self.options.request(id, payload)).await.map_err(|_| ended())?;
+        self.request(id, None, payload).await?;
         Ok(id)
     }
 
-    /// Sends the next refinement of the progressive bitstream whose answer, of this id, wanted more. The answer to come has the same id.
+    /// As [`Self::send`] a photo whose time limit began at `since`.
     ///
     /// # Errors
     /// As [`Self::send`].
-    pub async fn refine(&mut self, id: u64, refinement: Bytes) -> Result<(), ClientError> {
-        let place = self.place().await?;
-        self.under_way(id, place);
-        self.requests.send(self.options.request(id, Payload::Refinement(refinement))).await.map_err(|_| ended())
+    pub async fn send_since(&mut self, since: Instant, payload: Payload) -> Result<u64, ClientError> {
+        let id = self.next;
+        self.next += 1;
+        self.request(id, Some(since), payload).await?;
+        Ok(id)
     }
 
-    async fn place(&self) -> Result<OwnedSemaphorePermit, ClientError> {
+    /// Sends the next refinement of the progressive bitstream whose answer, of this id, wanted more, and whose time limit began at `since`. The answer to come has
+    /// the same id.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub async fn refine(&mut self, id: u64, since: Instant, refinement: Bytes) -> Result<(), ClientError> {
+        self.request(id, Some(since), Payload::Refinement(refinement)).await
+    }
+
+    async fn request(&mut self, id: u64, since: Option<Instant>, payload: Payload) -> Result<(), ClientError> {
         let deadline = self.options.deadline;
         let place = tokio::time::timeout(deadline, self.window.clone().acquire_owned());
-        place.await.map_err(|_| ClientError::Deadline(deadline))?.map_err(|_| ended())
-    }
-
-    fn under_way(&self, id: u64, place: OwnedSemaphorePermit) {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner).insert(id, (Instant::now(), place));
+        let place = place.await.map_err(|_| ClientError::Deadline(deadline))?.map_err(|_| ended())?;
+        let passed = since.map_or(Duration::ZERO, |since| since.elapsed());
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).insert(id, (since.unwrap_or_else(Instant::now), place));
         if let Some(retries) = &self.retries {
             retries.first();
         }
+        // no limit at all would be the server's
+        let left = InferOptions { deadline: deadline.saturating_sub(passed).max(Duration::from_millis(1)), ..self.options.clone() };
+        self.requests.send(left.request(id, payload)).await.map_err(|_| ended())
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use isthmus_proto::offload_v1::infer_request::Payload;
 use isthmus_proto::offload_v1::infer_stream_response::Result as Outcome;
 use isthmus_proto::offload_v1::offload_service_server::{OffloadService, OffloadServiceServer};
 use isthmus_proto::offload_v1::{DescribeRequest, DescribeResponse, InferError, InferRequest, InferResponse, InferStreamResponse};
@@ -135,5 +136,69 @@ async fn what_a_stream_s_server_refuses_is_asked_of_the_others() {
         assert_eq!(lines.lines().filter(|l| !l.contains("\"error\"")).count(), answered, "{lines}");
         assert_eq!(asked.swap(0, Ordering::Relaxed), answered);
         assert_eq!(output.status.success(), answered == 4);
+    }
+}
+
+/// Answers beginnings with a wish for more, and refinements not at all as it should: it has forgotten what they refine, or is too busy.
+struct Forgets {
+    code: tonic::Code,
+    whole: Arc<AtomicUsize>,
+}
+
+#[tonic::async_trait]
+impl OffloadService for Forgets {
+    type InferStreamStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<InferStreamResponse, Status>> + Send>>;
+
+    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        Ok(Response::new(DescribeResponse::default()))
+    }
+
+    async fn infer(&self, _: Request<InferRequest>) -> Result<Response<InferResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn infer_stream(&self, requests: Request<Streaming<InferRequest>>) -> Result<Response<Self::InferStreamStream>, Status> {
+        let (code, whole) = (self.code, self.whole.clone());
+        let answers = requests.into_inner().map(move |request| {
+            let request = request?;
+            let result = match request.payload {
+                Some(Payload::Bitstream(bytes)) => {
+                    let refinements = isthmus_codec::Progressive::parse(&bytes).unwrap().refinements();
+                    whole.fetch_add(refinements, Ordering::Relaxed);
+                    Outcome::Response(InferResponse { id: request.id, wants_more: refinements == 0, ..InferResponse::default() })
+                }
+                _ => Outcome::Error(InferError { id: request.id, code: code as i32, ..InferError::default() }),
+            };
+            Ok(InferStreamResponse { result: Some(result) })
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_server_forgot_is_sent_whole_and_an_answer_that_came_is_kept() {
+    for (code, whole) in [(tonic::Code::FailedPrecondition, 2), (tonic::Code::ResourceExhausted, 0)] {
+        let sent_whole = Arc::new(AtomicUsize::new(0));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let incoming = tonic::transport::server::TcpIncoming::from(listener);
+        let service = OffloadServiceServer::new(Forgets { code, whole: sent_whole.clone() });
+        let serving = tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+        let folder = tempfile::tempdir().unwrap();
+        for photo in &demo_photos()[..2] {
+            std::fs::copy(photo, folder.path().join(photo.file_name().unwrap())).unwrap();
+        }
+        let mut command = std::process::Command::new(binary("edge-client"));
+        command
+            .arg("stream")
+            .arg(folder.path())
+            .args(["--progressive", "--fps", "20", "--server", &url, "--json", "--bundle"])
+            .arg(bundle());
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        serving.abort();
+        let lines = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{lines}{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(lines.lines().filter(|l| l.contains("\"refinements\":1")).count(), 2, "{lines}");
+        assert_eq!(sent_whole.load(Ordering::Relaxed), whole, "{code:?}");
     }
 }

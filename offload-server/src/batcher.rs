@@ -150,6 +150,10 @@ pub struct Batcher {
     costs: Arc<Vec<(Stage, Duration)>>,
     /// When one was let in last that would be late by prediction.
     tried: Mutex<Option<Instant>>,
+    /// The same of many that came together.
+    tried_many: Mutex<Option<Instant>>,
+    /// Copies of the network.
+    workers: usize,
 }
 
 /// The cores, and the pool as others see it there.
@@ -204,6 +208,7 @@ impl Batcher {
         let pace = Arc::new(Mutex::new(Pace { alone: serving.factor, each: serving.factor }));
         let costs = Arc::new(serving.costs.clone());
         let largest = serving.limits.max_batch;
+        let copies = runners.len().max(1);
         let on_cpu = runners.iter().any(|(_, instance)| instance.device == Device::Cpu);
         let workers = runners.into_iter().map(|(runner, instance)| {
             let (pace, costs, statistics) = (pace.clone(), costs.clone(), statistics.clone());
@@ -229,57 +234,64 @@ impl Batcher {
             pace: pace.clone(),
             costs: costs.clone(),
             tried: Mutex::default(),
+            tried_many: Mutex::default(),
+            workers: copies,
         })
     }
 
-    /// Lets a request in, before its payload is decoded, that would enter at `stage` and must leave the network by `deadline`.
+    /// Lets a request in, before its payload is decoded, that would enter at `stage` and must leave the network by `deadline`; the time that decoding will
+    /// take, other requests' before it included, is `decoding`.
     ///
     /// # Errors
-    /// As [`Self::submit`].
-    pub fn admit(&self, stage: Stage, deadline: Instant, priority: u8, tenant: &Tenant) -> Result<Admitted<'_>, ServerError> {
+    /// As [`Self::submit`], and [`ServerError::Hopeless`].
+    pub fn admit(
+        &self,
+        stage: Stage,
+        (deadline, decoding): (Instant, Duration),
+        priority: u8,
+        tenant: &Tenant,
+    ) -> Result<Admitted<'_>, ServerError> {
         let (alone, cost) = self.predicted(stage);
-        self.hopeful(alone, deadline)?;
-        let deadline = with_margin(deadline);
+        self.hopeful(alone, deadline, &self.tried, Instant::now())?;
+        let deadline = with_margin(deadline.checked_sub(decoding).unwrap_or_else(Instant::now));
         let asked = Asked { tenant: tenant.index, weight: tenant.weight, priority, deadline, cost, alone };
         let others = self.others();
         self.admission.enter(cost, |ahead| self.pool.would_take(&asked, ahead, others)).map_err(|why| self.refused(why))
     }
 
-    /// Refuses what the network cannot have done by its deadline even if it begins at once. Now and then one is let in all the same: the queue takes everything while it is
-    /// idle, so that a wrong prediction is found out, and so it must be here.
-    fn hopeful(&self, takes: Duration, deadline: Instant) -> Result<(), ServerError> {
-        let now = Instant::now();
+    /// Refuses what the network cannot have done by its deadline even if it begins at once. Now and then (`tried` is when) one is let in all the same: predictions are learned from
+    /// what is computed, and a wrong one must be found out.
+    fn hopeful(&self, takes: Duration, deadline: Instant, tried: &Mutex<Option<Instant>>, now: Instant) -> Result<(), ServerError> {
         let left = deadline.saturating_duration_since(now);
-        if takes <= left || self.probes(now) {
+        if takes <= left {
+            return Ok(());
+        }
+        let mut tried = tried.lock().unwrap_or_else(PoisonError::into_inner);
+        if tried.is_none_or(|last| now.duration_since(last) >= PROBE) {
+            *tried = Some(now);
             return Ok(());
         }
         telemetry::dropped("overload");
         Err(ServerError::Hopeless { takes, left })
     }
 
-    /// True now and then.
-    fn probes(&self, now: Instant) -> bool {
-        let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = tried.is_none_or(|last| now.duration_since(last) >= PROBE);
-        if due {
-            *tried = Some(now);
-        }
-        due
-    }
-
-    /// Whether the last of `n` requests that come together would be let in: if not, none needs to be begun. Now and then they may try.
+    /// Whether the last of `n` requests that come together would be let in: if not, none needs to be begun.
     ///
     /// # Errors
-    /// As [`Self::submit`].
+    /// As [`Self::admit`].
     pub fn would_admit(&self, stage: Stage, n: usize, deadline: Instant, priority: u8, tenant: &Tenant) -> Result<(), ServerError> {
         let (alone, cost) = self.predicted(stage);
+        let all = cost * n as u32 / self.workers as u32;
+        self.hopeful(alone.max(all), deadline, &self.tried_many, Instant::now())?;
+        let (own, others) = (self.pool.load(), self.others());
+        if own.running.is_zero() && own.waiting.is_zero() && others.is_zero() {
+            return Ok(());
+        }
         let deadline = with_margin(deadline);
         let asked = Asked { tenant: tenant.index, weight: tenant.weight, priority, deadline, cost, alone };
-        let (before, others) = (cost * n.saturating_sub(1) as u32, self.others());
-        match self.admission.enter(Duration::ZERO, |ahead| self.pool.would_take(&asked, ahead + before, others)) {
-            Err(Refused::Late) if self.probes(Instant::now()) => Ok(()),
-            taken => taken.map(drop).map_err(|why| self.refused(why)),
-        }
+        let before = cost * n.saturating_sub(1) as u32;
+        let taken = self.admission.enter(Duration::ZERO, |ahead| self.pool.would_take(&asked, ahead + before, others));
+        taken.map(drop).map_err(|why| self.refused(why))
     }
 
     /// What other models will compute before an entry that comes now.
@@ -478,27 +490,33 @@ mod tests {
 
     #[test]
     fn what_the_network_cannot_have_done_in_time_is_refused_but_now_and_then() {
-        let batcher = batcher(0, 8);
-        let admit = |left: Duration| batcher.admit(Stage::Pixels, Instant::now() + left, 0, &everybody()).map(drop);
-        let (short, long) = (Duration::from_micros(200), Duration::from_secs(1));
-        assert!(admit(short).is_ok(), "the prediction of a millisecond may be wrong");
-        for _ in 0..3 {
-            assert!(matches!(admit(short), Err(ServerError::Hopeless { .. })));
-            assert!(admit(long).is_ok());
+        let (batcher, tried, now) = (batcher(0, 8), Mutex::default(), Instant::now());
+        let hopeful = |left, later| batcher.hopeful(Duration::from_millis(30), now + later + left, &tried, now + later);
+        let (short, long) = (Duration::from_millis(20), Duration::from_millis(40));
+        assert!(hopeful(short, Duration::ZERO).is_ok(), "the prediction may be wrong");
+        for later in [Duration::ZERO, PROBE / 2] {
+            assert!(matches!(hopeful(short, later), Err(ServerError::Hopeless { .. })));
+            assert!(hopeful(long, later).is_ok());
         }
+        assert!(hopeful(short, PROBE).is_ok(), "and may be wrong later");
         let error = ServerError::Hopeless { takes: long, left: short };
         assert_eq!((error.code(), error.retry_pushback_ms()), (tonic::Code::DeadlineExceeded, 0));
+        assert_eq!(error.to_string(), "the network takes about 40 ms, the deadline leaves 20 ms");
     }
 
-    #[test]
-    fn of_many_that_come_together_the_last_one_counts() {
-        let batcher = batcher(0, 100);
-        let (soon, later) = (Duration::from_millis(20), Duration::from_secs(5));
+    #[tokio::test]
+    async fn many_that_come_together_are_begun_only_if_the_last_one_can_be_in_time() {
+        let (batcher, minute) = (batcher(500, 100), Duration::from_secs(60));
         let all = |n, left| batcher.would_admit(Stage::Pixels, n, Instant::now() + left, 0, &everybody());
-        assert!(all(60, soon).is_ok(), "the prediction of 60 ms may be wrong");
-        assert!(matches!(all(60, soon), Err(ServerError::Busy { .. })));
-        assert!(all(5, soon).is_ok());
-        assert!(all(60, later).is_ok());
+        // a millisecond each
+        assert!(all(60_000, minute / 2).is_ok(), "the prediction may be wrong");
+        assert!(matches!(all(60_000, minute / 2), Err(ServerError::Hopeless { .. })), "nothing is before them");
+        assert!(all(10_000, minute / 2).is_ok());
+        let later = Instant::now() + minute;
+        let _running = batcher.submit(Stage::Pixels, vec![1.0], later, 0, &everybody()).unwrap();
+        let _waiting: Vec<_> = (0..50).map(|_| batcher.submit(Stage::Pixels, vec![1.0], later, 0, &everybody()).unwrap()).collect();
+        assert!(matches!(all(9_990, Duration::from_secs(10)), Err(ServerError::Busy { .. })), "others are before them");
+        assert!(all(1000, minute / 2).is_ok());
     }
 
     #[tokio::test]

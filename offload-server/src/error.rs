@@ -63,7 +63,7 @@ pub enum ServerError {
     #[error("{0}")]
     Forbidden(&'static str),
     /// The deadline is shorter than the network.
-    #[error("the network takes about {takes:?}, the deadline leaves {left:?}")]
+    #[error("the network takes about {} ms, the deadline leaves {} ms", takes.as_millis(), left.as_millis())]
     Hopeless {
         /// By prediction.
         takes: Duration,

@@ -47,7 +47,7 @@ pub struct Model {
 }
 
 /// Inputs that are computed where `n` were asked for. A GPU's libraries choose, and in half precision compile, kernels for every size of batch when it first
-/// comes, which takes up to seconds: few sizes come there, all of them before the first request.
+/// comes, which takes up to seconds: few sizes come there, all of them before the first request (but for raw features, whose first layer only may be new).
 fn padded(device: Device, n: usize) -> usize {
     if device.is_cuda() { n.next_power_of_two() } else { n }
 }

@@ -222,8 +222,8 @@ impl Pipeline {
         let size = self.intake.size(ask.kind, &ask.payload).inspect_err(|error| {
             telemetry::model(entry.name, Some(error));
         })?;
-        let decoded_by = deadline.checked_sub(self.intake.expected(ask.kind, size)).unwrap_or(ask.arrived);
-        let admitted = entry.batcher.admit(entry.likely_stage(ask.kind), decoded_by, ask.priority, ask.tenant);
+        let decoding = self.intake.expected(ask.kind, size);
+        let admitted = entry.batcher.admit(entry.likely_stage(ask.kind), (deadline, decoding), ask.priority, ask.tenant);
         let admitted = admitted.inspect_err(|error| telemetry::model(entry.name, Some(error)))?;
         let answer = self.compute((ask, size), &registry, &entry, admitted, deadline).await;
         telemetry::model(entry.name, answer.as_ref().err());

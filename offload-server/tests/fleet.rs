@@ -141,13 +141,16 @@ async fn deadlines_of_a_client_eject_no_server() {
     let mut client = Client::connect(&Endpoint::new(&url).unwrap().with_ca(authority.pem.into_bytes())).await.unwrap();
     let (container, _) = sample();
     assert_healthy(&mut client, &container).await;
+    let mut refused = 0;
     // the limit goes with the call, as of clients that know their deadline
     for _ in 0..30 {
         let request = options().request(0, Payload::Bitstream(container.clone()));
         let mut request = tonic::Request::new(request);
         request.set_timeout(Duration::from_millis(7));
-        let _ = client.raw().infer(request).await;
+        refused += u32::from(client.raw().infer(request).await.is_err_and(|status| status.code() == tonic::Code::DeadlineExceeded));
     }
+    assert!(refused > 10, "{refused} of 30");
+    assert!(envoy.statistic("cluster.offload.upstream_rq_total") >= 30, "statistics are read");
     assert_eq!(envoy.statistic("cluster.offload.outlier_detection.ejections_enforced_total"), 0);
     assert_healthy(&mut client, &container).await;
 }

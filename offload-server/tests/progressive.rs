@@ -4,6 +4,7 @@
 mod common;
 
 use std::process::Command;
+use std::time::Instant;
 
 use bytes::Bytes;
 use common::{assert_healthy, client, code_of, encoder, options, sample};
@@ -31,7 +32,7 @@ async fn answers_want_more_until_they_are_certain_or_nothing_is_left() {
     let mut answers = vec![receiver.next().await.unwrap().unwrap().result.unwrap()];
     for part in &parts[1..] {
         assert!(answers.last().unwrap().wants_more);
-        sender.refine(id, part.clone()).await.unwrap();
+        sender.refine(id, Instant::now(), part.clone()).await.unwrap();
         come.extend(part);
         let answer = receiver.next().await.unwrap().unwrap();
         assert_eq!(answer.id, id);
@@ -52,7 +53,7 @@ async fn answers_want_more_until_they_are_certain_or_nothing_is_left() {
         sender.send(Payload::Bitstream(parts[0].clone())).await.unwrap();
         assert!(!receiver.next().await.unwrap().unwrap().result.unwrap().wants_more);
         // so nothing is kept
-        sender.refine(1, parts[1].clone()).await.unwrap();
+        sender.refine(1, Instant::now(), parts[1].clone()).await.unwrap();
         let refused = receiver.next().await.unwrap().unwrap().result.unwrap_err();
         assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
         assert!(refused.message().contains("send it whole"), "{refused:?}");
@@ -75,7 +76,7 @@ async fn what_does_not_fit_is_refused_and_the_stream_goes_on() {
     for wrong in [other[1].clone(), first[1].slice(..first[1].len() - 3), first[2].clone(), Bytes::from_static(b"x")] {
         let id = sender.send(Payload::Bitstream(first[0].clone())).await.unwrap();
         assert!(receiver.next().await.unwrap().unwrap().result.unwrap().wants_more);
-        sender.refine(id, wrong).await.unwrap();
+        sender.refine(id, Instant::now(), wrong).await.unwrap();
         let status = refused(receiver.next().await.unwrap().unwrap().result);
         assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
     }

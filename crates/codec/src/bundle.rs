@@ -118,6 +118,9 @@ impl Bundle {
         if refinements.as_ref().is_some_and(|r| r.channels() != usize::from(manifest.latent.channels)) {
             return Err(CodecError::bundle("refinements and manifest differ in channels"));
         }
+        if let Some(refinements) = &refinements {
+            tables.levels.first().map_or(Ok(()), |base| refinements.check(base))?;
+        }
         let bundle = Self { manifest, hash, tables, refinements, files };
         bundle.check_golden()?;
         Ok(bundle)

@@ -167,8 +167,9 @@ mod tests {
             let all = known.chain(gains.into_iter().map(|(gain, median)| channel(gain, median))).collect();
             Refinement::new(factors, LevelTables::with_given(all, order, 3).unwrap()).unwrap()
         };
-        let first = step([(3.0, 0.75), (0.5, 0.0), (4.0, 0.0)], vec![3, 1, 1], vec![3]);
-        let second = step([(9.0, 2.25), (2.5, 0.0), (4.0, 0.0)], vec![3, 5, 1], vec![5, 3, 4]);
+        // says nothing of channel 1, whose symbols grow all the same
+        let first = step([(3.0, 0.75), (1.5, 0.0), (4.0, 0.0)], vec![3, 3, 1], vec![3]);
+        let second = step([(9.0, 2.25), (7.5, 0.0), (4.0, 0.0)], vec![3, 5, 1], vec![5, 3, 4]);
         (Tables { levels: vec![base] }, Refinements::new(vec![first, second]).unwrap())
     }
 
@@ -196,10 +197,27 @@ mod tests {
             assert!(error < last, "{error} after {last}");
             last = error;
         }
-        let steps: Vec<f32> = [9.0, 2.5, 4.0].into_iter().flat_map(|gain: f32| vec![0.5 / gain; SHAPE.positions()]).collect();
+        let steps: Vec<f32> = [9.0, 7.5, 4.0].into_iter().flat_map(|gain: f32| vec![0.5 / gain; SHAPE.positions()]).collect();
         let mut out = Vec::new();
         Progressive::parse(&parts.concat()).unwrap().decode_into(&HASH, SHAPE, (&tables, Some(&refinements)), &mut out).unwrap();
         assert!(out.iter().zip(latent()).zip(steps).all(|((a, b), half)| (a - b).abs() <= half + 1e-5), "within half a step of the finest");
+    }
+
+    #[test]
+    fn any_finite_latent_is_coded_and_decoded() {
+        let (tables, refinements) = tables();
+        refinements.check(&tables.levels[0]).unwrap();
+        for huge in [1e4, 1e9, f32::MAX] {
+            let latent: Vec<f32> = latent().iter().map(|v| v * huge).map(|v| v.clamp(f32::MIN / 16.0, f32::MAX / 16.0)).collect();
+            let bytes = encode(&latent, &HASH, SHAPE, (&tables, &refinements)).unwrap().concat();
+            let mut out = Vec::new();
+            Progressive::parse(&bytes).unwrap().decode_into(&HASH, SHAPE, (&tables, Some(&refinements)), &mut out).unwrap();
+            assert!(out.iter().zip(&latent).all(|(a, b)| a * b >= 0.0 || b.abs() < 1.0));
+        }
+        // of other tables
+        let mut other = tables.clone();
+        other.levels[0].channels[0].gain *= 1.01;
+        assert!(refinements.check(&other.levels[0]).unwrap_err().to_string().contains("nested"));
     }
 
     #[test]

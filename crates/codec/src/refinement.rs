@@ -1,5 +1,4 @@
-//! What a finer quality says beyond a coarser one that is known already: a stream of level 1 and its refinements can end after any of them, or in the
-//! middle of one (scalable coding: Ohm, "Advances in Scalable Video Coding", Proc. IEEE 93(1), 2005). [`crate::progressive`] has its layout.
+//! What a finer quality says beyond a coarser one that is known already: a stream of level 1 and its refinements can end after any of them (scalable coding: Ohm, "Advances in Scalable Video Coding", Proc. IEEE 93(1), 2005). [`crate::progressive`] has its layout.
 //!
 //! The finer quantiser is nested in the coarser one: each channel's gain and median are an odd number of times the coarser one's, so that a coarser
 //! symbol `s` stands for just the finer symbols `factor x s - (factor - 1) / 2` to `factor x s + (factor - 1) / 2`, and nothing is said twice. What is coded is
@@ -38,6 +37,30 @@ impl Refinements {
     /// The first one refines level 1.
     pub fn steps(&self) -> &[Refinement] {
         &self.steps
+    }
+
+    /// Checks that they refine `base`: the quantisers of what it codes are nested in its own, and so on.
+    ///
+    /// # Errors
+    /// [`CodecError::BadTables`] if they are another level's.
+    pub fn check(&self, base: &LevelTables) -> Result<(), CodecError> {
+        let mut below: Vec<(f32, f32, bool)> = (0u16..).zip(&base.channels).map(|(c, t)| (t.gain, t.median, base.is_coded(c))).collect();
+        for (number, step) in (1..).zip(&self.steps) {
+            for ((channel, (gain, median, known)), (finer, factor)) in
+                below.iter_mut().enumerate().zip(step.finer().iter().zip(&step.factors))
+            {
+                let factor = f32::from(*factor);
+                let near = |a: f32, b: f32| (a - b).abs() <= 1e-4 * b.abs().max(1e-3);
+                if *known && !(near(finer.gain, *gain * factor) && near(finer.median, *median * factor)) {
+                    return Err(CodecError::tables(format!(
+                        "refinement {number} does not fit the tables: channel {channel} is not nested in what it refines"
+                    )));
+                }
+                *known |= step.codes(channel);
+                (*gain, *median) = (finer.gain, finer.median);
+            }
+        }
+        Ok(())
     }
 
     /// Latent channels.
@@ -124,6 +147,9 @@ impl Refinement {
         for (factor, (finer, coarser)) in self.factors.iter().zip(finer.chunks_exact_mut(positions).zip(coarser.chunks_exact(positions))) {
             finer.iter_mut().zip(coarser).for_each(|(f, &c)| *f = f.saturating_add(c.saturating_mul((*factor).into())));
         }
+        if finer.iter().any(|s| s.unsigned_abs() > MAX_MAGNITUDE.unsigned_abs()) {
+            return Err(CodecError::malformed(format!("a refined symbol is beyond {MAX_MAGNITUDE}")));
+        }
         Ok(finer)
     }
 
@@ -172,10 +198,15 @@ pub fn quantise(base: &LevelTables, refinements: &[Refinement], latent: &[f32], 
             None => base.is_coded(channel as u16),
             Some(i) => refinements[i].codes(channel),
         };
+        // symbols are bounded at every step, whatever the latent
+        let product = |of: &[Refinement]| of.iter().map(|r| i32::from(r.factors[channel])).fold(1, i32::saturating_mul);
         let Some(first) = (0..all.len()).find(|&s| coded(s)) else { continue };
         let Some(last) = (1..all.len()).rev().find(|&s| coded(s)) else {
             // never refined: the level's own symbols stay what they are
-            let mut symbols = all[0][channel * positions..][..positions].to_vec();
+            let most = MAX_MAGNITUDE / product(refinements);
+            let coarsest = &mut all[0][channel * positions..][..positions];
+            coarsest.iter_mut().for_each(|s| *s = (*s).clamp(-most, most));
+            let mut symbols = coarsest.to_vec();
             for (finer, refinement) in all[1..].iter_mut().zip(refinements) {
                 let factor = refinement.factors[channel].into();
                 symbols.iter_mut().for_each(|s| *s = s.saturating_mul(factor));
@@ -184,20 +215,24 @@ pub fn quantise(base: &LevelTables, refinements: &[Refinement], latent: &[f32], 
             continue;
         };
         let table = &refinements[last - 1].finer()[channel];
+        let most = (MAX_MAGNITUDE / product(&refinements[last..]) - product(&refinements[..last]) / 2).max(0);
         for (at, value) in (channel * positions..).zip(&latent[channel * positions..][..positions]) {
             let symbol = (value * table.gain - table.median).round_ties_even();
             if !symbol.is_finite() {
                 return Err(CodecError::BadLatent("a value is not finite".into()));
             }
-            all[last][at] = (symbol as i32).clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE);
+            all[last][at] = (symbol as i32).clamp(-most, most);
             for step in (0..last).rev() {
                 let factor = i32::from(refinements[step].factors[channel]);
                 let finer = all[step + 1][at];
                 // to the nearest: a factor is odd, there are no ties
                 all[step][at] = if step < first { 0 } else { (finer + finer.signum() * (factor / 2)) / factor };
             }
-            for step in last + 1..all.len() {
-                all[step][at] = all[step - 1][at].saturating_mul(refinements[step - 1].factors[channel].into());
+            // where a step says nothing of the channel its symbol follows from the coarser one; the next one that does makes up for it
+            for step in first + 1..all.len() {
+                if !coded(step) {
+                    all[step][at] = all[step - 1][at].saturating_mul(refinements[step - 1].factors[channel].into());
+                }
             }
         }
     }

@@ -64,7 +64,8 @@ pub fn release(r: &Release<'_>) -> Result<Manifest, TrainError> {
     let logits = Vec::<f32>::try_from(fitted.answers(&dequantised)?.view(-1))?;
 
     let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
-    let dropped: Vec<_> = manifest.decoders.split_off(1).into_iter().map(|d| d.weights).collect();
+    // other blueprints were made for the old features, refinements for the old gains
+    let dropped: Vec<_> = manifest.decoders.split_off(1).into_iter().map(|d| d.weights).chain(manifest.refinements.take()).collect();
     for name in manifest.files.keys().filter(|name| !dropped.contains(name)) {
         files.insert(name.clone(), old.file(name)?.to_vec());
     }

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use isthmus_codec::manifest::Manifest;
+use isthmus_codec::tables::Step;
 use isthmus_codec::{
     ChannelTable, Contexts, Distribution, LatentShape, LevelTables, Quality, Refinement, Refinements, Tables, pmf, refinement,
 };
@@ -20,18 +21,10 @@ use crate::remake::Remake;
 /// File of the refinements in a bundle.
 const FILE: &str = "refinements.istr";
 
-/// How one channel is quantised.
-#[derive(Clone, Copy)]
-struct Quantiser {
-    gain: f32,
-    inverse: f32,
-    median: f32,
-}
-
 /// The quantisers of one refinement.
 struct Nested {
     factors: Vec<u16>,
-    quantisers: Vec<Quantiser>,
+    quantisers: Vec<Step>,
     /// Channels that are coded by now, here or before.
     known: Vec<bool>,
 }
@@ -39,8 +32,7 @@ struct Nested {
 /// Quantisers that go from level 1 towards the qualities `targets`: each channel's gain grows by the odd factor that takes it nearest to the target's.
 fn nested(tables: &Tables, targets: &[Quality]) -> Result<Vec<Nested>, TrainError> {
     let base = tables.level(1)?;
-    let mut below: Vec<Quantiser> =
-        base.channels.iter().map(|t| Quantiser { gain: t.gain, inverse: t.inverse, median: t.median }).collect();
+    let mut below: Vec<Step> = base.channels.iter().map(|t| Step { gain: t.gain, inverse: t.inverse, median: t.median }).collect();
     let mut known: Vec<bool> = (0u16..).take(below.len()).map(|c| base.is_coded(c)).collect();
     let mut steps = Vec::new();
     for &target in targets {
@@ -51,7 +43,7 @@ fn nested(tables: &Tables, targets: &[Quality]) -> Result<Vec<Nested>, TrainErro
             let factor = if *known { nearest.clamp(1.0, refinement::MAX_FACTOR.into()) } else { 1.0 };
             // what nobody codes stands for the target's constants: decoders know qualities by them
             let (gain, median) = if *known { (below.gain * factor, below.median * factor) } else { (wanted.gain, wanted.median) };
-            *below = Quantiser { gain, median, inverse: wanted.inverse * wanted.gain / gain };
+            *below = Step { gain, median, inverse: wanted.inverse * wanted.gain / gain };
             *known |= target.is_coded(channel);
             factors.push(factor as u16);
         }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use edge_client::{ClientError, open_bundle};
 use isthmus_codec::bundle::hex;
-use isthmus_codec::{Container, coder};
+use isthmus_codec::{Progressive, coder};
 use serde_json::json;
 
 use crate::EncodingArgs;
@@ -27,16 +27,19 @@ pub fn encode(file: &Path, output: Option<PathBuf>, encoding: &EncodingArgs) -> 
 
 pub fn inspect(file: &Path, bundle: Option<&Path>) -> Result<bool> {
     let bytes = super::read(file)?;
-    let container = Container::parse(&bytes).with_context(|| file.display().to_string())?;
+    let parsed = Progressive::parse(&bytes).with_context(|| file.display().to_string())?;
+    let container = &parsed.container;
     let h = &container.header;
     let mut line = json!({
         "file": file.display().to_string(), "bytes": bytes.len(), "bundle": hex(&h.bundle), "quality": h.quality,
         "latent": [h.shape.channels, h.shape.height, h.shape.width], "symbols": h.symbols, "payload_bytes": h.payload_len,
+        "refinements": parsed.refinements(),
     });
     if let Some(folder) = bundle {
         let bundle = open_bundle(folder)?;
         let symbols = container.decode(&bundle.hash, bundle.manifest.latent, &bundle.tables).with_context(|| file.display().to_string())?;
         let level = bundle.tables.level(h.quality)?;
+        bundle.decode_parsed_into(&parsed, &mut Vec::new()).with_context(|| file.display().to_string())?;
         line["decodes"] = json!(true);
         line["zero_symbols"] = json!(symbols.iter().filter(|&&s| s == 0).count());
         line["largest_symbol"] = json!(symbols.iter().map(|s| s.unsigned_abs()).max());

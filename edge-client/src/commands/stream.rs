@@ -14,7 +14,7 @@ use isthmus_codec::Quality;
 use isthmus_codec::progressive::BASE;
 use isthmus_proto::offload_v1::InferResponse;
 use tokio::task::JoinSet;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::output::{Line, Printer};
 use crate::{AskArgs, EncodingArgs, ServerArgs};
@@ -34,6 +34,10 @@ struct Sent {
     rest: VecDeque<Vec<u8>>,
     /// Refinements that have been sent, of a progressive bitstream.
     refinements: Option<usize>,
+    /// The answer to what had been sent before the last refinement: better than none.
+    answered: Option<InferResponse>,
+    /// It was sent whole after the server had forgotten its beginning.
+    whole: bool,
     timing: EncodeTiming,
     at: Instant,
 }
@@ -114,28 +118,28 @@ fn encode(encoder: &mut Encoder, path: &Path, quality: Quality, certainty: Optio
     if certainty.is_none() {
         let encoded = encoder.encode(&read, quality)?;
         let (container, quality, timing) = (encoded.container.into(), encoded.quality, encoded.timing);
-        return Ok(Sent { file, container, quality, rest: VecDeque::new(), refinements: None, timing, at });
+        return Ok(Sent { file, container, quality, rest: VecDeque::new(), refinements: None, answered: None, whole: false, timing, at });
     }
     let encoded = encoder.encode_progressive(&read)?;
     let mut rest = VecDeque::from(encoded.parts);
     let container = rest.pop_front().unwrap_or_default().into();
-    Ok(Sent { file, container, quality: BASE.into(), rest, refinements: Some(0), timing: encoded.timing, at })
+    Ok(Sent { file, container, quality: BASE.into(), rest, refinements: Some(0), answered: None, whole: false, timing: encoded.timing, at })
 }
 
-/// Sends what an answer of this id wants more of a photo, if there is more; true if it was sent.
-async fn refine(sender: Option<&mut Sender>, id: u64, sent: &mut Sent, limit: Duration) -> Result<bool, ClientError> {
-    let Some(sender) = sender.filter(|_| sent.at.elapsed() < limit) else { return Ok(false) };
-    let Some(part) = sent.rest.pop_front() else { return Ok(false) };
-    sent.container = [&sent.container[..], &part].concat().into();
-    sent.refinements = sent.refinements.map(|n| n + 1);
-    sender.refine(id, part.into()).await?;
-    Ok(true)
-}
+impl Sent {
+    /// Takes the next refinement to what is sent, if there is one and still time for it.
+    fn next(&mut self, limit: Duration) -> Option<Bytes> {
+        let part = self.rest.pop_front().filter(|_| self.at.elapsed() < limit)?;
+        self.container = [&self.container[..], &part].concat().into();
+        self.refinements = self.refinements.map(|n| n + 1);
+        Some(part.into())
+    }
 
-/// True for a refinement of what the server no longer keeps.
-fn is_forgotten(error: &ClientError, sent: &Sent) -> bool {
-    let gone = |status: &Status| status.code() == tonic::Code::FailedPrecondition && status.message().contains("to be refined");
-    sent.refinements.is_some_and(|n| n > 0) && matches!(error, ClientError::Server(status) if gone(status))
+    /// True for a refusal of a refinement that the server has nothing for any more: what was sent is to be sent whole, once.
+    fn is_forgotten(&self, error: &ClientError) -> bool {
+        let gone = |status: &Status| status.code() == Code::FailedPrecondition;
+        !self.whole && self.refinements.is_some_and(|n| n > 0) && matches!(error, ClientError::Server(status) if gone(status))
+    }
 }
 
 pub async fn run(
@@ -169,6 +173,7 @@ pub async fn run(
     let total = files.len() as u64 * u64::from(pace.repeat);
     let mut printer = Printer::new(ask.json, total);
     let mut under_way = UnderWay::new();
+    let mut unsent = UNSENT..;
     // photos that the stream's server refused, each by itself, at others
     let (mut refused, mut elsewhere) = (UnderWay::new(), JoinSet::new());
     let (mut ended, mut refusals) = (false, 0);
@@ -197,7 +202,7 @@ pub async fn run(
                             }
                             // the receiving half tells why the stream has ended; there is no answer of this id
                             Err(_) => {
-                                under_way.insert(UNSENT, sent);
+                                under_way.insert(unsent.next().unwrap_or(UNSENT), sent);
                                 sender = None;
                             }
                         }
@@ -208,7 +213,7 @@ pub async fn run(
             }
             Some(Ok((id, answer))) = elsewhere.join_next() => {
                 if let Some(sent) = refused.remove(&id) {
-                    print(&mut printer, sent, answer)?;
+                    end(&mut printer, sent, answer)?;
                 }
             }
             // once the stream has ended, only those are awaited
@@ -217,24 +222,28 @@ pub async fn run(
                     let id = answer.id;
                     let Some(mut sent) = under_way.remove(&id) else { continue };
                     match answer.result.map_err(ClientError::from) {
-                        Ok(response) if response.wants_more => match refine(sender.as_mut(), id, &mut sent, options.deadline).await {
-                            Ok(true) => drop(under_way.insert(id, sent)),
-                            Ok(false) => print(&mut printer, sent, Ok(response))?,
-                            // the receiving half tells why the stream has ended; what was sent of it is sent again
-                            Err(_) => {
-                                under_way.insert(UNSENT, sent);
-                                sender = None;
+                        Ok(response) if response.wants_more && !sent.rest.is_empty() => match sent.next(options.deadline) {
+                            None => end(&mut printer, sent, Ok(response))?,
+                            Some(part) => {
+                                sent.answered = Some(response);
+                                let refined = match sender.as_mut() {
+                                    Some(open) => open.refine(id, sent.at, part).await.is_ok(),
+                                    None => false,
+                                };
+                                // if not, the stream has ended: what was to be sent of it is sent again, whole
+                                under_way.insert(if refined { id } else { unsent.next().unwrap_or(UNSENT) }, sent);
+                                sender = sender.filter(|_| refined);
                             }
                         },
-                        Err(error) if is_forgotten(&error, &sent) && sender.is_some() => {
-                            let Some(open) = sender.as_mut() else { continue };
-                            match open.send(Payload::Bitstream(sent.container.clone())).await {
-                                Ok(again) => drop(under_way.insert(again, sent)),
-                                Err(_) => {
-                                    under_way.insert(UNSENT, sent);
-                                    sender = None;
-                                }
-                            }
+                        Err(error) if sent.is_forgotten(&error) => {
+                            sent.whole = true;
+                            let payload = Payload::Bitstream(sent.container.clone());
+                            let again = match sender.as_mut() {
+                                Some(open) => open.send_since(sent.at, payload).await.ok(),
+                                None => None,
+                            };
+                            sender = sender.filter(|_| again.is_some());
+                            under_way.insert(again.or_else(|| unsent.next()).unwrap_or(UNSENT), sent);
                         }
                         Err(error) if error.is_transient() && client.has_others() && refused.len() < pace.window => {
                             // ids begin anew with each stream
@@ -245,7 +254,7 @@ pub async fn run(
                             elsewhere.spawn(async move { (id, client.infer_again(payload, &left, error).await) });
                             refused.insert(id, sent);
                         }
-                        result => print(&mut printer, sent, result)?,
+                        result => end(&mut printer, sent, result)?,
                     }
                     if ending && under_way.is_empty() {
                         sender = None;
@@ -265,7 +274,7 @@ pub async fn run(
                         () = std::future::ready(()), if !error.is_transient() => Err(error),
                     };
                     match again {
-                        Ok((open, answers)) => (sender, receiver) = ((!ending).then_some(open), answers),
+                        Ok((open, answers)) => (sender, receiver) = ((!ending || certainty.is_some() && !under_way.is_empty()).then_some(open), answers),
                         Err(error) => {
                             give_up(&mut printer, refused.into_values().chain(under_way.into_values()), &error)?;
                             return Err(error.into());
@@ -291,7 +300,7 @@ pub async fn run(
 /// Photos keep their time limit when a broken stream is opened again.
 fn give_up_late(printer: &mut Printer, under_way: &mut UnderWay, limit: Duration) -> Result<()> {
     for (_, sent) in under_way.extract_if(.., |_, sent| sent.at.elapsed() >= limit) {
-        printer.print(&Line::failed(sent.file, &ClientError::Deadline(limit)))?;
+        failed(printer, sent, &ClientError::Deadline(limit))?;
     }
     Ok(())
 }
@@ -299,20 +308,30 @@ fn give_up_late(printer: &mut Printer, under_way: &mut UnderWay, limit: Duration
 /// Every photo that was sent gets its line, answered or not.
 fn give_up(printer: &mut Printer, photos: impl Iterator<Item = Sent>, error: &ClientError) -> Result<()> {
     for sent in photos {
-        printer.print(&Line::failed(sent.file, error))?;
+        failed(printer, sent, error)?;
     }
     printer.finish();
     Ok(())
 }
 
-fn print(printer: &mut Printer, sent: Sent, answer: Result<InferResponse, ClientError>) -> Result<()> {
-    let line = match answer {
-        Ok(response) => {
-            let (bytes, refinements) = (sent.container.len(), sent.refinements);
-            let line = Line::answered(sent.file, Some(sent.quality), bytes, Some(sent.timing), sent.at.elapsed(), response);
-            Line { refinements, ..line }
-        }
-        Err(error) => Line::failed(sent.file, &error),
-    };
-    Ok(printer.print(&line)?)
+/// A photo's line.
+fn end(printer: &mut Printer, sent: Sent, answer: Result<InferResponse, ClientError>) -> Result<()> {
+    match answer {
+        Ok(response) => answered(printer, sent, response),
+        Err(error) => failed(printer, sent, &error),
+    }
+}
+
+fn answered(printer: &mut Printer, sent: Sent, response: InferResponse) -> Result<()> {
+    let (bytes, refinements) = (sent.container.len(), sent.refinements);
+    let line = Line::answered(sent.file, Some(sent.quality), bytes, Some(sent.timing), sent.at.elapsed(), response);
+    Ok(printer.print(&Line { refinements, ..line })?)
+}
+
+/// The line of a photo that was not answered, or whose refinement was not.
+fn failed(printer: &mut Printer, mut sent: Sent, error: &ClientError) -> Result<()> {
+    match sent.answered.take() {
+        Some(response) => answered(printer, sent, response),
+        None => Ok(printer.print(&Line::failed(sent.file, error))?),
+    }
 }

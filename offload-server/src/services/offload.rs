@@ -39,9 +39,11 @@ async fn infer(
     beginnings: Option<&Beginnings>,
 ) -> Result<(InferResponse, Option<Places>), ServerError> {
     let refused = |error: ServerError| {
-        telemetry::answered(Kind::Bitstream, 0, arrived.elapsed(), Some(&error));
+        telemetry::refused(&error, Some(tenant));
         error
     };
+    // so much of the bitstream had come before
+    let mut before = 0;
     if !(0.0..=1.0).contains(&request.certainty) {
         return Err(refused(ServerError::Invalid(format!("certainty {}: a probability from 0 to 1", request.certainty))));
     }
@@ -49,7 +51,9 @@ async fn infer(
         Some(Payload::Bitstream(b)) => (Kind::Bitstream, b),
         Some(Payload::Refinement(part)) => {
             let beginnings = beginnings.ok_or_else(|| ServerError::Invalid("refinements need InferStream".into()));
-            (Kind::Bitstream, beginnings.and_then(|b| b.refined(request.id, &part)).map_err(refused)?)
+            let whole = beginnings.and_then(|b| b.refined(request.id, &part)).map_err(refused)?;
+            before = whole.len() - part.len();
+            (Kind::Bitstream, whole)
         }
         Some(Payload::Image(b)) => (Kind::Image, b),
         Some(Payload::Features(f)) => (Kind::Features(FeatureMap { block: f.block, encoding: f.encoding }), f.data),
@@ -58,14 +62,18 @@ async fn infer(
         }
     };
     let registry = pipeline.repository.current();
-    let begun = beginnings.filter(|_| kind == Kind::Bitstream && request.certainty > 0.0).map(|b| (b, payload.clone()));
+    let begun = beginnings.filter(|_| kind == Kind::Bitstream).map(|b| (b, payload.clone()));
     let answer = pipeline
         .infer(
             Ask { model: &request.model, version: "", kind, payload, arrived, budget, priority: pipeline.priority(0, tenant)?, tenant },
             None,
         )
         .await
-        .inspect_err(|_| {
+        .inspect_err(|error| {
+            // who may try again later needs what the refinement refines
+            if let Some((beginnings, bitstream)) = begun.as_ref().filter(|_| before > 0 && error.retry_pushback_ms() > 0) {
+                beginnings.keep(request.id, &bitstream[..before]);
+            }
             let asked = registry.model(&request.model, "");
             asked.into_iter().for_each(|entry| entry.statistics.failed(arrived.elapsed()));
         })?;
@@ -83,10 +91,7 @@ async fn infer(
     let logits = if request.logits { answer.logits } else { Vec::new() };
     let uncertain = labels.first().is_some_and(|best| best.score < request.certainty);
     let begun = begun.filter(|(_, bitstream)| uncertain && progressive::can_be_refined(&registry, bitstream));
-    let wants_more = begun.is_some();
-    if let Some((beginnings, bitstream)) = begun {
-        beginnings.keep(request.id, bitstream);
-    }
+    let wants_more = begun.is_some_and(|(beginnings, bitstream)| beginnings.keep(request.id, &bitstream));
     let response = InferResponse { id: request.id, model: answer.entry.name.into(), labels, logits, timing: Some(timing), wants_more };
     Ok((response, answer.place))
 }

@@ -14,17 +14,22 @@ const MOST: usize = 256 << 10;
 
 /// Beginnings of progressive bitstreams whose answers said that they want more, by the id of their requests.
 #[derive(Default)]
-pub struct Beginnings(Mutex<VecDeque<(u64, Bytes)>>);
+pub struct Beginnings(Mutex<VecDeque<(u64, Vec<u8>)>>);
 
 impl Beginnings {
-    /// Keeps a bitstream that may be refined.
-    pub fn keep(&self, id: u64, bitstream: Bytes) {
+    /// Keeps a bitstream that may be refined; false if it is too long for that.
+    pub fn keep(&self, id: u64, bitstream: &[u8]) -> bool {
+        if bitstream.len() > MOST {
+            return false;
+        }
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         kept.retain(|(of, _)| *of != id);
-        kept.push_back((id, bitstream));
+        // a copy: what was received is a part of its whole message, which may be long
+        kept.push_back((id, bitstream.to_vec()));
         while kept.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() > MOST {
             kept.pop_front();
         }
+        true
     }
 
     /// The bitstream of this id with its next refinement.
@@ -54,13 +59,13 @@ mod tests {
     #[test]
     fn what_is_kept_is_bounded_and_given_once() {
         let kept = Beginnings::default();
-        kept.keep(1, vec![1; 10].into());
-        kept.keep(1, vec![2; 3].into());
+        assert!(kept.keep(1, &[1; 10]) && kept.keep(1, &[2; 3]));
         assert_eq!(kept.refined(1, &[9]).unwrap(), [2, 2, 2, 9].as_slice());
         assert!(matches!(kept.refined(1, &[9]), Err(ServerError::NothingToRefine(1))));
         for id in 0..20 {
-            kept.keep(id, vec![0; MOST / 8].into());
+            assert!(kept.keep(id, &[0; MOST / 8]));
         }
+        assert!(!kept.keep(20, &[0; MOST + 1]), "and nothing was given up for it");
         assert!(kept.refined(11, &[]).is_err(), "given up");
         assert!(kept.refined(12, &[]).is_ok());
         assert!(kept.refined(19, &[]).is_ok());

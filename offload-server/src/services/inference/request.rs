@@ -264,7 +264,7 @@ fn read<'a>(
     // all of them are in flight together, or none has an answer
     let most = tenant.at_once().min(pipeline.max_in_flight()).min(pipeline.max_queue);
     if n > most {
-        return Err(invalid(format!("{n} photos; this tenant may have {most} in flight: send fewer in a request")));
+        return Err(invalid(format!("{n} photos; {most} at most can be in flight or wait together: send fewer in a request")));
     }
     // before they are computed: an answer that is too large is nobody's
     let size = n * outputs.iter().map(|output| output.bytes(&registry.labels)).sum::<usize>() + request.id.len() + FRAME;
