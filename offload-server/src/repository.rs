@@ -102,8 +102,6 @@ fn versions(folder: &Path, name: &str) -> Vec<(u64, PathBuf)> {
     let mut found: Vec<(u64, PathBuf)> = single.is_file().then_some((1, single)).into_iter().collect();
     for path in std::fs::read_dir(folder.join(name)).into_iter().flatten().filter_map(Result::ok).map(|e| e.path()) {
         let number = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".safetensors"));
-        // pipes and devices would hold up every other change
-        let number = number.filter(|_| path.is_file());
         // written as requests write it: neither 03 nor +3
         if let Some(version) = number.and_then(|n| n.parse().ok().filter(|v: &u64| *v > 0 && v.to_string() == n)) {
             found.retain(|(v, _)| *v != version);
