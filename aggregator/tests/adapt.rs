@@ -75,6 +75,7 @@ fn a_fleet_fits_the_bundle_and_everybody_takes_the_signed_result() {
     assert_ne!(adapted.hash.to_string(), hash);
     // decoders of other backbones were not fitted to it
     assert_eq!((adapted.manifest.decoders.len(), adapted.manifest.golden.logits.len()), (1, 1));
+    assert!(adapted.refinements.is_none(), "they were made for the old gains");
 
     // the newest version is used; by the server too, beside the old one
     let (photo, out) = (&demo[0], at("photo.isth"));
