@@ -13,6 +13,15 @@ use isthmus_testkit::{binary, bundle, demo_photos};
 use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status, Streaming};
 
+/// A service on a port of its own.
+async fn serve<S: OffloadService>(service: S) -> (String, tokio::task::JoinHandle<Result<(), tonic::transport::Error>>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let incoming = tonic::transport::server::TcpIncoming::from(listener);
+    let server = tonic::transport::Server::builder().add_service(OffloadServiceServer::new(service));
+    (url, tokio::spawn(server.serve_with_incoming(incoming)))
+}
+
 struct Ends(Arc<AtomicUsize>);
 
 #[tonic::async_trait]
@@ -36,11 +45,7 @@ impl OffloadService for Ends {
 #[tokio::test(flavor = "multi_thread")]
 async fn photos_keep_their_time_limit_however_often_a_stream_is_opened_again() {
     let asked = Arc::new(AtomicUsize::new(0));
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let incoming = tonic::transport::server::TcpIncoming::from(listener);
-    let server = tonic::transport::Server::builder().add_service(OffloadServiceServer::new(Ends(asked.clone())));
-    let serving = tokio::spawn(server.serve_with_incoming(incoming));
+    let (url, serving) = serve(Ends(asked.clone())).await;
     let folder = tempfile::tempdir().unwrap();
     for photo in &demo_photos()[..2] {
         std::fs::copy(photo, folder.path().join(photo.file_name().unwrap())).unwrap();
@@ -94,11 +99,7 @@ impl OffloadService for Busy {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_interruption_is_heard_while_a_stream_is_opened_again() {
     let asked = Arc::new(AtomicUsize::new(0));
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let incoming = tonic::transport::server::TcpIncoming::from(listener);
-    let server = tonic::transport::Server::builder().add_service(OffloadServiceServer::new(Ends(asked.clone())));
-    tokio::spawn(server.serve_with_incoming(incoming));
+    let (url, _serving) = serve(Ends(asked.clone())).await;
     let mut command = std::process::Command::new(binary("edge-client"));
     command.arg("stream").arg(demo_photos()[0].parent().unwrap()).args(["--fps", "10", "--deadline", "60s", "--server", &url, "--json"]);
     let child = command.arg("--bundle").arg(bundle()).stdout(std::process::Stdio::piped()).spawn().unwrap();
@@ -179,11 +180,7 @@ impl OffloadService for Forgets {
 async fn what_a_server_forgot_is_sent_whole_and_an_answer_that_came_is_kept() {
     for (code, whole) in [(tonic::Code::FailedPrecondition, 2), (tonic::Code::ResourceExhausted, 0)] {
         let sent_whole = Arc::new(AtomicUsize::new(0));
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let incoming = tonic::transport::server::TcpIncoming::from(listener);
-        let service = OffloadServiceServer::new(Forgets { code, whole: sent_whole.clone() });
-        let serving = tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+        let (url, serving) = serve(Forgets { code, whole: sent_whole.clone() }).await;
         let folder = tempfile::tempdir().unwrap();
         for photo in &demo_photos()[..2] {
             std::fs::copy(photo, folder.path().join(photo.file_name().unwrap())).unwrap();
