@@ -8,6 +8,7 @@
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use crate::layout::channels_last;
 use crate::profile::LayerCost;
 use crate::{NetError, weights::Weights};
 
@@ -382,7 +383,8 @@ impl Backbone {
 
     /// The part between two layers: values of `from` to those of `to`.
     pub fn between(&self, x: &Tensor, from: Layer, to: Layer) -> Tensor {
-        let mut x = if from == Layer::Input && to > from { relu6(self.stem.forward(x)) } else { x.shallow_clone() };
+        let x = channels_last(x);
+        let mut x = if from == Layer::Input && to > from { relu6(self.stem.forward(&x)) } else { x };
         for block in self.blocks.iter().take(to.next_block()).skip(from.next_block()) {
             x = block.forward(&x);
         }

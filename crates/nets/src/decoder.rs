@@ -16,6 +16,7 @@ use tch::{Tensor, nn};
 use crate::NetError;
 use crate::encoder::conv2d;
 use crate::gdn::Gdn;
+use crate::layout::channels_last;
 use crate::profile::LayerCost;
 
 /// Shape of a decoder.
@@ -237,7 +238,7 @@ impl Decoder {
     pub fn forward_normalised(&self, latent: &Tensor) -> Tensor {
         let out = match &self.trunk {
             Trunk::Residual { input, blocks, output } => {
-                let mut x = leaky(latent.apply(input));
+                let mut x = leaky(channels_last(latent).apply(input));
                 for b in blocks {
                     let y = leaky(x.apply(&b.reduce));
                     let y = leaky(y.apply(&b.mix));
@@ -247,7 +248,7 @@ impl Decoder {
                 leaky(x).apply(output)
             }
             Trunk::Plain([first, second, last], [wide, narrow]) => {
-                let x = wide.forward(&latent.apply(first));
+                let x = wide.forward(&channels_last(latent).apply(first));
                 narrow.forward(&x.apply(second)).apply(last)
             }
         };

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Tensor, nn};
 
 use crate::gdn::Gdn;
+use crate::layout::channels_last;
 
 /// Sides of the square input are multiples of this.
 pub const SIDE_MULTIPLE: i64 = 8;
@@ -262,7 +263,7 @@ impl Encoder {
 
     /// Pixels (N, 3, H, W) to the latent ([`EncoderKind::latent`]), before any gain.
     pub fn forward(&self, pixels: &Tensor) -> Tensor {
-        run(&self.layers, pixels)
+        run(&self.layers, &channels_last(pixels)).contiguous()
     }
 
     /// The last layer, where it is a plain projection.
@@ -275,6 +276,6 @@ impl Encoder {
 
     /// What the last layer sees for `pixels` (N, 3, H, W).
     pub fn trunk(&self, pixels: &Tensor) -> Tensor {
-        run(&self.layers[..self.layers.len().saturating_sub(1)], pixels)
+        run(&self.layers[..self.layers.len().saturating_sub(1)], &channels_last(pixels)).contiguous()
     }
 }

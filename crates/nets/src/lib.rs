@@ -11,6 +11,7 @@ pub mod device;
 pub mod encoder;
 pub mod error;
 pub mod gdn;
+mod layout;
 pub mod prior;
 pub mod process;
 pub mod profile;

@@ -12,6 +12,7 @@ pub mod domain;
 pub mod error;
 pub mod evaluation;
 pub mod export;
+pub mod frames;
 pub mod gain;
 pub mod guide;
 pub mod history;

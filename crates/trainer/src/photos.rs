@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::TrainError;
-use crate::rcc;
+use crate::{frames, rcc};
 
 const SOURCES: &str = include_str!("../sources.toml");
 const LABELLED: &str = include_str!("../labelled.json");
@@ -51,6 +51,8 @@ struct Source {
     role: Role,
     #[serde(default)]
     rcc: bool,
+    /// The files are videos, of which one frame is taken every so many seconds.
+    frame_every_s: Option<f64>,
     files: Vec<String>,
 }
 
@@ -165,7 +167,14 @@ pub fn find(third_party: &Path, only: Option<&[Set]>) -> Result<Vec<Found>, Trai
                     add(path, bytes);
                 }
             } else if !source.rcc && entry.file_type().is_file() && wanted(&relative) {
-                add(relative, read(entry.path())?);
+                match source.frame_every_s {
+                    None => add(relative, read(entry.path())?),
+                    Some(seconds) => {
+                        for (n, frame) in frames::of(entry.path(), seconds, third_party)?.into_iter().enumerate() {
+                            add(format!("{relative}#{n:03}"), frame);
+                        }
+                    }
+                }
             }
         }
     }

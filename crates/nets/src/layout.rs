@@ -1,0 +1,12 @@
+//! Where the values of a tensor lie in memory.
+
+use tch::{Device, Tensor};
+
+/// The same values (N, C, H, W), on a CPU with the channels of each position beside each other: oneDNN otherwise rearranges the input and the output of every convolution
+/// (decision 0029). Convolutions, and what works element by element, leave the order as it is, so this is done once for a network.
+pub(crate) fn channels_last(x: &Tensor) -> Tensor {
+    match x.device() {
+        Device::Cpu => x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]),
+        _ => x.shallow_clone(),
+    }
+}
