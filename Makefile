@@ -132,7 +132,9 @@ train: training-photos ## train the default bundle anew, as the committed one wa
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage7.toml --run runs/7 --warm-start runs/6 --resume
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage8.toml --run runs/8 --warm-start runs/7 --resume
 	$(RELEASE)/trainer export --run runs/8 --out runs/levels
-	$(RELEASE)/trainer refine --bundle runs/levels --out runs/bundle --version 1
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2.toml --run runs/lite2 --bundle runs/levels --resume
+	$(RELEASE)/trainer blueprint --run runs/lite2 --bundle runs/levels --out runs/two --version 1
+	$(RELEASE)/trainer refine --bundle runs/two --out runs/bundle --version 1
 
 fuzz: ## run every fuzz target for a minute (needs nightly and cargo-fuzz)
 	cd fuzz && for t in $$($(CARGO) fuzz list); do $(CARGO) +nightly fuzz run $$t -- -max_total_time=60 || exit 1; done

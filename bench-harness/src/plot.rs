@@ -148,6 +148,8 @@ where
     let number = |v: &f64| {
         if *v == 0.0 {
             "0".to_owned()
+        } else if v.abs() < 0.01 {
+            format!("{v:.0e}")
         } else if v.abs() >= 10.0 {
             format!("{v:.0}")
         } else {

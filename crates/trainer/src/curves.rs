@@ -29,6 +29,17 @@ fn whole(run: &Path) -> Result<Vec<CurvePoint>, TrainError> {
     Ok(points)
 }
 
+/// Crops seen at the last point of a learning curve; none if there is no curve yet.
+///
+/// # Errors
+/// If the file is damaged.
+pub fn scored(curve: &Path) -> Result<u64, TrainError> {
+    if !curve.exists() {
+        return Ok(0);
+    }
+    Ok(read(curve)?.last().map_or(0, |p| p.crops))
+}
+
 type Value = fn(&LevelScore) -> f64;
 
 /// Draws `curve-agreement.svg`, `curve-kl.svg` and `curve-bytes.svg` into `out` from the learning curve in `run`.
@@ -56,6 +67,10 @@ pub fn together(folders: &[PathBuf], levels: &[usize], out: &Path) -> Result<(),
             let manifest = isthmus_codec::folder::open(&version, |_| false, &Trust::all())?.manifest;
             bundles.push((format!("{} {}", manifest.name, manifest.version), whole(&version)?));
         }
+    }
+    let most = bundles.iter().filter_map(|(_, points)| Some(points.first()?.levels.len())).max().unwrap_or(0);
+    if let Some(level) = levels.iter().find(|l| !(1..=most).contains(l)) {
+        return Err(TrainError::data("--level", format!("{level}: levels are 1 to {most}")));
     }
     let mut lines = Vec::new();
     for (name, points) in &bundles {

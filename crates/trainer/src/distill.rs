@@ -52,6 +52,8 @@ pub struct Run {
     lambdas: Vec<f64>,
     folder: PathBuf,
     frozen: Option<Frozen>,
+    /// Goes on from a checkpoint.
+    resumed: bool,
 }
 
 /// What stays as it is in a bundle whose encoder is used and not trained here.
@@ -77,16 +79,16 @@ impl Run {
         let adam = Adam::new(&net.vs, recipe.ema, (&["prior", "gain", "inverse"], 2.5), recipe.muon);
         let measure = Measure::new(&recipe, device);
         let lambdas = recipe.lambdas.clone();
-        let mut run = Self { recipe, net, teacher, step: 0, adam, measure, lambdas, folder: folder.into(), frozen: None };
-        let saved = checkpoint(folder);
+        let mut run = Self { recipe, net, teacher, step: 0, adam, measure, lambdas, folder: folder.into(), frozen: None, resumed: false };
+        let (saved, path) = (checkpoint(folder), folder.join("recipe.toml"));
+        if resume && path.exists() && Recipe::open(&path)? != run.recipe {
+            let why = "is of another recipe than the one given; use that one, or another --run folder";
+            return Err(TrainError::data(path.display().to_string(), why));
+        }
         match (saved.exists(), resume) {
             (true, true) => {
-                let path = folder.join("recipe.toml");
-                if Recipe::open(&path)? != run.recipe {
-                    let why = "is of another recipe than the one given; use that one, or another --run folder";
-                    return Err(TrainError::data(path.display().to_string(), why));
-                }
                 run.restore(&saved, device)?;
+                run.resumed = true;
                 run.forget_later_lines()?;
             }
             (true, false) => {
@@ -96,10 +98,20 @@ impl Run {
             (false, _) => {
                 std::fs::create_dir_all(folder).map_err(|e| TrainError::io(folder, e))?;
                 let text = toml::to_string(&run.recipe).map_err(|e| TrainError::data("recipe", e.to_string()))?;
-                std::fs::write(folder.join("recipe.toml"), text).map_err(|e| TrainError::io(folder, e))?;
+                std::fs::write(path, text).map_err(|e| TrainError::io(folder, e))?;
             }
         }
         Ok(run)
+    }
+
+    /// True if it goes on from a checkpoint: the weights are its own.
+    pub fn is_resumed(&self) -> bool {
+        self.resumed
+    }
+
+    /// Crops seen.
+    pub fn crops(&self) -> u64 {
+        self.step * self.recipe.batch as u64
     }
 
     /// Drops log lines of steps that the checkpoint does not know: they will be done again.
@@ -205,9 +217,9 @@ impl Run {
             let why = "the recipe must say decoder_only = true and have the bundle's encoder, input and number of lambdas";
             return Err(TrainError::data(format!("bundle {}", manifest.name), why));
         }
-        let table = self.take(bundle, self.step == 0, device)?;
+        let table = self.take(bundle, !self.resumed, device)?;
         self.frozen = Some(Frozen { medians: table, bytes: manifest.quality.iter().map(|q| q.bytes).collect() });
-        if self.step == 0 {
+        if !self.resumed {
             self.adam.restart();
         }
         Ok(())
@@ -349,7 +361,7 @@ impl Run {
 
     /// What comes before the first step.
     fn begin(&mut self, pack: &Pack) -> Result<(), TrainError> {
-        if self.step == 0 {
+        if !self.resumed {
             self.calibrate(pack)?;
             let woken = self.wake(pack)?;
             if woken > 0 {
@@ -371,7 +383,11 @@ impl Run {
         mut evaluate: impl FnMut(&mut Self) -> Result<(), TrainError>,
     ) -> Result<(), TrainError> {
         let r = self.recipe.clone();
-        self.begin(&pack)?;
+        if !self.resumed {
+            self.begin(&pack)?;
+            // whoever stops before the first evaluation goes on from the weights that the run began with
+            self.save()?;
+        }
         let levels = r.lambdas.len();
         let constants = self.constants();
         let mut batches = loader::start(pack, Plan::of(&r), self.step);

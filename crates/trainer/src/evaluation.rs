@@ -33,6 +33,11 @@ pub fn run(
     rivals: &Rivals<'_>,
     out: &Path,
 ) -> Result<(), TrainError> {
+    let mut names = std::collections::BTreeSet::new();
+    if let Some(twice) = photos.iter().find(|p| !names.insert(p.file_name())) {
+        let why = "another of the folders has the same name, which names the results too; evaluate them one by one (--out)";
+        return Err(TrainError::data(twice.display().to_string(), why));
+    }
     let opened = edge_client::open_bundle(bundle)?;
     let mut backend = Local::open(bundle, backbones, backbone)?;
     let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(|e| TrainError::data("run time", e.to_string()))?;

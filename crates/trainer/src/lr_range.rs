@@ -54,6 +54,8 @@ impl LrRange {
             RATES.0,
             RATES.1
         );
+        let occupied = std::fs::read_dir(&self.out).is_ok_and(|mut files| files.next().is_some());
+        anyhow::ensure!(!occupied, "{}: is not empty; name a new folder (--out)", self.out.display());
         let device = parse_device(&self.device).map_err(anyhow::Error::msg)?;
         let recipe = Recipe::open(&self.recipe)?;
         let configured = recipe.learning_rate;

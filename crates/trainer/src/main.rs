@@ -45,8 +45,8 @@ fn run(cli: Cli) -> Result<()> {
             let entries = own::prepare(photos, EVALUATION_SIDE, &cli.data)?;
             let of = |set: Set| entries.iter().filter(|e| e.set == set).count();
             println!("{} photos to train on, {} held out, in {}", of(Set::Train), of(Set::HeldOut), cli.data.display());
-            for entry in entries.iter().filter(|e| e.set == Set::Dropped) {
-                println!("dropped: {} ({})", entry.name, entry.reason.as_deref().unwrap_or("?"));
+            for line in own::dropped(&entries) {
+                println!("{line}");
             }
             Ok(())
         }
@@ -163,18 +163,24 @@ fn run(cli: Cli) -> Result<()> {
             let watched = own::held_out(&cli.data, &cli.third_party, side, false)?;
             let until = until.unwrap_or(recipe.steps);
             let mut active = Run::open(recipe, run, teacher, device, resume)?;
-            if let Some(other) = warm_start.as_ref().filter(|_| active.step == 0) {
+            let new = !active.is_resumed();
+            anyhow::ensure!(
+                !(new && resume && start.is_none() && Run::started_from(run).is_some()),
+                "{}: stopped before its first checkpoint; give --start again",
+                run.display()
+            );
+            if let Some(other) = warm_start.as_ref().filter(|_| new) {
                 let taken = active.warm_start(other, device)?;
                 println!("{taken} tensors taken from {}", other.display());
             }
-            if let Some(folder) = start.as_ref().filter(|_| active.step == 0) {
+            if let Some(folder) = start.as_ref().filter(|_| new) {
                 active.start_from(&folder::open(folder, |_| true, &Trust::all())?, device)?;
             }
             if let Some(folder) = bundle {
                 active.freeze(&folder::open(folder, |_| true, &Trust::all())?, device)?;
             }
             let curve = run.join("curve.jsonl");
-            active.train(pack, until, every, |run| {
+            let evaluate = |run: &mut Run| {
                 let point = run.with_average(|r| quick::score(r, &watched))?;
                 for l in &point.levels {
                     println!(
@@ -183,7 +189,16 @@ fn run(cli: Cli) -> Result<()> {
                     );
                 }
                 isthmus_trainer::append_json(&curve, &point)
-            })?;
+            };
+            // stopped between checkpoint and evaluation
+            let scored = curves::scored(&curve)?;
+            if active.step > 0 && scored < active.crops() {
+                evaluate(&mut active)?;
+            }
+            if active.step >= until {
+                println!("step {until} is reached already");
+            }
+            active.train(pack, until, every, evaluate)?;
             Ok(())
         }
     }

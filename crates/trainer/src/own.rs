@@ -24,6 +24,11 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
     for entry in WalkDir::new(folder).follow_links(true) {
         let path = match entry {
             Ok(entry) if entry.file_type().is_file() => entry.into_path(),
+            // a link to what is not there
+            Err(e) if e.depth() > 0 && e.io_error().is_some_and(|e| e.kind() == std::io::ErrorKind::NotFound) => {
+                eprintln!("left out: {e}");
+                continue;
+            }
             Err(e) if e.loop_ancestor().is_none() => {
                 return Err(TrainError::data(e.path().unwrap_or(folder).display().to_string(), e.to_string()));
             }
@@ -42,12 +47,23 @@ fn read(path: &Path) -> Result<Vec<u8>, TrainError> {
     std::fs::read(path).map_err(|e| TrainError::io(path, e))
 }
 
+/// A line for each photo that is not used, and why.
+pub fn dropped(entries: &[Entry]) -> impl Iterator<Item = String> {
+    let unused = entries.iter().filter(|e| e.set == Set::Dropped);
+    unused.map(|e| format!("dropped: {} ({})", e.name, e.reason.as_deref().unwrap_or("?")))
+}
+
 /// Splits the photos of `folder` by photo (one in five is held out; near-duplicates of others, and of the photos that bundles are evaluated on,
-/// are dropped), packs those to train on, and cuts the crops of the others, all into `data`. One photo at a time is held in memory.
+/// are dropped), packs those to train on, and cuts the crops of the others, all into `data`, in place of what an earlier call left there. One photo at a time is held in memory.
 ///
 /// # Errors
-/// If too few are left, or a file cannot be read or written.
+/// If too few are left, `data` holds photos that are not from here, or a file cannot be read or written.
 pub fn prepare(folder: &Path, side: u32, data: &Path) -> Result<Vec<Entry>, TrainError> {
+    let crops_of = data.join("eval").join("held-out");
+    if !data.join(LIST).exists() && (crops_of.exists() || data.join("train.pack").exists()) {
+        let why = "holds other photos, which would be mixed with these; name another folder (--data)";
+        return Err(TrainError::data(data.display().to_string(), why));
+    }
     let named = |path: PathBuf| (path.strip_prefix(folder).unwrap_or(&path).display().to_string(), path);
     let paths: BTreeMap<String, PathBuf> = files(folder)?.into_iter().map(named).collect();
     let bar = counted(paths.len() as u64, "looked at");
@@ -58,12 +74,17 @@ pub fn prepare(folder: &Path, side: u32, data: &Path) -> Result<Vec<Entry>, Trai
         let (train, held_out, dropped) = (of(Set::Train), of(Set::HeldOut), of(Set::Dropped));
         let why = format!(
             "{train} photos to train on, {held_out} held out, {dropped} dropped (small, damaged or near-duplicates); at least {} and {} are \
-             needed, some hundreds are better",
-            FEWEST.0, FEWEST.1
+             needed (one in five is held out, by chance), some hundreds are better{}",
+            FEWEST.0,
+            FEWEST.1,
+            self::dropped(&entries).map(|line| format!("\n{line}")).collect::<String>()
         );
         return Err(TrainError::data(folder.display().to_string(), why));
     }
     std::fs::create_dir_all(data).map_err(|e| TrainError::io(data, e))?;
+    if crops_of.exists() {
+        std::fs::remove_dir_all(&crops_of).map_err(|e| TrainError::io(&crops_of, e))?;
+    }
     let content = |name: &String| paths.get(name).map_or_else(|| Ok(Vec::new()), |path| read(path));
     crops::write(&entries, |i| content(&entries[i].name).map(Into::into), side, &data.join("eval"), &[Set::HeldOut])?;
     let bar = counted(of(Set::Train) as u64, "packed");

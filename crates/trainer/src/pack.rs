@@ -40,7 +40,9 @@ pub struct Pack {
     reason = "mapping a file has no safe form: whoever shortens it meanwhile ends the process (SIGBUS), who writes to it changes pixels alone"
 )]
 fn map(path: &Path) -> Result<Mmap, TrainError> {
-    let file = File::open(path).map_err(|e| TrainError::data(path.display().to_string(), format!("{e}; run `trainer fetch` first")))?;
+    let file = File::open(path).map_err(|e| {
+        TrainError::data(path.display().to_string(), format!("{e}; run `trainer fetch` first, or `trainer prepare` for photos of your own"))
+    })?;
     // SAFETY: bytes are read as bytes and every access is bounds-checked; the file is replaced by renaming, never written in place
     unsafe { Mmap::map(&file) }.map_err(|e| TrainError::io(path, e))
 }

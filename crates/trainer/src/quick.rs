@@ -80,5 +80,5 @@ pub fn score(run: &Run, photos: &[Rgb]) -> Result<CurvePoint, TrainError> {
         .enumerate()
         .map(|(l, s)| LevelScore { level: l + 1, bytes: bytes(l), agreement: s[1] / n, kl: s[2] / n, error: s[3] / n })
         .collect();
-    Ok(CurvePoint { crops: run.step * run.recipe.batch as u64, photos: photos.len(), levels })
+    Ok(CurvePoint { crops: run.crops(), photos: photos.len(), levels })
 }

