@@ -40,7 +40,7 @@ pub struct NewBundle {
 pub enum Command {
     /// Fetch the photo packages, check them against the frozen split, and pack the training photos.
     Fetch {
-        /// Decide the split anew and write it to this file instead of checking the frozen one.
+        /// Decide the split anew and write it to this file, and evaluation-crops.json beside it, instead of checking the frozen one.
         #[arg(long, value_name = "FILE")]
         freeze: Option<PathBuf>,
         /// Use what is in the third-party folder without running setup/fetch.py.

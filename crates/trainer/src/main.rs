@@ -219,6 +219,14 @@ fn fetch(cli: &Cli, freeze: Option<&Path>, offline: bool, only: Option<Wanted>) 
             println!("{set:?}: {}", entries.iter().filter(|e| e.set == set).count());
         }
         std::fs::write(path, serde_json::to_string_pretty(&entries)? + "\n")?;
+        let found = photos::find(&cli.third_party, None)?;
+        let content = |name: &str| found.iter().find(|f| f.name == name).map(|f| f.bytes.as_slice());
+        let crops = photos::evaluation_crops(&entries, content, EVALUATION_SIDE)?;
+        println!("evaluation crops: {}", crops.len());
+        for (photo, crop) in photos::trained_on_crops(&entries, &crops)? {
+            println!("{photo}: trained on, near to {crop}");
+        }
+        std::fs::write(path.with_file_name("evaluation-crops.json"), serde_json::to_string_pretty(&crops)? + "\n")?;
         return Ok(());
     }
     let sets = Wanted::sets(only);

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::TrainError;
-use crate::{frames, rcc};
+use crate::{crops, frames, rcc};
 
 const SOURCES: &str = include_str!("../sources.toml");
 const LABELLED: &str = include_str!("../labelled.json");
@@ -202,13 +202,14 @@ pub fn split(found: Vec<Found>) -> Result<Vec<Entry>, TrainError> {
 }
 
 /// The same for somebody's own photos (name, content), one of which is held at a time: none of them is labelled, one in five is held out, and near-duplicates of the photos that
-/// bundles are evaluated on are dropped. In the order of sets, then names.
+/// bundles are evaluated on, and of the crops of them, are dropped. In the order of sets, then names.
 ///
 /// # Errors
 /// If the frozen split cannot be parsed, or a photo not be had.
 pub fn split_own(photos: impl IntoIterator<Item = Result<(String, Vec<u8>), TrainError>>) -> Result<Vec<Entry>, TrainError> {
     let evaluated = frozen()?.into_iter().filter(|e| ![Set::Train, Set::Dropped].contains(&e.set));
-    let known = evaluated.filter_map(|e| Some((e.name, ImageHash::from_base64(&e.phash).ok()?))).collect();
+    let evaluated = evaluated.map(|e| (e.name, e.phash)).chain(frozen_crops()?.into_iter().map(|c| (c.name, c.phash)));
+    let known = evaluated.filter_map(|(name, phash)| Some((name, ImageHash::from_base64(&phash).ok()?))).collect();
     let found = photos.into_iter().map(|photo| photo.map(|(name, bytes)| Found { name, bytes, role: Role::Split }));
     split_beside(found, known)
 }
@@ -280,6 +281,64 @@ pub const FROZEN: &str = include_str!("../split.json");
 /// If the committed file cannot be parsed.
 pub fn frozen() -> Result<Vec<Entry>, TrainError> {
     serde_json::from_str(FROZEN).map_err(|e| TrainError::data("split.json", e.to_string()))
+}
+
+/// A crop of an evaluation photo, by which it is known again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EvaluationCrop {
+    /// `package/path` of the photo, and the crop's number.
+    pub name: String,
+    /// Perceptual hash, base64.
+    pub phash: String,
+}
+
+/// The committed list of [`EvaluationCrop`]s.
+pub const FROZEN_CROPS: &str = include_str!("../evaluation-crops.json");
+
+/// All crops that bundles are evaluated on, as committed.
+///
+/// # Errors
+/// If the committed file cannot be parsed.
+pub fn frozen_crops() -> Result<Vec<EvaluationCrop>, TrainError> {
+    serde_json::from_str(FROZEN_CROPS).map_err(|e| TrainError::data("evaluation-crops.json", e.to_string()))
+}
+
+/// The crops that the evaluation photos among `entries` are evaluated on; `content` gives a photo's file by its name.
+///
+/// # Errors
+/// If a photo cannot be decoded.
+pub fn evaluation_crops<'a>(
+    entries: &[Entry],
+    content: impl Fn(&str) -> Option<&'a [u8]>,
+    side: u32,
+) -> Result<Vec<EvaluationCrop>, TrainError> {
+    let mut all = Vec::new();
+    for entry in entries.iter().filter(|e| ![Set::Train, Set::Dropped].contains(&e.set)) {
+        let bytes = content(&entry.name).ok_or_else(|| TrainError::data(entry.name.clone(), "is missing"))?;
+        let crops = crops::of(&isthmus_pixels::decode(bytes)?, side, entry.set == Set::HeldOut)?;
+        for (k, hash) in crops.iter().filter_map(perceptual).enumerate() {
+            all.push(EvaluationCrop { name: format!("{}, crop {k}", entry.name), phash: hash.to_base64() });
+        }
+    }
+    Ok(all)
+}
+
+/// Pairs of a photo that is trained on and an evaluation crop that it is near to.
+///
+/// # Errors
+/// If a committed list cannot be parsed.
+pub fn trained_on_crops(entries: &[Entry], crops: &[EvaluationCrop]) -> Result<Vec<(String, String)>, TrainError> {
+    let hashed = |name: &str, phash: &str| {
+        let hash: ImageHash = ImageHash::from_base64(phash).map_err(|e| TrainError::data(name.to_owned(), format!("{e:?}")))?;
+        Ok::<_, TrainError>((name.to_owned(), hash))
+    };
+    let crops = crops.iter().map(|c| hashed(&c.name, &c.phash)).collect::<Result<Vec<_>, _>>()?;
+    let mut near = Vec::new();
+    for entry in entries.iter().filter(|e| e.set == Set::Train) {
+        let (name, hash) = hashed(&entry.name, &entry.phash)?;
+        near.extend(crops.iter().filter(|(_, other)| other.dist(&hash) <= NEAR).map(|(crop, _)| (name.clone(), crop.clone())));
+    }
+    Ok(near)
 }
 
 /// Pairs every photo of `sets` in the frozen split with its file content.

@@ -227,11 +227,20 @@ fn the_split_is_frozen_and_disjoint() {
     }
     let count = |set| entries.iter().filter(|e| e.set == set).count();
     assert_eq!((count(Set::Demo), count(Set::HeldOut), count(Set::Labelled), count(Set::Train)), (20, 59, 64, 593));
+    let crops = photos::frozen_crops().unwrap();
+    assert_eq!(crops.len(), 59 * 9 + 64 + 20);
+    // pencils on a plain yellow ground hash like plain crops of other photos; looked at, they have nothing in common
+    let near = photos::trained_on_crops(&entries, &crops).unwrap();
+    assert!(near.iter().all(|(photo, _)| photo.ends_with("stylish-portfolio/package/dist/assets/img/bg-masthead.jpg")), "{near:?}");
     let third = root().join("third_party");
     if !["gcompris-qt-data", "material-kit", "tabler-ui", "imageio-ffmpeg"].iter().all(|package| third.join(package).exists()) {
         return skipped("the photos on disk against the frozen split: packages are missing, `make training-photos` fetches them");
     }
-    let again = photos::split(photos::find(&third, None).unwrap()).unwrap();
+    let found = photos::find(&third, None).unwrap();
+    let content = |name: &str| found.iter().find(|f| f.name == name).map(|f| f.bytes.as_slice());
+    let crops = photos::evaluation_crops(&entries, content, 224).unwrap();
+    assert!(crops == photos::frozen_crops().unwrap(), "`trainer fetch --freeze` gives other evaluation crops than the committed ones");
+    let again = photos::split(found).unwrap();
     assert!(again == entries, "`trainer fetch --freeze` gives another split than the committed one");
 }
 
@@ -354,6 +363,9 @@ fn own_photos_are_split_and_a_bundle_is_trained_on() {
     std::fs::write(photos.join("twin.png"), std::fs::read(photos.join("00.jpg")).unwrap()).unwrap();
     std::fs::write(photos.join("evaluated.jpg"), &of(Set::HeldOut).next().unwrap().1).unwrap();
     std::fs::write(photos.join("damaged.jpg"), b"no photo").unwrap();
+    let evaluated = isthmus_pixels::decode(&of(Set::HeldOut).nth(1).unwrap().1).unwrap();
+    let crop = &isthmus_trainer::crops::of(&evaluated, 224, true).unwrap()[3];
+    image::RgbImage::from_raw(224, 224, crop.data().to_vec()).unwrap().save(photos.join("crop.png")).unwrap();
     // a folder that leads to itself has no photos more
     std::os::unix::fs::symlink(&photos, photos.join("more/again")).unwrap();
     std::os::unix::fs::symlink("/nowhere", photos.join("gone.jpg")).unwrap();
@@ -365,7 +377,7 @@ fn own_photos_are_split_and_a_bundle_is_trained_on() {
     std::fs::write(data.join("eval/held-out/999-0.png"), b"of an earlier photo").unwrap();
     let entries = own::prepare(&photos, 224, &data).unwrap();
     let named = |set: Set| entries.iter().filter(|e| e.set == set).map(|e| e.name.as_str()).collect::<Vec<_>>();
-    for dropped in ["evaluated.jpg", "damaged.jpg"] {
+    for dropped in ["evaluated.jpg", "crop.png", "damaged.jpg"] {
         assert!(named(Set::Dropped).contains(&dropped), "{entries:?}");
     }
     assert!(named(Set::Dropped).iter().any(|n| ["twin.png", "00.jpg"].contains(n)), "one of the twins: {entries:?}");
