@@ -80,6 +80,9 @@ pub struct Comparison {
     pub photos: usize,
     /// Bundle name and version.
     pub bundle: String,
+    /// Files of the set that cannot be decoded.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
     /// Top-1 of the uncompressed teacher against the labels.
     pub teacher_accuracy: Option<Interval>,
     /// One per method and setting.
@@ -142,6 +145,7 @@ pub async fn run(set: &PhotoSet, encoder: &mut Encoder, backend: &mut impl Backe
         set: set.name.clone(),
         crops: set.photos.len(),
         photos: groups.len(),
+        left_out: set.left_out.clone(),
         bundle: format!("{} {}", manifest.name, manifest.version),
         teacher_accuracy: accuracy(set, reference.logits.iter().map(Vec::as_slice)),
         rows,
@@ -240,7 +244,12 @@ pub async fn add_progressive(
     encoder: &mut Encoder,
     backend: &mut impl Backend,
 ) -> Result<(), HarnessError> {
-    let steps = encoder.bundle().refinements.as_ref().map_or(0, |r| r.steps().len());
+    let Some(refinements) = &encoder.bundle().refinements else {
+        let manifest = &encoder.bundle().manifest;
+        let what = format!("bundle {} {}", manifest.name, manifest.version);
+        return Err(HarnessError::data(what, "has no refinements: progressive bitstreams need a bundle of `trainer refine`"));
+    };
+    let steps = refinements.steps().len();
     let mut beginnings = vec![Vec::new(); steps + 1];
     let bar = progress(set, steps + 1, "progressive".into());
     for photo in &set.photos {

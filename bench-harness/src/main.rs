@@ -127,11 +127,14 @@ async fn run(command: Command) -> Result<()> {
         Command::Compare { photos, server, bundle, deadline, short, crops, each_level, out } => {
             let mut encoder = Encoder::new(open_bundle(&bundle)?, 1)?;
             let side = encoder.bundle().manifest.input.size;
-            let mut sets = photos.iter().map(|p| PhotoSet::open(p, side)).collect::<Result<Vec<_>, _>>()?;
+            let mut sets = photos.iter().map(|p| PhotoSet::open_readable(p, side)).collect::<Result<Vec<_>, _>>()?;
             sets.iter_mut().for_each(|set| set.keep_of_each(crops.map_or(usize::MAX, usize::from)));
             let mut client = Client::connect(&Endpoint::new(&server)?).await?;
             client.describe(Some(&encoder.bundle().hash), deadline).await?;
             let mut backend = Remote::new(client, deadline);
+            if let Some(folder) = &out {
+                report::prepare(folder)?;
+            }
             let plan = compare::Plan { each_level, ..if short { compare::Plan::short() } else { compare::Plan::default() } };
             for set in &sets {
                 let comparison = compare::run(set, &mut encoder, &mut backend, &plan).await?;

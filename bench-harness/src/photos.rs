@@ -25,6 +25,8 @@ pub struct PhotoSet {
     pub name: String,
     /// In order of file name.
     pub photos: Vec<Photo>,
+    /// Files that cannot be decoded, and why.
+    pub left_out: Vec<String>,
 }
 
 /// The JPEG, PNG and WebP files of a folder, by name.
@@ -51,6 +53,21 @@ impl PhotoSet {
     /// # Errors
     /// If there are none or one cannot be read.
     pub fn open(folder: &Path, side: u32) -> Result<Self, HarnessError> {
+        let (set, error) = Self::readable(folder, side)?;
+        error.map_or(Ok(set), Err)
+    }
+
+    /// The same, but what cannot be decoded is left out.
+    ///
+    /// # Errors
+    /// If there are none or none can be read.
+    pub fn open_readable(folder: &Path, side: u32) -> Result<Self, HarnessError> {
+        let (set, error) = Self::readable(folder, side)?;
+        error.filter(|_| set.photos.is_empty()).map_or(Ok(set), Err)
+    }
+
+    /// The photos of a folder, and the last error among them.
+    fn readable(folder: &Path, side: u32) -> Result<(Self, Option<HarnessError>), HarnessError> {
         let io = |path: &Path, cause| HarnessError::Io { path: path.into(), cause };
         let files = files(folder)?;
         let labels_path = folder.join("labels.json");
@@ -60,12 +77,21 @@ impl PhotoSet {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => HashMap::new(),
             Err(e) => return Err(io(&labels_path, e)),
         };
-        let mut photos = files.iter().map(|path| photo(path, side)).collect::<Result<Vec<_>, _>>()?;
+        let (mut photos, mut left_out, mut damaged) = (Vec::new(), Vec::new(), None);
+        for path in &files {
+            match photo(path, side) {
+                Ok(photo) => photos.push(photo),
+                Err(error) => {
+                    left_out.push(error.to_string());
+                    damaged = Some(error);
+                }
+            }
+        }
         for photo in &mut photos {
             photo.labels = labels.get(&photo.name).cloned().unwrap_or_default();
         }
         let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Ok(Self { name, photos })
+        Ok((Self { name, photos, left_out }, damaged))
     }
 
     /// Leaves the first `most` crops of each photo.
@@ -84,7 +110,7 @@ impl PhotoSet {
     /// If it cannot be read.
     pub fn one(path: &Path, side: u32) -> Result<Self, HarnessError> {
         let photo = photo(path, side)?;
-        Ok(Self { name: photo.name.clone(), photos: vec![photo] })
+        Ok(Self { name: photo.name.clone(), photos: vec![photo], left_out: Vec::new() })
     }
 }
 

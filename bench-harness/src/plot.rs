@@ -31,6 +31,9 @@ const PALETTE: [RGBColor; 18] = [
 /// Pixels of a legend's entry: its height, the line before the name, a letter.
 const ENTRY: (i32, i32, i32) = (20, 18, 8);
 
+/// Opacity of an interval's bar: those of several methods overlap.
+const BAR: f64 = 0.45;
+
 /// An axis.
 pub struct Axis {
     label: String,
@@ -50,11 +53,14 @@ impl Axis {
 }
 
 /// A named line with a mark at each point.
+#[derive(Default)]
 pub struct Line {
     /// Legend entry.
     pub name: String,
     /// (x, y).
     pub points: Vec<(f64, f64)>,
+    /// Intervals (x, low, high), drawn as bars; they may stand beside the points.
+    pub intervals: Vec<(f64, f64, f64)>,
 }
 
 fn range(values: impl Iterator<Item = f64>, log: bool) -> std::ops::Range<f64> {
@@ -104,7 +110,8 @@ struct Sheet<'a> {
 
 fn plot(sheet: &Sheet<'_>, x: &Axis, y: &Axis, lines: &[Line]) -> Result<String, String> {
     let all = || lines.iter().flat_map(|l| l.points.iter().copied());
-    let (xs, ys) = (range(all().map(|p| p.0), x.log), range(all().map(|p| p.1), y.log));
+    let ends = lines.iter().flat_map(|l| l.intervals.iter().flat_map(|i| [i.1, i.2]));
+    let (xs, ys) = (range(all().map(|p| p.0), x.log), range(all().map(|p| p.1).chain(ends), y.log));
     let log = |range: std::ops::Range<f64>| {
         let ticks = ticks(&range);
         range.log_scale().with_key_points(ticks)
@@ -173,6 +180,8 @@ where
             .draw_series(LineSeries::new(line.points.iter().copied().filter(|_| sheet.joined), colour.stroke_width(2)))
             .map_err(|e| fail(&e))?;
         chart.draw_series(line.points.iter().map(|&p| Circle::new(p, 3, colour.filled()))).map_err(|e| fail(&e))?;
+        let bars = line.intervals.iter().map(|&(x, low, high)| PathElement::new([(x, low), (x, high)], colour.mix(BAR).stroke_width(1)));
+        chart.draw_series(bars).map_err(|e| fail(&e))?;
         let at = 3 * ENTRY.0 / 2 + ENTRY.0 * i as i32;
         legend.draw(&PathElement::new([(0, at), (ENTRY.1, at)], colour.stroke_width(3))).map_err(|e| fail(&e))?;
         legend.draw(&Text::new(line.name.as_str(), (ENTRY.1 + 6, at - 7), ("sans-serif", 14))).map_err(|e| fail(&e))?;

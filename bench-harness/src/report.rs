@@ -46,6 +46,9 @@ pub fn table(c: &Comparison) -> String {
         "Agreement and KL compare with the same backbone on the uncompressed crop (not accuracy); 95 % intervals in brackets, \
          over photos. \"Needs\": bytes of that codec at equal agreement, interpolated, and how many times ours."
     );
+    if !c.left_out.is_empty() {
+        let _ = writeln!(text, "Left out: {}.", c.left_out.join("; "));
+    }
     for (what, quality) in QUALITIES {
         let deltas: Vec<String> = rivals(c)
             .into_iter()
@@ -88,12 +91,22 @@ fn delta(c: &Comparison, rival: &str, quality: Value) -> Option<Delta> {
 }
 
 /// Bytes and value of each setting of a method.
-fn points(c: &Comparison, family: &str, value: Value) -> Vec<(f64, f64)> {
+fn points(c: &Comparison, family: &str, value: impl Fn(&Row) -> f64) -> Vec<(f64, f64)> {
     c.rows.iter().filter(|r| r.family == family).map(|r| (r.bytes, value(r))).collect()
 }
 
 fn at(c: &Comparison, family: &str, agreement: f64) -> Option<f64> {
     bytes_at(&points(c, family, |r| r.agreement.mean), agreement)
+}
+
+/// Makes `folder` and sees whether files can be written to it: before a comparison, not after.
+///
+/// # Errors
+/// If they cannot.
+pub fn prepare(folder: &Path) -> Result<(), HarnessError> {
+    let io = |cause| HarnessError::Io { path: folder.into(), cause };
+    std::fs::create_dir_all(folder).map_err(io)?;
+    tempfile::tempfile_in(folder).map(drop).map_err(io)
 }
 
 /// Writes `SET.json`, `SET.md`, `SET-agreement.svg` and `SET-kl.svg` into `folder`.
@@ -109,14 +122,18 @@ pub fn write(c: &Comparison, folder: &Path) -> Result<(), HarnessError> {
     let json = serde_json::to_string_pretty(c).map_err(|e| HarnessError::data("results", e.to_string()))?;
     save(format!("{}.json", c.set), json)?;
     save(format!("{}.md", c.set), table(c))?;
-    let charts: [(&str, &str, Value); 2] = [
-        ("agreement", "top-1 agreement with the uncompressed teacher", |r| r.agreement.mean),
-        ("kl", "mean KL to the uncompressed teacher (nats)", |r| r.kl.mean),
+    let charts: [(&str, &str, fn(&Row) -> &Interval); 2] = [
+        ("agreement", "top-1 agreement with the uncompressed teacher", |r| &r.agreement),
+        ("kl", "mean KL to the uncompressed teacher (nats)", |r| &r.kl),
     ];
-    for (name, label, value) in charts {
-        let line = |family: &str| Line { name: family.into(), points: points(c, family, value) };
+    for (name, label, interval) in charts {
+        let line = |family: &str| {
+            let of_family = c.rows.iter().filter(|r| r.family == family);
+            let intervals = of_family.map(|r| (r.bytes, interval(r).low, interval(r).high)).collect();
+            Line { name: family.into(), points: points(c, family, |r| interval(r).mean), intervals }
+        };
         let lines: Vec<Line> = std::iter::once(OURS).chain(rivals(c)).map(line).collect();
-        let title = format!("{}: {} crops of {} photos", c.set, c.crops, c.photos);
+        let title = format!("{}: {} crops of {} photos, bars are 95 % intervals", c.set, c.crops, c.photos);
         let path = folder.join(format!("{}-{name}.svg", c.set));
         chart(&path, &title, &Axis::log("bytes per 224 x 224 crop"), &Axis::linear(label), &lines)
             .map_err(|why| HarnessError::data(path.display().to_string(), why))?;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use isthmus_codec::progressive::BASE;
 use isthmus_codec::{Bundle, Quality, Trust, folder};
 use isthmus_pixels::Rgb;
 
@@ -59,12 +60,14 @@ impl EncodeTiming {
 }
 
 /// How long containers may be. Content that no training saw (noise, for example) takes many times the usual bytes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Budget {
     /// The highest quality up to the asked one is taken whose container has at most so many bytes; if none has, the lowest level.
     pub target: Option<usize>,
     /// The same, but longer ones are never made: an error instead.
     pub most: Option<usize>,
+    /// As `target`, in mean bytes of the asked quality's containers.
+    pub times_usual: Option<f64>,
 }
 
 /// An encoded photo.
@@ -74,6 +77,8 @@ pub struct Encoded {
     pub quality: Quality,
     /// The container to send.
     pub container: Vec<u8>,
+    /// It is of the lowest level and has more bytes than the budget's target all the same.
+    pub over_target: bool,
     /// How long it took.
     pub timing: EncodeTiming,
 }
@@ -171,8 +176,7 @@ impl Encoder {
         let (latent, timing) = self.timed_latent(&isthmus_pixels::decode(file)?, start)?;
         let start = Instant::now();
         let mut parts = self.bundle.encode_progressive(&latent)?;
-        let Budget { target, most } = self.budget;
-        let limit = target.unwrap_or(usize::MAX).min(most.unwrap_or(usize::MAX));
+        let (limit, most) = (self.limit(BASE.into()), self.budget.most);
         if let (Some(first), Some(most)) = (parts.first().map(Vec::len), most)
             && first > most
         {
@@ -192,8 +196,10 @@ impl Encoder {
         self.bundle.tables.level(quality)?;
         let (latent, timing) = self.timed_latent(photo, start)?;
         let start = Instant::now();
-        let (quality, container) = self.code(&latent, quality)?;
-        Ok(Encoded { quality, container, timing: EncodeTiming { entropy_us: micros(start), ..timing } })
+        let asked = quality;
+        let (quality, container) = self.code(&latent, asked)?;
+        let over_target = container.len() > self.limit(asked);
+        Ok(Encoded { quality, container, over_target, timing: EncodeTiming { entropy_us: micros(start), ..timing } })
     }
 
     /// The latent, and how long it took since `start`.
@@ -206,10 +212,18 @@ impl Encoder {
         Ok((latent, EncodeTiming { preprocess_us, network_us: micros(start), entropy_us: 0 }))
     }
 
+    /// Most bytes of a container of this quality.
+    fn limit(&self, asked: Quality) -> usize {
+        let Budget { target, most, times_usual } = self.budget;
+        let above = asked.level + u8::from(!asked.is_level());
+        let usual = self.bundle.manifest.quality.get(usize::from(above).saturating_sub(1)).map(|q| q.bytes);
+        let times = times_usual.zip(usual).map(|(times, bytes)| (times * bytes) as usize);
+        [target, most, times].into_iter().flatten().min().unwrap_or(usize::MAX)
+    }
+
     /// The container of the highest quality up to `asked` that is within the budget.
     fn code(&self, latent: &[f32], asked: Quality) -> Result<(Quality, Vec<u8>), ClientError> {
-        let Budget { target, most } = self.budget;
-        let limit = target.unwrap_or(usize::MAX).min(most.unwrap_or(usize::MAX));
+        let (limit, most) = (self.limit(asked), self.budget.most);
         let coded = |quality: Quality| Ok::<_, ClientError>((quality, self.bundle.encode(latent, quality)?));
         let whole = coded(asked)?;
         if whole.1.len() <= limit {

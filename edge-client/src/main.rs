@@ -45,6 +45,8 @@ enum Command {
         #[command(flatten)]
         policy: PolicyArgs,
         #[command(flatten)]
+        progressive: ProgressiveArgs,
+        #[command(flatten)]
         ask: AskArgs,
     },
     /// Send the photos of a folder over one stream, at a steady rate.
@@ -147,7 +149,8 @@ struct EncodingArgs {
     /// Use only bundles signed with this key (64 hexadecimal digits; may be given several times).
     #[arg(long, value_name = "KEY", env = "ISTHMUS_TRUST", value_delimiter = ',')]
     trust: Vec<String>,
-    /// Quality: a level, from 1 (fewest bytes), or a number between two, such as 2.5; default: the middle level.
+    /// Quality: a level, from 1 (fewest bytes), or a number between two, such as 2.5; default: the middle level. Content that takes more than four
+    /// times the usual bytes (noise, for example) falls to a lower one, unless --max-bytes is given.
     #[arg(long)]
     quality: Option<Quality>,
     /// For each photo the highest quality with at most so many bytes (the lowest level, if none has).
@@ -209,11 +212,18 @@ struct PolicyArgs {
 #[derive(Args)]
 struct ProgressiveArgs {
     /// Send the lowest quality of each photo, then refinements for as long as the server is not certain (the bundle must have them).
-    #[arg(long, conflicts_with_all = ["quality", "target_bytes", "policy"])]
+    #[arg(long, conflicts_with_all = ["quality", "target_bytes", "policy", "whole_image"])]
     progressive: bool,
     /// With --progressive, the probability of the best class from which on nothing more is sent (0 to 1).
     #[arg(long, default_value_t = 0.5, value_parser = parse_share, requires = "progressive")]
     certainty: f64,
+}
+
+impl ProgressiveArgs {
+    /// The probability from which on nothing more is sent, if bitstreams are progressive.
+    fn certainty(&self) -> Option<f32> {
+        self.progressive.then_some(self.certainty as f32)
+    }
 }
 
 fn parse_share(text: &str) -> Result<f64, String> {
@@ -276,8 +286,12 @@ fn main() -> ExitCode {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(observed(async {
             match cli.command {
-                Command::Classify { files, server, encoding, whole_image, policy, ask } => match policy.policy {
+                Command::Classify { files, server, encoding, whole_image, policy, progressive, ask } => match policy.policy {
                     PolicyKind::Auto => commands::auto::classify(&files, &server, &encoding, whole_image, &policy, &ask).await,
+                    PolicyKind::Fixed if progressive.progressive => {
+                        let pace = commands::stream::Pace::ONE_BY_ONE;
+                        commands::stream::run(&files, &pace, &server, &encoding, progressive.certainty(), &ask).await
+                    }
                     PolicyKind::Fixed => commands::classify::run(&files, &server, &encoding, whole_image, &ask).await,
                 },
                 Command::Stream { folder, fps, repeat, server, encoding, policy, ask, .. } if policy.policy == PolicyKind::Auto => {
@@ -285,8 +299,8 @@ fn main() -> ExitCode {
                 }
                 Command::Stream { folder, fps, window, repeat, server, encoding, progressive, ask, .. } => {
                     let pace = commands::stream::Pace { fps, window: window.into(), repeat };
-                    let certainty = progressive.progressive.then_some(progressive.certainty as f32);
-                    commands::stream::run(&folder, &pace, &server, &encoding, certainty, &ask).await
+                    let files = commands::stream::photos(&folder)?;
+                    commands::stream::run(&files, &pace, &server, &encoding, progressive.certainty(), &ask).await
                 }
                 Command::Encode { file, output, encoding } => commands::files::encode(&file, output, &encoding),
                 Command::Inspect { file, bundle } => commands::files::inspect(&file, bundle.as_deref()),

@@ -268,9 +268,19 @@ fn a_budget_of_bytes_is_kept_by_lower_qualities() {
         }))
     });
     pixels.save(&noise).unwrap();
-    let (_, unbounded) = of(&encode(&noise, &["--quality", "6"]));
+    let (_, unbounded) = of(&encode(&noise, &["--quality", "6", "--max-bytes", "1000000"]));
     let usual = all[5].1;
     println!("noise takes {unbounded} bytes, a photo {usual}");
+    // without a budget, four times what is usual
+    let opened = isthmus_codec::folder::open(&bundle(), |_| false, &isthmus_codec::Trust::all()).unwrap();
+    let most = (4.0 * opened.manifest.quality[5].bytes) as u64;
+    let by_default = encode(&noise, &["--quality", "6"]);
+    let (quality, used) = of(&by_default);
+    assert!(used <= most || (quality == 1.0 && lines(&by_default)[0]["over_target"] == true), "{quality}, {used} bytes of {most}");
+    assert!(unbounded <= most || quality < 6.0, "{unbounded} bytes are more than {most}");
+    let over = encode(&noise, &["--target-bytes", "1"]);
+    assert!(of(&over).0 == 1.0 && lines(&over)[0]["over_target"] == true, "{}", text(&over.stdout));
+    assert!(lines(&encode(&photo, &["--target-bytes", "9000"]))[0].get("over_target").is_none());
     let bounded = encode(&noise, &["--quality", "6", "--max-bytes", &usual.to_string()]);
     if bounded.status.success() {
         assert!(of(&bounded).1 <= usual);

@@ -118,6 +118,20 @@ fn the_client_stops_where_the_server_is_certain() {
             .collect::<Vec<_>>()
     };
     let (none, some, all) = (run("0"), run("0.5"), run("1"));
+    let mut files: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    let output = Command::new(binary("edge-client"))
+        .arg("classify")
+        .args(&files[..3])
+        .args(["--progressive", "--certainty", "0.5", "--json", "--server", &server.url()])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
+    let classified: Vec<serde_json::Value> = printed.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let sent: Vec<_> = classified.iter().map(|l| (l["refinements"].as_u64().unwrap(), l["bytes"].as_u64().unwrap())).collect();
+    assert_eq!(sent, some[..3].iter().map(|(refinements, bytes, _)| (*refinements, *bytes)).collect::<Vec<_>>());
     assert!(none.iter().all(|(refinements, _, _)| *refinements == 0));
     assert!(all.iter().all(|(refinements, _, _)| *refinements == 2));
     assert!(some.iter().all(|(refinements, _, score)| *refinements == 2 || *score >= 0.5), "{some:?}");

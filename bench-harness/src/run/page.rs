@@ -34,7 +34,7 @@ fn grouped<'a>(points: impl Iterator<Item = (&'a str, (f64, f64))>) -> Vec<Line>
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
         points
     };
-    lines.into_iter().map(|(name, points)| Line { name: name.into(), points: rising(points) }).collect()
+    lines.into_iter().map(|(name, points)| Line { name: name.into(), points: rising(points), ..Line::default() }).collect()
 }
 
 /// A table: heads, then rows of cells that are HTML already.
@@ -166,8 +166,11 @@ fn section(link: &LinkResults) -> Result<String, HarnessError> {
     let mut out = format!("<h2 id=\"link-{name}\">{name}: {}</h2>{}", escape(&link.about), emulator(&link.emulator));
     let share = |i: usize, r: &Row| (i + 1) as f64 / r.latencies_ms.len() as f64;
     let answered = link.rows.iter().filter(|r| r.n > 0);
-    let line =
-        |r: &Row| Line { name: r.strategy.clone(), points: r.latencies_ms.iter().enumerate().map(|(i, &l)| (l, share(i, r))).collect() };
+    let line = |r: &Row| Line {
+        name: r.strategy.clone(),
+        points: r.latencies_ms.iter().enumerate().map(|(i, &l)| (l, share(i, r))).collect(),
+        ..Line::default()
+    };
     let lines: Vec<Line> = answered.map(line).collect();
     out += &drawn("Distribution of latency", &Axis::log("latency, ms"), &Axis::linear("share of requests"), &lines)?;
     out += "<p><small>Bars: <span style=\"color:#005ab5\">encode</span>, <span style=\"color:#b07000\">wire</span>, \

@@ -245,8 +245,8 @@ pub enum Command {
         /// Train a decoder for another backbone on the encoder of this bundle, which stays as it is (the recipe says decoder_only).
         #[arg(long, conflicts_with = "warm_start")]
         bundle: Option<PathBuf>,
-        /// Start from the encoder, gains and first decoder of this bundle and train all of them on.
-        #[arg(long, value_name = "BUNDLE", conflicts_with_all = ["warm_start", "bundle"])]
+        /// Start from the encoder, gains and decoder of this bundle and train all of them on; with --bundle, from its decoder alone.
+        #[arg(long, value_name = "BUNDLE", conflicts_with = "warm_start")]
         start: Option<PathBuf>,
         /// Start from the weights of this other run, as far as they fit (a resumed run has them already).
         #[arg(long)]

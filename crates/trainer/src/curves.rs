@@ -97,6 +97,7 @@ fn draw(title: &str, curves: &[(String, &[CurvePoint], usize)], out: &Path) -> R
             .map(|(name, points, level)| Line {
                 name: name.clone(),
                 points: points.iter().filter_map(|p| Some((p.crops as f64, value(p.levels.get(*level)?)))).collect(),
+                ..Line::default()
             })
             .collect();
         chart(&out.join(file), title, &Axis::linear("crops seen"), &axis, &lines).map_err(|e| TrainError::data(file, e))?;

@@ -193,7 +193,7 @@ impl Run {
             let why = "the recipe must have the bundle's encoder and as many lambdas as it has levels";
             return Err(TrainError::data(format!("bundle {}", manifest.name), why));
         }
-        let _medians = self.take(bundle, true, device)?;
+        let _medians = self.take(bundle, Some(bundle), device)?;
         self.adam.restart();
         let path = self.folder.join(STARTED_FROM);
         std::fs::write(&path, bundle.hash.to_string()).map_err(|e| TrainError::io(&path, e))
@@ -204,12 +204,12 @@ impl Run {
         std::fs::read_to_string(folder.join(STARTED_FROM)).ok()
     }
 
-    /// Takes encoder, gains and medians of a bundle, which this run then leaves as they are, and for a new run what fits of its first
-    /// decoder.
+    /// Takes encoder, gains and medians of a bundle, which this run then leaves as they are, and for a new run what fits of a decoder:
+    /// `start`'s for the recipe's backbone (the bundle's own without one), or its first if it has none for that.
     ///
     /// # Errors
-    /// If the recipe would change them, or the bundle's have other shapes.
-    pub fn freeze(&mut self, bundle: &Bundle, device: Device) -> Result<(), TrainError> {
+    /// If the recipe would change them, or the bundles' have other shapes.
+    pub fn freeze(&mut self, bundle: &Bundle, start: Option<&Bundle>, device: Device) -> Result<(), TrainError> {
         let (manifest, levels) = (&bundle.manifest, &bundle.tables.levels);
         let recipe = &self.recipe;
         let fits = manifest.encoder.kind == recipe.encoder.name() && manifest.input.size == recipe.input_size();
@@ -217,7 +217,7 @@ impl Run {
             let why = "the recipe must say decoder_only = true and have the bundle's encoder, input and number of lambdas";
             return Err(TrainError::data(format!("bundle {}", manifest.name), why));
         }
-        let table = self.take(bundle, !self.resumed, device)?;
+        let table = self.take(bundle, (!self.resumed).then(|| start.unwrap_or(bundle)), device)?;
         self.frozen = Some(Frozen { medians: table, bytes: manifest.quality.iter().map(|q| q.bytes).collect() });
         if !self.resumed {
             self.adam.restart();
@@ -225,13 +225,18 @@ impl Run {
         Ok(())
     }
 
-    /// Copies encoder and gains of a bundle, and with `decoder` what fits of its first one; gives the medians (levels, C).
-    fn take(&self, bundle: &Bundle, decoder: bool, device: Device) -> Result<Tensor, TrainError> {
+    /// Copies encoder and gains of a bundle, and what fits of the decoder of `start` for this backbone, else its first; gives the
+    /// medians (levels, C).
+    fn take(&self, bundle: &Bundle, start: Option<&Bundle>, device: Device) -> Result<Tensor, TrainError> {
         let (manifest, levels) = (&bundle.manifest, &bundle.tables.levels);
         let encoder = Weights::from_safetensors(bundle.file(&manifest.encoder.weights)?, &manifest.encoder.weights, device)?;
-        let first = manifest.decoders.first().filter(|_| decoder);
-        let decoder = match first {
-            Some(d) => Some(Weights::from_safetensors(bundle.file(&d.weights)?, &d.weights, device)?),
+        let entry = start.and_then(|start| {
+            let decoders = &start.manifest.decoders;
+            let own = decoders.iter().find(|d| d.backbone == self.recipe.backbone.name());
+            Some((start, own.or(decoders.first())?))
+        });
+        let decoder = match entry {
+            Some((start, d)) => Some(Weights::from_safetensors(start.file(&d.weights)?, &d.weights, device)?),
             None => None,
         };
         let table = |of: &dyn Fn(&ChannelTable) -> f32| {

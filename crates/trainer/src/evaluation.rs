@@ -38,10 +38,11 @@ pub fn run(
         let why = "another of the folders has the same name, which names the results too; evaluate them one by one (--out)";
         return Err(TrainError::data(twice.display().to_string(), why));
     }
+    report::prepare(out)?;
     let opened = edge_client::open_bundle(bundle)?;
     let mut backend = Local::open(bundle, backbones, backbone)?;
     let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(|e| TrainError::data("run time", e.to_string()))?;
-    let sets = photos.iter().map(|p| PhotoSet::open(p, opened.manifest.input.size)).collect::<Result<Vec<_>, _>>()?;
+    let sets = photos.iter().map(|p| PhotoSet::open_readable(p, opened.manifest.input.size)).collect::<Result<Vec<_>, _>>()?;
     runtime.block_on(async {
         let mut encoder = edge_client::Encoder::new(opened, 1)?;
         for set in &sets {

@@ -72,6 +72,7 @@ impl LrRange {
         let line = |name: &str, of: fn(&isthmus_trainer::distill::RangePoint) -> f64| Line {
             name: name.into(),
             points: points.iter().map(|p| (p.rate, of(p))).collect(),
+            ..Line::default()
         };
         let lines = [line("each batch", |p| p.loss), line("smoothed", |p| p.smoothed)];
         let path = self.out.join("lr-range.svg");

@@ -3,7 +3,7 @@
 mod cli;
 mod lr_range;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -59,7 +59,7 @@ fn run(cli: Cli) -> Result<()> {
             let sha256 = photos::sha256(&std::fs::read(&path)?);
             let opened = folder::open(bundle, |_| true, &Trust::all())?;
             let mut active = Run::open(recipe, run, teacher, Device::Cpu, true)?;
-            active.freeze(&opened, Device::Cpu)?;
+            active.freeze(&opened, None, Device::Cpu)?;
             let manifest = active.with_average(|r| blueprint::add(r, &opened, bundle, version, &sha256, out))?;
             let backbones: Vec<_> = manifest.decoders.iter().map(|d| d.backbone.as_str()).collect();
             println!("{} {} for {} written to {}", manifest.name, manifest.version, backbones.join(" and "), out.display());
@@ -162,6 +162,9 @@ fn run(cli: Cli) -> Result<()> {
             let side = recipe.input_size();
             let watched = own::held_out(&cli.data, &cli.third_party, side, false)?;
             let until = until.unwrap_or(recipe.steps);
+            // before the run folder is made
+            let open = |folder: &PathBuf| folder::open(folder, |_| true, &Trust::all());
+            let (frozen, beginning) = (bundle.as_ref().map(open).transpose()?, start.as_ref().map(open).transpose()?);
             let mut active = Run::open(recipe, run, teacher, device, resume)?;
             let new = !active.is_resumed();
             anyhow::ensure!(
@@ -173,11 +176,10 @@ fn run(cli: Cli) -> Result<()> {
                 let taken = active.warm_start(other, device)?;
                 println!("{taken} tensors taken from {}", other.display());
             }
-            if let Some(folder) = start.as_ref().filter(|_| new) {
-                active.start_from(&folder::open(folder, |_| true, &Trust::all())?, device)?;
-            }
-            if let Some(folder) = bundle {
-                active.freeze(&folder::open(folder, |_| true, &Trust::all())?, device)?;
+            match (&frozen, beginning.as_ref().filter(|_| new)) {
+                (Some(frozen), beginning) => active.freeze(frozen, beginning, device)?,
+                (None, Some(beginning)) => active.start_from(beginning, device)?,
+                (None, None) => (),
             }
             let curve = run.join("curve.jsonl");
             let evaluate = |run: &mut Run| {

@@ -29,7 +29,14 @@ async fn one_bitstream_serves_two_backbones() {
         let teacher = Backbone::open(backbone, &pth, Device::Cpu).unwrap();
         let mut run = Run::open(recipe, &run_folder, teacher, Device::Cpu, false).unwrap();
         let opened = folder::open(&bundle(), |_| true, &Trust::all()).unwrap();
-        run.freeze(&opened, Device::Cpu).unwrap();
+        run.freeze(&opened, None, Device::Cpu).unwrap();
+        let entry = opened.manifest.decoders.iter().find(|d| d.backbone == backbone.name()).unwrap();
+        let own = Weights::from_safetensors(opened.file(&entry.weights).unwrap(), &entry.weights, Device::Cpu).unwrap();
+        for (name, variable) in run.net.vs.variables() {
+            if let Some(rest) = name.strip_prefix("decoder.") {
+                assert_eq!(variable, own.get(rest, &variable.size()).unwrap(), "{name} starts as the decoder for this backbone");
+            }
+        }
         let files = demo_photos().into_iter().take(3);
         let files = files.map(|p| Ok((p.display().to_string(), std::fs::read(p).unwrap())));
         let pack = Pack::write(files, &run_folder.join("photos.pack")).unwrap();

@@ -38,15 +38,16 @@ async fn one(
     options: &InferOptions,
 ) -> Result<Line, ClientError> {
     let file = super::read(path)?;
-    let (payload, quality, timing) = match encoder {
+    let (payload, quality, over_target, timing) = match encoder {
         Some((encoder, quality)) => {
             let encoded = encoder.encode(&file, *quality)?;
-            (Payload::Bitstream(encoded.container.into()), Some(encoded.quality), Some(encoded.timing))
+            (Payload::Bitstream(encoded.container.into()), Some(encoded.quality), encoded.over_target, Some(encoded.timing))
         }
-        None => (Payload::Image(file.into()), None, None),
+        None => (Payload::Image(file.into()), None, false, None),
     };
     let bytes = payload.len();
     let start = Instant::now();
     let answer = client.infer(payload, options).await?;
-    Ok(Line::answered(path.display().to_string(), quality, bytes, timing, start.elapsed(), answer))
+    let line = Line::answered(path.display().to_string(), quality, bytes, timing, start.elapsed(), answer);
+    Ok(Line { over_target, ..line })
 }

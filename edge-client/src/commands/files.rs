@@ -17,10 +17,13 @@ pub fn encode(file: &Path, output: Option<PathBuf>, encoding: &EncodingArgs) -> 
     let stem = file.file_stem().unwrap_or_default();
     let path = output.unwrap_or_else(|| PathBuf::from(stem).with_extension("isth"));
     std::fs::write(&path, &encoded.container).map_err(|cause| ClientError::Io { path: path.clone(), cause })?;
-    let line = json!({
+    let mut line = json!({
         "file": file.display().to_string(), "container": path.display().to_string(),
         "bytes": encoded.container.len(), "quality": encoded.quality, "encode": encoded.timing,
     });
+    if encoded.over_target {
+        line["over_target"] = json!(true);
+    }
     writeln!(std::io::stdout(), "{line}")?;
     Ok(true)
 }

@@ -73,13 +73,17 @@ pub async fn served(
 
 fn version(folder: &Path, args: &EncodingArgs) -> Result<(Encoder, Quality), ClientError> {
     let trust = Trust::keys(args.trust.iter().map(String::as_str))?;
-    let budget = Budget { target: args.target_bytes, most: args.max_bytes };
+    let unbounded = args.target_bytes.is_none() && args.max_bytes.is_none();
+    let budget = Budget { target: args.target_bytes, most: args.max_bytes, times_usual: unbounded.then_some(TIMES_USUAL) };
     let encoder = Encoder::new(open_version(folder, &trust)?, args.threads.into())?.with_budget(budget);
     let best = args.target_bytes.map(|_| encoder.bundle().levels().into());
     let quality = args.quality.or(best).unwrap_or_else(|| encoder.default_quality().into());
     encoder.bundle().tables.level(quality)?;
     Ok((encoder, quality))
 }
+
+/// Without a budget of the user's, content that takes so many times the usual bytes falls to a lower quality.
+const TIMES_USUAL: f64 = 4.0;
 
 /// Largest file read: more than any photo, container or certificate needs.
 const LARGEST: u64 = 256 << 20;

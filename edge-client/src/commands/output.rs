@@ -29,6 +29,9 @@ pub struct Line {
     /// Payload bytes: the container, or the image file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<usize>,
+    /// More than --target-bytes (or the usual bytes' bound) even at the lowest quality.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub over_target: bool,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub labels: Vec<LabelLine>,
     #[serde(flatten)]
@@ -157,13 +160,13 @@ fn human(line: &Line) -> String {
         return format!("{}: error: {error}", line.file);
     }
     let labels: Vec<String> = line.labels.iter().map(|l| format!("{} {:.0} %", l.name, l.score * 100.0)).collect();
-    let bytes = line.bytes.unwrap_or_default();
+    let bytes = format!("{}{}", line.bytes.unwrap_or_default(), if line.over_target { " B (over the target)" } else { " B" });
     if let (Some(choice), Some(latency)) = (&line.choice, line.latency_ms) {
-        return format!("{}: {}  [{choice}, {bytes} B; {latency:.1} ms]", line.file, labels.join(", "));
+        return format!("{}: {}  [{choice}, {bytes}; {latency:.1} ms]", line.file, labels.join(", "));
     }
     let times = line
         .times
         .as_ref()
         .map_or_else(String::new, |t| format!("; encode {:.1} ms, wire {:.1} ms, server {:.1} ms", t.encode_ms, t.wire_ms, t.server_ms));
-    format!("{}: {}  [{bytes} B{times}]", line.file, labels.join(", "))
+    format!("{}: {}  [{bytes}{times}]", line.file, labels.join(", "))
 }

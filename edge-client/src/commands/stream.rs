@@ -25,6 +25,14 @@ pub struct Pace {
     pub repeat: u32,
 }
 
+impl Pace {
+    /// The next photo follows the answer.
+    pub const ONE_BY_ONE: Self = Self { fps: FASTEST, window: 1, repeat: 1 };
+}
+
+/// Most photos a second.
+const FASTEST: f64 = 10_000.0;
+
 struct Sent {
     file: String,
     /// What has been sent of it.
@@ -38,6 +46,7 @@ struct Sent {
     answered: Option<InferResponse>,
     /// It was sent whole after the server had forgotten its beginning.
     whole: bool,
+    over_target: bool,
     timing: EncodeTiming,
     at: Instant,
 }
@@ -105,7 +114,7 @@ pub fn photos(folder: &Path) -> Result<Vec<PathBuf>> {
 
 /// One tick per photo.
 pub fn ticks(fps: f64) -> Result<tokio::time::Interval> {
-    ensure!((0.001..=10_000.0).contains(&fps), "--fps must be between 0.001 and 10000");
+    ensure!((0.001..=FASTEST).contains(&fps), "--fps must be between 0.001 and 10000");
     let mut tick = tokio::time::interval(Duration::from_secs_f64(1.0 / fps));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     Ok(tick)
@@ -117,13 +126,15 @@ fn encode(encoder: &mut Encoder, path: &Path, quality: Quality, certainty: Optio
     let (file, at) = (path.display().to_string(), Instant::now());
     if certainty.is_none() {
         let encoded = encoder.encode(&read, quality)?;
-        let (container, quality, timing) = (encoded.container.into(), encoded.quality, encoded.timing);
-        return Ok(Sent { file, container, quality, rest: VecDeque::new(), refinements: None, answered: None, whole: false, timing, at });
+        let (container, quality, over_target, timing) = (encoded.container.into(), encoded.quality, encoded.over_target, encoded.timing);
+        let rest = VecDeque::new();
+        return Ok(Sent { file, container, quality, rest, refinements: None, answered: None, whole: false, over_target, timing, at });
     }
     let encoded = encoder.encode_progressive(&read)?;
     let mut rest = VecDeque::from(encoded.parts);
     let container = rest.pop_front().unwrap_or_default().into();
-    Ok(Sent { file, container, quality: BASE.into(), rest, refinements: Some(0), answered: None, whole: false, timing: encoded.timing, at })
+    let (quality, refinements, timing) = (BASE.into(), Some(0), encoded.timing);
+    Ok(Sent { file, container, quality, rest, refinements, answered: None, whole: false, over_target: false, timing, at })
 }
 
 impl Sent {
@@ -143,7 +154,7 @@ impl Sent {
 }
 
 pub async fn run(
-    folder: &Path,
+    files: &[PathBuf],
     pace: &Pace,
     server: &ServerArgs,
     encoding: &EncodingArgs,
@@ -151,7 +162,6 @@ pub async fn run(
     ask: &AskArgs,
 ) -> Result<bool> {
     let mut tick = ticks(pace.fps)?;
-    let files = photos(folder)?;
     let newest = super::encoder(encoding)?;
     let mut client = Client::connect_any(&super::endpoints(server)?).await?;
     let (mut encoder, quality) = super::served(newest, &mut client, encoding, ask.deadline).await?;
@@ -323,9 +333,9 @@ fn end(printer: &mut Printer, sent: Sent, answer: Result<InferResponse, ClientEr
 }
 
 fn answered(printer: &mut Printer, sent: Sent, response: InferResponse) -> Result<()> {
-    let (bytes, refinements) = (sent.container.len(), sent.refinements);
+    let (bytes, refinements, over_target) = (sent.container.len(), sent.refinements, sent.over_target);
     let line = Line::answered(sent.file, Some(sent.quality), bytes, Some(sent.timing), sent.at.elapsed(), response);
-    Ok(printer.print(&Line { refinements, ..line })?)
+    Ok(printer.print(&Line { refinements, over_target, ..line })?)
 }
 
 /// The line of a photo that was not answered, or whose refinement was not.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use isthmus_pixels::Rgb;
 
+use super::HELD_OUT;
 use crate::error::FederateError;
 
 /// Most photos of one folder: they are kept in memory, 150 kB each.
@@ -18,7 +19,12 @@ fn bad(path: &Path, why: impl std::fmt::Display) -> FederateError {
 /// # Errors
 /// If the folder cannot be read, or holds no photo.
 pub fn list(folder: &Path) -> Result<Vec<PathBuf>, FederateError> {
-    let entries = std::fs::read_dir(folder).map_err(|e| bad(folder, e))?;
+    let entries = std::fs::read_dir(folder).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => {
+            bad(folder, format!("not there; a folder of photos is needed, with others to measure by in its folder {HELD_OUT}"))
+        }
+        _ => bad(folder, e),
+    })?;
     let mut paths: Vec<_> = entries.filter_map(Result::ok).map(|e| e.path()).collect();
     let known = ["jpg", "jpeg", "png", "webp"];
     paths.retain(|p| p.extension().is_some_and(|e| known.iter().any(|k| e.eq_ignore_ascii_case(k))));
