@@ -134,7 +134,12 @@ train: training-photos ## train the default bundle anew, as the committed one wa
 	$(RELEASE)/trainer export --run runs/8 --out runs/levels
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2.toml --run runs/lite2 --bundle runs/levels --resume
 	$(RELEASE)/trainer blueprint --run runs/lite2 --bundle runs/levels --out runs/two --version 1
-	$(RELEASE)/trainer refine --bundle runs/two --out runs/bundle --version 1
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage9.toml --run runs/9 --start runs/two --resume
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage10.toml --run runs/10 --warm-start runs/9 --resume
+	$(RELEASE)/trainer export --run runs/10 --out runs/hooked
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage2.toml --run runs/lite2-2 --bundle runs/hooked --start runs/two --resume
+	$(RELEASE)/trainer blueprint --run runs/lite2-2 --bundle runs/hooked --out runs/both --version 1
+	$(RELEASE)/trainer refine --bundle runs/both --out runs/bundle --version 1
 
 fuzz: ## run every fuzz target for a minute (needs nightly and cargo-fuzz)
 	cd fuzz && for t in $$($(CARGO) fuzz list); do $(CARGO) +nightly fuzz run $$t -- -max_total_time=60 || exit 1; done

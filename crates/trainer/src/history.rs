@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
+use crate::recipe::Recipe;
 
 /// Earlier runs, the first one first; kept in the run folder and in the bundle.
 #[derive(Debug, Default, Clone, Serialize, Deserialize)]
@@ -66,6 +67,19 @@ impl History {
         let text = toml::to_string(&history).map_err(|e| TrainError::data(Self::FILE, e.to_string()))?;
         let path = to.join(Self::FILE);
         std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))
+    }
+
+    /// The same for the run that made the bundle in `from`, which saw `crops` with all runs before it; nothing for a bundle without a recipe.
+    ///
+    /// # Errors
+    /// If a file is malformed or cannot be copied.
+    pub fn inherit_bundle(from: &Path, to: &Path, crops: u64) -> Result<(), TrainError> {
+        let path = from.join("recipe.toml");
+        if !path.is_file() {
+            return Ok(());
+        }
+        let own = crops.saturating_sub(Self::open(from)?.crops());
+        Self::inherit(from, to, own / (Recipe::open(&path)?.batch as u64).max(1), own)
     }
 
     /// Copies all files of the history.

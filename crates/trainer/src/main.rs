@@ -181,6 +181,9 @@ fn run(cli: Cli) -> Result<()> {
                 (None, Some(beginning)) => active.start_from(beginning, device)?,
                 (None, None) => (),
             }
+            if let Some((folder, made)) = start.as_ref().filter(|_| new && bundle.is_none()).zip(beginning) {
+                History::inherit_bundle(folder, run, made.manifest.training.crops)?;
+            }
             let curve = run.join("curve.jsonl");
             let evaluate = |run: &mut Run| {
                 let point = run.with_average(|r| quick::score(r, &watched))?;

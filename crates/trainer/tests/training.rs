@@ -10,6 +10,7 @@ use isthmus_nets::{Backbone, FactorisedPrior};
 use isthmus_testkit::{find_file, root, skipped, third_party};
 use isthmus_trainer::augment::Augment;
 use isthmus_trainer::distill::Run;
+use isthmus_trainer::history::History;
 use isthmus_trainer::loader::{self, Plan};
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
@@ -398,6 +399,8 @@ fn own_photos_are_split_and_a_bundle_is_trained_on() {
     let mut run = open(r, &folder.path().join("run"), false);
     run.start_from(&bundle, Device::Cpu).unwrap();
     assert_eq!(Run::started_from(&folder.path().join("run")), Some(bundle.hash.to_string()));
+    History::inherit_bundle(&isthmus_testkit::bundle(), &folder.path().join("run"), bundle.manifest.training.crops).unwrap();
+    assert_eq!(History::open(&folder.path().join("run")).unwrap().crops(), bundle.manifest.training.crops);
     // as good from the first step on as the bundle, whose last level agrees on most of these
     let score = isthmus_trainer::quick::score(&run, &all[..10]).unwrap();
     assert!(score.levels[5].kl < 0.6, "{score:?}");
