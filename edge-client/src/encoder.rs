@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use isthmus_codec::progressive::BASE;
 use isthmus_codec::{Bundle, Quality, Trust, folder};
 use isthmus_pixels::Rgb;
 
@@ -66,7 +65,7 @@ pub struct Budget {
     pub target: Option<usize>,
     /// The same, but longer ones are never made: an error instead.
     pub most: Option<usize>,
-    /// As `target`, in mean bytes of the asked quality's containers.
+    /// As `target`, in mean bytes of the asked quality's containers (of the highest level's, for progressive bitstreams).
     pub times_usual: Option<f64>,
 }
 
@@ -176,7 +175,7 @@ impl Encoder {
         let (latent, timing) = self.timed_latent(&isthmus_pixels::decode(file)?, start)?;
         let start = Instant::now();
         let mut parts = self.bundle.encode_progressive(&latent)?;
-        let (limit, most) = (self.limit(BASE.into()), self.budget.most);
+        let (limit, most) = (self.limit(self.bundle.levels().into()), self.budget.most);
         if let (Some(first), Some(most)) = (parts.first().map(Vec::len), most)
             && first > most
         {

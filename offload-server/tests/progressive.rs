@@ -135,7 +135,7 @@ fn the_client_stops_where_the_server_is_certain() {
     streamed.sort_unstable();
     assert_eq!(sent, streamed);
     assert!(none.iter().all(|(refinements, _, _)| *refinements == 0));
-    assert!(all.iter().all(|(refinements, _, _)| *refinements == 2));
+    assert!(all.iter().all(|(refinements, _, _)| *refinements == 2), "{all:?}");
     assert!(some.iter().all(|(refinements, _, score)| *refinements == 2 || *score >= 0.5), "{some:?}");
     assert!(some.iter().any(|(refinements, _, _)| *refinements == 0), "{some:?}");
     let bytes = |lines: &[(u64, u64, f64)]| lines.iter().map(|(_, bytes, _)| bytes).sum::<u64>();
