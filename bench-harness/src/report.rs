@@ -82,6 +82,8 @@ fn rivals(c: &Comparison) -> Vec<&str> {
 
 type Value = fn(&Row) -> f64;
 
+type Shown = fn(&Row) -> &Interval;
+
 /// What may be equal; more is better.
 const QUALITIES: [(&str, Value); 2] = [("agreement", |r| r.agreement.mean), ("KL", |r| -r.kl.mean.ln())];
 
@@ -122,7 +124,7 @@ pub fn write(c: &Comparison, folder: &Path) -> Result<(), HarnessError> {
     let json = serde_json::to_string_pretty(c).map_err(|e| HarnessError::data("results", e.to_string()))?;
     save(format!("{}.json", c.set), json)?;
     save(format!("{}.md", c.set), table(c))?;
-    let charts: [(&str, &str, fn(&Row) -> &Interval); 2] = [
+    let charts: [(&str, &str, Shown); 2] = [
         ("agreement", "top-1 agreement with the uncompressed teacher", |r| &r.agreement),
         ("kl", "mean KL to the uncompressed teacher (nats)", |r| &r.kl),
     ];
