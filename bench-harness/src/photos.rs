@@ -66,7 +66,7 @@ impl PhotoSet {
         error.filter(|_| set.photos.is_empty()).map_or(Ok(set), Err)
     }
 
-    /// The photos of a folder, and the last error among them.
+    /// The photos of a folder, and the first error among them.
     fn readable(folder: &Path, side: u32) -> Result<(Self, Option<HarnessError>), HarnessError> {
         let io = |path: &Path, cause| HarnessError::Io { path: path.into(), cause };
         let files = files(folder)?;
@@ -83,7 +83,7 @@ impl PhotoSet {
                 Ok(photo) => photos.push(photo),
                 Err(error) => {
                     left_out.push(error.to_string());
-                    damaged = Some(error);
+                    damaged = damaged.or(Some(error));
                 }
             }
         }

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
@@ -101,10 +102,11 @@ fn the_client_stops_where_the_server_is_certain() {
     for photo in demo_photos() {
         std::fs::copy(&photo, folder.path().join(photo.file_name().unwrap())).unwrap();
     }
-    let run = |certainty: &str| {
+    let ask = |command: &[&str], photos: &[PathBuf], certainty: &str| {
         let output = Command::new(binary("edge-client"))
-            .args(["stream", folder.path().to_str().unwrap(), "--fps", "30", "--window", "2", "--json", "--server", &server.url()])
-            .args(["--progressive", "--certainty", certainty])
+            .args(command)
+            .args(photos)
+            .args(["--progressive", "--certainty", certainty, "--json", "--server", &server.url()])
             .current_dir(root())
             .output()
             .unwrap();
@@ -117,23 +119,15 @@ fn the_client_stops_where_the_server_is_certain() {
             .map(|l| (l["refinements"].as_u64().unwrap(), l["bytes"].as_u64().unwrap(), l["labels"][0]["score"].as_f64().unwrap()))
             .collect::<Vec<_>>()
     };
+    let run = |certainty: &str| ask(&["stream", "--fps", "30", "--window", "2"], &[folder.path().to_owned()], certainty);
     let (none, some, all) = (run("0"), run("0.5"), run("1"));
-    let output = Command::new(binary("edge-client"))
-        .arg("classify")
-        .args(demo_photos())
-        .args(["--progressive", "--certainty", "0.5", "--json", "--server", &server.url()])
-        .current_dir(root())
-        .output()
-        .unwrap();
-    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
-    let classified: Vec<serde_json::Value> = printed.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
-    let mut sent: Vec<_> = classified.iter().map(|l| (l["refinements"].as_u64().unwrap(), l["bytes"].as_u64().unwrap())).collect();
     // a stream's answers come in another order
-    let mut streamed: Vec<_> = some.iter().map(|(refinements, bytes, _)| (*refinements, *bytes)).collect();
-    sent.sort_unstable();
-    streamed.sort_unstable();
-    assert_eq!(sent, streamed);
+    let sorted = |lines: &[(u64, u64, f64)]| {
+        let mut sent: Vec<_> = lines.iter().map(|(refinements, bytes, _)| (*refinements, *bytes)).collect();
+        sent.sort_unstable();
+        sent
+    };
+    assert_eq!(sorted(&ask(&["classify"], &demo_photos(), "0.5")), sorted(&some));
     assert!(none.iter().all(|(refinements, _, _)| *refinements == 0));
     assert!(all.iter().all(|(refinements, _, _)| *refinements == 2), "{all:?}");
     assert!(some.iter().all(|(refinements, _, score)| *refinements == 2 || *score >= 0.5), "{some:?}");
