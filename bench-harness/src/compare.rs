@@ -244,12 +244,7 @@ pub async fn add_progressive(
     encoder: &mut Encoder,
     backend: &mut impl Backend,
 ) -> Result<(), HarnessError> {
-    let Some(refinements) = &encoder.bundle().refinements else {
-        let manifest = &encoder.bundle().manifest;
-        let what = format!("bundle {} {}", manifest.name, manifest.version);
-        return Err(HarnessError::data(what, "has no refinements: progressive bitstreams need a bundle of `trainer refine`"));
-    };
-    let steps = refinements.steps().len();
+    let steps = encoder.bundle().refinements()?.steps().len();
     let mut beginnings = vec![Vec::new(); steps + 1];
     let bar = progress(set, steps + 1, "progressive".into());
     for photo in &set.photos {

@@ -135,6 +135,15 @@ impl Bundle {
         Ok(content)
     }
 
+    /// What refines level 1.
+    ///
+    /// # Errors
+    /// [`CodecError::NoRefinements`] if the bundle has none.
+    pub fn refinements(&self) -> Result<&Refinements, CodecError> {
+        let Manifest { name, version, .. } = &self.manifest;
+        self.refinements.as_ref().ok_or_else(|| CodecError::NoRefinements(format!("{name} {version}")))
+    }
+
     /// Number of quality levels.
     pub fn levels(&self) -> u8 {
         self.tables.levels.len() as u8
@@ -153,10 +162,9 @@ impl Bundle {
     /// Rounds and codes a latent (channel-major) into a container of level 1 and its refinements, which belong together in this order; see [`progressive`].
     ///
     /// # Errors
-    /// As [`progressive::encode`], and [`CodecError::UnknownRefinement`] if the bundle has none.
+    /// As [`progressive::encode`] and [`Self::refinements`].
     pub fn encode_progressive(&self, latent: &[f32]) -> Result<Vec<Vec<u8>>, CodecError> {
-        let refinements = self.refinements.as_ref().ok_or(CodecError::UnknownRefinement { step: 1, steps: 0 })?;
-        progressive::encode(latent, &self.hash, self.manifest.latent, (&self.tables, refinements))
+        progressive::encode(latent, &self.hash, self.manifest.latent, (&self.tables, self.refinements()?))
     }
 
     /// Decodes a container, and what refines it, into the decoder's input (channel-major), appended to `out`.

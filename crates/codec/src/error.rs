@@ -40,6 +40,9 @@ pub enum CodecError {
         /// Refinements of the bundle.
         steps: usize,
     },
+    /// The bundle cannot make progressive bitstreams.
+    #[error("bundle {0} has no refinements, which progressive bitstreams need: take one that `trainer refine` made")]
+    NoRefinements(String),
     /// The latent cannot be coded.
     #[error("the latent cannot be coded: {0}")]
     BadLatent(String),

@@ -59,13 +59,13 @@ impl Bottleneck {
         log.index_select(0, level).exp().unsqueeze(-1).unsqueeze(-1)
     }
 
-    /// Training pass with additive uniform noise: pixels (N, 3, H, W), level (N) int64.
-    pub fn train_pass(&self, pixels: &Tensor, level: &Tensor) -> Passed {
+    /// Training pass with additive uniform noise: pixels (N, 3, H, W), level (N) int64. The decoder computes in `kind`.
+    pub fn train_pass(&self, pixels: &Tensor, level: &Tensor, kind: Kind) -> Passed {
         let y = self.encoder.forward(pixels) * Self::picked(&self.log_gain, level);
         let noisy = &y + (y.rand_like() - 0.5);
         let bits = self.prior.bits(&noisy, level);
         let latent = noisy * Self::picked(&self.log_inverse, level);
-        Passed { rebuilt: self.decoder.forward_normalised(&latent), bits }
+        Passed { rebuilt: self.decoder.forward_normalised(&latent.to_kind(kind)), bits }
     }
 
     /// Medians of all levels (levels, C).
@@ -74,8 +74,15 @@ impl Bottleneck {
         Tensor::stack(&medians, 0)
     }
 
-    /// As at run time, with rounding around the `medians` (levels, C); no gradient goes further back than the decoder.
-    pub fn round_pass(&self, pixels: &Tensor, level: &Tensor, medians: &Tensor) -> Passed {
+    /// Bits of each sample (N) with additive uniform noise; only the densities get a gradient.
+    pub fn bits_of_frozen(&self, pixels: &Tensor, level: &Tensor) -> Tensor {
+        let y = tch::no_grad(|| self.encoder.forward(pixels) * Self::picked(&self.log_gain, level));
+        self.prior.bits(&(&y + (y.rand_like() - 0.5)), level)
+    }
+
+    /// As at run time, with rounding around the `medians` (levels, C); no gradient goes further back than the decoder,
+    /// which computes in `kind`.
+    pub fn round_pass(&self, pixels: &Tensor, level: &Tensor, medians: &Tensor, kind: Kind) -> Passed {
         let (latent, bits) = tch::no_grad(|| {
             let y = self.encoder.forward(pixels) * Self::picked(&self.log_gain, level);
             let median = medians.index_select(0, level).unsqueeze(-1).unsqueeze(-1);
@@ -83,7 +90,7 @@ impl Bottleneck {
             let bits = self.prior.bits(&rounded, level);
             (rounded * Self::picked(&self.log_inverse, level), bits)
         });
-        Passed { rebuilt: self.decoder.forward_normalised(&latent), bits }
+        Passed { rebuilt: self.decoder.forward_normalised(&latent.to_kind(kind)), bits }
     }
 
     /// Encoder-side gains (levels, C).

@@ -166,6 +166,13 @@ pub struct Decoder {
     std: Tensor,
 }
 
+/// A convolution of stride 1 that keeps the size, in the type of `x`.
+fn convolve(x: &Tensor, conv: &nn::Conv2D) -> Tensor {
+    let (weight, bias) = (conv.ws.to_kind(x.kind()), conv.bs.as_ref().map(|b| b.to_kind(x.kind())));
+    let padding = weight.size()[2] / 2;
+    x.conv2d(&weight, bias, [1, 1], [padding, padding], [1, 1], 1)
+}
+
 fn leaky(x: Tensor) -> Tensor {
     x.leaky_relu() // slope 0.01
 }
@@ -234,18 +241,19 @@ impl Decoder {
         self.upsample
     }
 
-    /// De-quantised, gain-corrected latent (N, C, h, w) to the rebuilt layer (N, C, H, W), normalised.
+    /// De-quantised, gain-corrected latent (N, C, h, w) to the rebuilt layer (N, C, H, W), normalised. The residual decoder computes in the
+    /// type of the latent, whatever that of its weights.
     pub fn forward_normalised(&self, latent: &Tensor) -> Tensor {
         let out = match &self.trunk {
             Trunk::Residual { input, blocks, output } => {
-                let mut x = leaky(channels_last(latent).apply(input));
+                let mut x = leaky(convolve(&channels_last(latent), input));
                 for b in blocks {
-                    let y = leaky(x.apply(&b.reduce));
-                    let y = leaky(y.apply(&b.mix));
+                    let y = leaky(convolve(&x, &b.reduce));
+                    let y = leaky(convolve(&y, &b.mix));
                     // out of place: the gradient of the convolutions needs x as it was
-                    x = &x + y.apply(&b.expand);
+                    x = &x + convolve(&y, &b.expand);
                 }
-                leaky(x).apply(output)
+                convolve(&leaky(x), output)
             }
             Trunk::Plain([first, second, last], [wide, narrow]) => {
                 let x = wide.forward(&channels_last(latent).apply(first));

@@ -2,6 +2,7 @@
 //! features at a rate (FrankenSplit, arXiv 2302.10681, section "phd"): loss = sum of squared error +
 //! lambda x bits, here per-channel normalised and, late, with the logits' KL through the frozen tail.
 
+mod densities;
 mod range;
 mod step;
 
@@ -182,7 +183,7 @@ impl Run {
         Ok(taken)
     }
 
-    /// Takes encoder, gains and what fits of the first decoder of a bundle; densities begin anew.
+    /// Takes encoder, gains and what fits of the first decoder of a bundle; its densities are learned before the first step.
     ///
     /// # Errors
     /// If the bundle's have other shapes.
@@ -365,12 +366,15 @@ impl Run {
     }
 
     /// What comes before the first step.
-    fn begin(&mut self, pack: &Pack) -> Result<(), TrainError> {
+    fn begin(&mut self, pack: &Arc<Pack>) -> Result<(), TrainError> {
         if !self.resumed {
             self.calibrate(pack)?;
             let woken = self.wake(pack)?;
             if woken > 0 {
                 eprintln!("{woken} dead channels started anew");
+            }
+            if Self::started_from(&self.folder).is_some() {
+                self.fit_densities(pack.clone())?;
             }
         }
         Ok(())

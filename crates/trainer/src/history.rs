@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
+use isthmus_codec::bundle::MANIFEST;
 use serde::{Deserialize, Serialize};
 
+use crate::curves;
 use crate::error::TrainError;
 use crate::recipe::Recipe;
 
@@ -32,13 +34,20 @@ pub struct Stage {
 
 impl History {
     const FILE: &str = "history.toml";
+    /// What a run leaves beside its checkpoint.
+    const OWN: [&str; 3] = ["recipe.toml", "curve.jsonl", "log.jsonl"];
 
     /// What a run folder says; empty if the run started from fresh weights.
     ///
     /// # Errors
     /// If the file is malformed.
     pub fn open(folder: &Path) -> Result<Self, TrainError> {
-        let path = folder.join(Self::FILE);
+        Self::of(folder, "")
+    }
+
+    /// The history in `folder` whose files' names begin with `prefix`: that of a blueprint in a bundle ([`Self::prefix`]).
+    fn of(folder: &Path, prefix: &str) -> Result<Self, TrainError> {
+        let path = folder.join(format!("{prefix}{}", Self::FILE));
         match std::fs::read_to_string(&path) {
             Ok(text) => toml::from_str(&text).map_err(|e| TrainError::data(path.display().to_string(), e.to_string())),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
@@ -51,17 +60,26 @@ impl History {
         self.stage.iter().map(|s| s.crops).sum()
     }
 
+    /// What the names of files begin with that tell how a bundle's decoder for another `backbone` came about.
+    pub fn prefix(backbone: &str) -> String {
+        format!("{backbone}-")
+    }
+
     /// Adds the run in `from` as the last stage, and copies its recipe and curve, and those before, to `to`.
     ///
     /// # Errors
     /// If a file cannot be copied.
     pub fn inherit(from: &Path, to: &Path, steps: u64, crops: u64) -> Result<(), TrainError> {
-        let mut history = Self::open(from)?;
-        history.copy(from, to)?;
+        Self::inherit_from((from, ""), to, steps, crops)
+    }
+
+    fn inherit_from((from, prefix): (&Path, &str), to: &Path, steps: u64, crops: u64) -> Result<(), TrainError> {
+        let mut history = Self::of(from, prefix)?;
+        history.copy((from, prefix), (to, ""))?;
         let n = history.stage.len() + 1;
         let stage = Stage { recipe: format!("stage{n}-recipe.toml"), curve: format!("stage{n}-curve.jsonl"), steps, crops };
         for (name, copy) in [("recipe.toml", &stage.recipe), ("curve.jsonl", &stage.curve)] {
-            copy_if_there(&from.join(name), &to.join(copy))?;
+            copy_if_there(&from.join(format!("{prefix}{name}")), &to.join(copy))?;
         }
         history.stage.push(stage);
         let text = toml::to_string(&history).map_err(|e| TrainError::data(Self::FILE, e.to_string()))?;
@@ -69,27 +87,50 @@ impl History {
         std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))
     }
 
-    /// The same for the run that made the bundle in `from`, which saw `crops` with all runs before it; nothing for a bundle without a recipe.
+    /// The same for the run that made the bundle in `from`, or its decoder with this [`Self::prefix`]; nothing for a bundle that does not tell.
     ///
     /// # Errors
     /// If a file is malformed or cannot be copied.
-    pub fn inherit_bundle(from: &Path, to: &Path, crops: u64) -> Result<(), TrainError> {
-        let path = from.join("recipe.toml");
+    pub fn inherit_bundle(from: &Path, prefix: &str, to: &Path) -> Result<(), TrainError> {
+        let path = from.join(format!("{prefix}recipe.toml"));
         if !path.is_file() {
             return Ok(());
         }
-        let own = crops.saturating_sub(Self::open(from)?.crops());
-        Self::inherit(from, to, own / (Recipe::open(&path)?.batch as u64).max(1), own)
+        let crops = curves::scored(&from.join(format!("{prefix}curve.jsonl")))?;
+        Self::inherit_from((from, prefix), to, crops / (Recipe::open(&path)?.batch as u64).max(1), crops)
     }
 
-    /// Copies all files of the history.
+    /// Copies recipe, curve and log of the run in `from`, and all files of its history, into the bundle in `to`, for its decoder with this [`Self::prefix`].
+    ///
+    /// # Errors
+    /// If a file is malformed or cannot be copied.
+    pub fn keep(from: &Path, to: &Path, prefix: &str) -> Result<(), TrainError> {
+        for name in Self::OWN {
+            copy_if_there(&from.join(name), &to.join(format!("{prefix}{name}")))?;
+        }
+        Self::open(from)?.copy((from, ""), (to, prefix))
+    }
+
+    /// Copies what lies in the folder of a bundle and tells how it came about: recipes, curves and logs of all its runs, and plots. Nothing that the manifest names is among them.
     ///
     /// # Errors
     /// If a file cannot be copied.
-    pub fn copy(&self, from: &Path, to: &Path) -> Result<(), TrainError> {
+    pub fn carry(from: &Path, to: &Path) -> Result<(), TrainError> {
+        let entries = std::fs::read_dir(from).and_then(Iterator::collect::<Result<Vec<_>, _>>).map_err(|e| TrainError::io(from, e))?;
+        for path in entries.into_iter().map(|e| e.path()) {
+            let tells = path.extension().is_some_and(|e| ["toml", "jsonl", "svg"].iter().any(|t| e == *t));
+            if let Some(name) = path.file_name().filter(|name| tells && *name != MANIFEST) {
+                copy_if_there(&path, &to.join(name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies all files of the history, whose names begin with one prefix, to names that begin with another.
+    fn copy(&self, from: (&Path, &str), to: (&Path, &str)) -> Result<(), TrainError> {
         let files = self.stage.iter().flat_map(|s| [s.recipe.as_str(), s.curve.as_str()]);
         for name in files.chain([Self::FILE]) {
-            copy_if_there(&from.join(name), &to.join(name))?;
+            copy_if_there(&from.0.join(format!("{}{name}", from.1)), &to.0.join(format!("{}{name}", to.1)))?;
         }
         Ok(())
     }
@@ -134,5 +175,29 @@ mod tests {
         assert_eq!(commands[0], "trainer distill --recipe stage1-recipe.toml --run runs/1 --until 10");
         assert_eq!(commands[2], "trainer distill --recipe recipe.toml --run runs/3 --warm-start runs/2 --until 5");
         assert_eq!(History::open(&at("a")).unwrap().crops(), 0);
+    }
+
+    #[test]
+    fn a_bundle_tells_how_each_of_its_decoders_came_about() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let recipe = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/recipes/patch-stem-lite2.toml")).unwrap();
+        for name in ["first", "run", "bundle", "other", "next"] {
+            std::fs::create_dir(at(name)).unwrap();
+            std::fs::write(at(name).join("recipe.toml"), &recipe).unwrap();
+        }
+        std::fs::write(at("bundle").join(MANIFEST), "").unwrap();
+        std::fs::write(at("bundle").join("weights.safetensors"), "").unwrap();
+        History::inherit(&at("first"), &at("run"), 2, 36).unwrap();
+        std::fs::write(at("run").join("curve.jsonl"), r#"{"crops":90,"photos":1,"levels":[]}"#).unwrap();
+        let prefix = History::prefix("lite2");
+        History::keep(&at("run"), &at("bundle"), &prefix).unwrap();
+        assert!(at("bundle").join("lite2-stage1-recipe.toml").exists());
+        History::carry(&at("bundle"), &at("other")).unwrap();
+        assert!(!at("other").join(MANIFEST).exists() && !at("other").join("weights.safetensors").exists());
+        History::inherit_bundle(&at("other"), &prefix, &at("next")).unwrap();
+        let stages: Vec<(u64, u64)> = History::open(&at("next")).unwrap().stage.iter().map(|s| (s.steps, s.crops)).collect();
+        assert_eq!(stages, [(2, 36), (5, 90)]);
+        assert!(at("next").join("stage2-curve.jsonl").exists());
     }
 }

@@ -61,6 +61,8 @@ fn run(cli: Cli) -> Result<()> {
             let mut active = Run::open(recipe, run, teacher, Device::Cpu, true)?;
             active.freeze(&opened, None, Device::Cpu)?;
             let manifest = active.with_average(|r| blueprint::add(r, &opened, bundle, version, &sha256, out))?;
+            History::carry(bundle, out)?;
+            History::keep(run, out, &History::prefix(active.recipe.backbone.name()))?;
             let backbones: Vec<_> = manifest.decoders.iter().map(|d| d.backbone.as_str()).collect();
             println!("{} {} for {} written to {}", manifest.name, manifest.version, backbones.join(" and "), out.display());
             Ok(())
@@ -181,8 +183,9 @@ fn run(cli: Cli) -> Result<()> {
                 (None, Some(beginning)) => active.start_from(beginning, device)?,
                 (None, None) => (),
             }
-            if let Some((folder, made)) = start.as_ref().filter(|_| new && bundle.is_none()).zip(beginning) {
-                History::inherit_bundle(folder, run, made.manifest.training.crops)?;
+            if let Some(folder) = start.as_ref().filter(|_| new) {
+                let prefix = frozen.as_ref().map(|_| History::prefix(active.recipe.backbone.name())).unwrap_or_default();
+                History::inherit_bundle(folder, &prefix, run)?;
             }
             let curve = run.join("curve.jsonl");
             let evaluate = |run: &mut Run| {
@@ -272,10 +275,7 @@ fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path
         let (photos, started_from) = (own::listed(&cli.data)?, Run::started_from(run));
         export::bundle(r, &tables, &point, &export::Origin { version, command: &command, backbone_sha256, photos, started_from }, out)
     })?;
-    history.copy(run, out)?;
-    for name in ["recipe.toml", "log.jsonl", "curve.jsonl"] {
-        std::fs::copy(run.join(name), out.join(name)).with_context(|| run.join(name).display().to_string())?;
-    }
+    History::keep(run, out, "")?;
     curves::plot(run, out)?;
     println!("{} {} written to {}", manifest.name, manifest.version, out.display());
     Ok(())

@@ -14,9 +14,9 @@ pub(crate) struct Measure {
     pub(crate) hooks: Vec<Tensor>,
 }
 
-/// Squared difference (N, C, H, W) in units of the teacher's variance.
+/// Squared difference (N, C, H, W) in units of the teacher's variance, in single precision.
 pub(crate) fn squared(wanted: &Tensor, got: &Tensor, std: &Tensor) -> Tensor {
-    ((got - wanted) / std.view([1, -1, 1, 1])).square()
+    ((got.to_kind(Kind::Float) - wanted) / std.view([1, -1, 1, 1])).square()
 }
 
 impl Measure {

@@ -62,7 +62,7 @@ pub fn score(run: &Run, photos: &[Rgb]) -> Result<CurvePoint, TrainError> {
         let wanted = run.teacher.tail(&target, measure).log_softmax(-1, Kind::Float);
         for (l, sum) in sums.iter_mut().enumerate() {
             let level = run.net.level_tensor(l as i64, chunk.len() as i64);
-            let passed = run.net.round_pass(&pixels, &level, &medians);
+            let passed = run.net.round_pass(&pixels, &level, &medians, Kind::Float);
             let features = run.teacher.between(&run.net.decoder.denormalise(&passed.rebuilt), split, measure);
             let got = run.teacher.tail(&features, measure).log_softmax(-1, Kind::Float);
             let same = got.argmax(-1, false).eq_tensor(&wanted.argmax(-1, false));

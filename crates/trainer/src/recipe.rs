@@ -5,6 +5,7 @@ use std::path::Path;
 use isthmus_nets::encoder::SIDE_MULTIPLE;
 use isthmus_nets::{BackboneKind, DecoderKind, DecoderSpec, EncoderKind, Layer};
 use serde::{Deserialize, Serialize};
+use tch::Kind;
 
 use crate::augment::Augment;
 use crate::error::TrainError;
@@ -64,6 +65,10 @@ pub struct Recipe {
     /// Update the convolutions' weights by Muon instead of Adam.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub muon: bool,
+    /// Decoder and backbone compute in bfloat16 while they train; weights, encoder, densities and loss stay in single precision. Faster where
+    /// the processor has instructions for it, slower elsewhere (docs/decisions/0032).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bfloat16: bool,
     /// Peak learning rate; linear warm-up, cosine to a hundredth.
     pub learning_rate: f64,
     /// Warm-up steps.
@@ -201,6 +206,11 @@ impl Recipe {
     /// The layer at which the distortion is measured.
     pub fn measure(&self) -> Layer {
         Layer::Block(self.measure_block)
+    }
+
+    /// Type that decoder and backbone compute in while they train.
+    pub fn kind(&self) -> Kind {
+        if self.bfloat16 { Kind::BFloat16 } else { Kind::Float }
     }
 
     /// The decoder for this recipe's backbone and split.

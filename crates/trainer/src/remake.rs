@@ -1,7 +1,7 @@
 //! A bundle is read, to be written anew with the same networks.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use isthmus_codec::bundle::MANIFEST;
 use isthmus_codec::manifest::Manifest;
@@ -14,6 +14,7 @@ use crate::augment::Augment;
 use crate::contexts::{self, CROPS};
 use crate::error::TrainError;
 use crate::export;
+use crate::history::History;
 use crate::loader::Plan;
 use crate::pack::Pack;
 
@@ -21,6 +22,7 @@ use crate::pack::Pack;
 pub(crate) struct Remake {
     /// As it was.
     pub old: Bundle,
+    folder: PathBuf,
     /// Of the new one.
     pub manifest: Manifest,
     /// Of the new one.
@@ -53,10 +55,10 @@ impl Remake {
         for name in manifest.files.keys() {
             files.insert(name.clone(), old.file(name)?.to_vec());
         }
-        Ok(Self { old, manifest, files, latents, golden })
+        Ok(Self { old, folder: folder.into(), manifest, files, latents, golden })
     }
 
-    /// Writes the new bundle into `out`.
+    /// Writes the new bundle into `out`, and how the old one came about.
     ///
     /// # Errors
     /// If a file cannot be written.
@@ -64,6 +66,7 @@ impl Remake {
         self.manifest.version = version.into();
         self.manifest.files = export::hashes(&self.files);
         export::write(out, &self.manifest, &self.files)?;
+        History::carry(&self.folder, out)?;
         Ok(self.manifest)
     }
 }

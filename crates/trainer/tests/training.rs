@@ -73,6 +73,24 @@ fn a_resumed_run_equals_an_uninterrupted_one() {
     }
 }
 
+/// The first loss in bfloat16 is that in single precision, nearly.
+#[test]
+fn bfloat16_learns_from_the_same_loss() {
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = tempfile::tempdir().unwrap();
+    let loss = |bfloat16: bool| {
+        let r = Recipe { bfloat16, hooks: vec![10, 15], kl_from: 0.0, ..recipe() };
+        let mut run = open(r, &folder.path().join(format!("{bfloat16}")), false);
+        let points = run.range_test(Arc::new(pack()), (1e-4, 2e-4), 2).unwrap();
+        assert!(run.net.vs.variables().values().all(|v| v.kind() == Kind::Float), "weights stay in single precision");
+        points.iter().map(|p| p.loss).collect::<Vec<_>>()
+    };
+    let (single, short) = (loss(false), loss(true));
+    for (a, b) in single.iter().zip(&short) {
+        assert!(a != b && (a - b).abs() < 0.02 * a, "{single:?} {short:?}");
+    }
+}
+
 /// The bitstream must not change under a decoder that is tuned alone.
 #[test]
 fn a_decoder_trained_alone_leaves_the_rest_as_it_was() {
@@ -394,14 +412,18 @@ fn own_photos_are_split_and_a_bundle_is_trained_on() {
     assert_eq!(Pack::open(&data.join("train.pack")).unwrap().len(), named(Set::Train).len());
 
     let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
-    let r = Recipe::open(&root().join("crates/trainer/recipes/your-photos.toml")).unwrap();
+    let r = Recipe { batch: 6, ..Recipe::open(&root().join("crates/trainer/recipes/your-photos.toml")).unwrap() };
     let bundle = isthmus_codec::folder::open(&isthmus_testkit::bundle(), |_| true, &isthmus_codec::Trust::all()).unwrap();
     let mut run = open(r, &folder.path().join("run"), false);
     run.start_from(&bundle, Device::Cpu).unwrap();
     assert_eq!(Run::started_from(&folder.path().join("run")), Some(bundle.hash.to_string()));
-    History::inherit_bundle(&isthmus_testkit::bundle(), &folder.path().join("run"), bundle.manifest.training.crops).unwrap();
+    History::inherit_bundle(&isthmus_testkit::bundle(), "", &folder.path().join("run")).unwrap();
     assert_eq!(History::open(&folder.path().join("run")).unwrap().crops(), bundle.manifest.training.crops);
-    // as good from the first step on as the bundle, whose last level agrees on most of these
+    run.train(Arc::new(Pack::open(&data.join("train.pack")).unwrap()), 0, 100, |_| Ok(())).unwrap();
+    // as good before the first step as the bundle, whose last level agrees on most of these, and as small but for the contexts
     let score = isthmus_trainer::quick::score(&run, &all[..10]).unwrap();
     assert!(score.levels[5].kl < 0.6, "{score:?}");
+    for (level, quality) in score.levels.iter().zip(&bundle.manifest.quality) {
+        assert!(level.bytes < 2.0 * quality.bytes, "densities are learned: {score:?}");
+    }
 }

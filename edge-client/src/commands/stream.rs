@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use edge_client::stream::{Receiver, Sender, open};
 use edge_client::{Client, ClientError, EncodeTiming, Encoder, InferOptions, Payload};
@@ -165,9 +165,8 @@ pub async fn run(
     let newest = super::encoder(encoding)?;
     let mut client = Client::connect_any(&super::endpoints(server)?).await?;
     let (mut encoder, quality) = super::served(newest, &mut client, encoding, ask.deadline).await?;
-    if certainty.is_some() && encoder.bundle().refinements.is_none() {
-        let manifest = &encoder.bundle().manifest;
-        bail!("bundle {} {} has no refinements: --progressive needs a bundle of `trainer refine`", manifest.name, manifest.version);
+    if certainty.is_some() {
+        encoder.bundle().refinements()?;
     }
     let certainty_wanted = certainty.unwrap_or_default();
     let options = InferOptions {

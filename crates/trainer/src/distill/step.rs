@@ -1,6 +1,6 @@
 //! One step: forward, loss, backward, update.
 
-use isthmus_nets::Layer;
+use isthmus_nets::{Backbone, Layer};
 use tch::{Kind, Tensor};
 
 use super::{Run, kl};
@@ -15,6 +15,8 @@ pub(super) struct Constants {
     balance: Tensor,
     /// Of latents that are rounded, for a recipe that trains the decoder alone.
     medians: Option<Tensor>,
+    /// In the type that the recipe asks for.
+    teacher: Backbone,
 }
 
 /// What a step came to.
@@ -38,7 +40,7 @@ impl Run {
 
     pub(super) fn constants(&self) -> Constants {
         let medians = self.recipe.decoder_only.then(|| self.medians());
-        Constants { balance: self.as_tensor(&self.recipe.level_weights()), medians }
+        Constants { balance: self.as_tensor(&self.recipe.level_weights()), medians, teacher: self.teacher.to_kind(self.recipe.kind()) }
     }
 
     /// Learns from a batch at a learning rate; `noise` seeds what is random in it. Schedules are those of the run's current step, which stays.
@@ -47,18 +49,19 @@ impl Run {
         let (pixels, level) = self.batch_tensors(batch);
         tch::manual_seed((r.seed << 32 | noise) as i64);
 
-        let layer = tch::no_grad(|| self.teacher.between(&self.seen_by_teacher(&pixels), Layer::Input, r.split()));
-        let target = tch::no_grad(|| self.teacher.between(&layer, r.split(), r.measure()));
+        let (teacher, kind) = (&constants.teacher, r.kind());
+        let layer = tch::no_grad(|| teacher.between(&self.seen_by_teacher(&pixels).to_kind(kind), Layer::Input, r.split()));
+        let target = tch::no_grad(|| teacher.between(&layer, r.split(), r.measure()));
         let passed = match &constants.medians {
-            Some(medians) => self.net.round_pass(&pixels, &level, medians),
-            None => self.net.train_pass(&pixels, &level),
+            Some(medians) => self.net.round_pass(&pixels, &level, medians, kind),
+            None => self.net.train_pass(&pixels, &level, kind),
         };
-        let rebuilt = self.net.decoder.denormalise(&passed.rebuilt);
-        let got = self.teacher.between(&rebuilt, r.split(), r.measure());
+        let rebuilt = self.net.decoder.denormalise(&passed.rebuilt).to_kind(kind);
+        let got = teacher.between(&rebuilt, r.split(), r.measure());
         let difference = squared(&target, &got, &self.measure.std);
         let over = [1i64, 2, 3];
         let mut weighted = &difference * self.measure.weights.view([1, -1, 1, 1]);
-        if let Some(weights) = guide::weights(&self.teacher, r, &target, &self.measure.std) {
+        if let Some(weights) = guide::weights(&self.teacher, r, &target.to_kind(Kind::Float), &self.measure.std) {
             weighted *= weights;
         }
         let mut error = weighted.sum_dim_intlist(over.as_slice(), false, Kind::Float);
@@ -70,8 +73,8 @@ impl Run {
         let mut deeper = (r.measure(), target.shallow_clone(), got.shallow_clone());
         for (&block, std) in r.hooks.iter().zip(&self.measure.hooks) {
             let layer = Layer::Block(block);
-            let wanted = tch::no_grad(|| self.teacher.between(&deeper.1, deeper.0, layer));
-            let found = self.teacher.between(&deeper.2, deeper.0, layer);
+            let wanted = tch::no_grad(|| teacher.between(&deeper.1, deeper.0, layer));
+            let found = teacher.between(&deeper.2, deeper.0, layer);
             error = &error + squared(&wanted, &found, std).mean_dim(over.as_slice(), false, Kind::Float) * elements;
             deeper = (layer, wanted, found);
         }
@@ -80,9 +83,10 @@ impl Run {
         let kl_weight = r.kl_at(self.step);
         let mut kl_value = 0.0;
         if kl_weight > 0.0 {
-            let tail = |features: &Tensor| (self.teacher.tail(features, r.measure()) * r.kl_sharpness).log_softmax(-1, Kind::Float);
-            let wanted = tch::no_grad(|| tail(&target));
-            let kl = kl(&wanted, &tail(&got));
+            let (layer, wanted, found) = &deeper;
+            let tail =
+                |features: &Tensor| (teacher.tail(features, *layer).to_kind(Kind::Float) * r.kl_sharpness).log_softmax(-1, Kind::Float);
+            let kl = kl(&tch::no_grad(|| tail(wanted)), &tail(found));
             kl_value = kl.mean(Kind::Float).double_value(&[]);
             loss = &loss + kl * kl_weight;
         }
