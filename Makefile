@@ -139,7 +139,12 @@ train: training-photos ## train the default bundle anew, as the committed one wa
 	$(RELEASE)/trainer export --run runs/10 --out runs/hooked
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage2.toml --run runs/lite2-2 --bundle runs/hooked --start runs/two --resume
 	$(RELEASE)/trainer blueprint --run runs/lite2-2 --bundle runs/hooked --out runs/both --version 1
-	$(RELEASE)/trainer refine --bundle runs/both --out runs/bundle --version 1
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage11.toml --run runs/11 --start runs/both --resume
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage12.toml --run runs/12 --warm-start runs/11 --resume
+	$(RELEASE)/trainer export --run runs/12 --out runs/wider
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage3.toml --run runs/lite2-3 --bundle runs/wider --start runs/both --resume
+	$(RELEASE)/trainer blueprint --run runs/lite2-3 --bundle runs/wider --out runs/both-wider --version 1
+	$(RELEASE)/trainer refine --bundle runs/both-wider --out runs/bundle --version 1
 
 fuzz: ## run every fuzz target for a minute (needs nightly and cargo-fuzz)
 	cd fuzz && for t in $$($(CARGO) fuzz list); do $(CARGO) +nightly fuzz run $$t -- -max_total_time=60 || exit 1; done
