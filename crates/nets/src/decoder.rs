@@ -256,7 +256,7 @@ impl Decoder {
                 convolve(&leaky(x), output)
             }
             Trunk::Plain([first, second, last], [wide, narrow]) => {
-                let x = wide.forward(&channels_last(latent).apply(first));
+                let x = wide.forward(&channels_last(&latent.to_kind(first.ws.kind())).apply(first));
                 narrow.forward(&x.apply(second)).apply(last)
             }
         };

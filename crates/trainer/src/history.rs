@@ -147,6 +147,10 @@ impl History {
 }
 
 fn copy_if_there(from: &Path, to: &Path) -> Result<(), TrainError> {
+    // a bundle may be written over itself: copying a file onto itself would empty it
+    if to.canonicalize().is_ok_and(|to| from.canonicalize().is_ok_and(|from| from == to)) {
+        return Ok(());
+    }
     match std::fs::copy(from, to) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(TrainError::io(from, e)),
         _ => Ok(()),
@@ -199,5 +203,7 @@ mod tests {
         let stages: Vec<(u64, u64)> = History::open(&at("next")).unwrap().stage.iter().map(|s| (s.steps, s.crops)).collect();
         assert_eq!(stages, [(2, 36), (5, 90)]);
         assert!(at("next").join("stage2-curve.jsonl").exists());
+        History::carry(&at("next"), &at("next")).unwrap();
+        assert_eq!(std::fs::read_to_string(at("next").join("recipe.toml")).unwrap(), recipe, "copied onto itself");
     }
 }

@@ -78,16 +78,18 @@ fn a_resumed_run_equals_an_uninterrupted_one() {
 fn bfloat16_learns_from_the_same_loss() {
     let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
-    let loss = |bfloat16: bool| {
-        let r = Recipe { bfloat16, hooks: vec![10, 15], kl_from: 0.0, ..recipe() };
-        let mut run = open(r, &folder.path().join(format!("{bfloat16}")), false);
+    let loss = |recipe: Recipe, bfloat16: bool| {
+        let place = folder.path().join(format!("{} {bfloat16}", recipe.name));
+        let mut run = open(Recipe { bfloat16, ..recipe }, &place, false);
         let points = run.range_test(Arc::new(pack()), (1e-4, 2e-4), 2).unwrap();
         assert!(run.net.vs.variables().values().all(|v| v.kind() == Kind::Float), "weights stay in single precision");
         points.iter().map(|p| p.loss).collect::<Vec<_>>()
     };
-    let (single, short) = (loss(false), loss(true));
-    for (a, b) in single.iter().zip(&short) {
-        assert!(a != b && (a - b).abs() < 0.02 * a, "{single:?} {short:?}");
+    for recipe in [Recipe { hooks: vec![10, 15], kl_from: 0.0, ..recipe() }, rival()] {
+        let (single, short) = (loss(recipe.clone(), false), loss(recipe, true));
+        for (a, b) in single.iter().zip(&short) {
+            assert!(a != b && (a - b).abs() < 0.02 * a, "{single:?} {short:?}");
+        }
     }
 }
 
