@@ -144,7 +144,13 @@ train: training-photos ## train the default bundle anew, as the committed one wa
 	$(RELEASE)/trainer export --run runs/12 --out runs/wider
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage3.toml --run runs/lite2-3 --bundle runs/wider --start runs/both --resume
 	$(RELEASE)/trainer blueprint --run runs/lite2-3 --bundle runs/wider --out runs/both-wider --version 1
-	$(RELEASE)/trainer refine --bundle runs/both-wider --out runs/bundle --version 1
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage13.toml --run runs/13 --start runs/both-wider --until 2000 --resume
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage14.toml --run runs/14 --warm-start runs/13 --resume
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage15.toml --run runs/15 --warm-start runs/14 --resume
+	$(RELEASE)/trainer export --run runs/15 --out runs/deeper
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage4.toml --run runs/lite2-4 --bundle runs/deeper --start runs/both-wider --resume
+	$(RELEASE)/trainer blueprint --run runs/lite2-4 --bundle runs/deeper --out runs/both-deeper --version 1
+	$(RELEASE)/trainer refine --bundle runs/both-deeper --out runs/bundle --version 1
 
 fuzz: ## run every fuzz target for a minute (needs nightly and cargo-fuzz)
 	cd fuzz && for t in $$($(CARGO) fuzz list); do $(CARGO) +nightly fuzz run $$t -- -max_total_time=60 || exit 1; done

@@ -53,8 +53,7 @@ impl PhotoSet {
     /// # Errors
     /// If there are none or one cannot be read.
     pub fn open(folder: &Path, side: u32) -> Result<Self, HarnessError> {
-        let (set, error) = Self::readable(folder, side)?;
-        error.map_or(Ok(set), Err)
+        Ok(Self::read(folder, side, true)?.0)
     }
 
     /// The same, but what cannot be decoded is left out.
@@ -62,12 +61,12 @@ impl PhotoSet {
     /// # Errors
     /// If there are none or none can be read.
     pub fn open_readable(folder: &Path, side: u32) -> Result<Self, HarnessError> {
-        let (set, error) = Self::readable(folder, side)?;
+        let (set, error) = Self::read(folder, side, false)?;
         error.filter(|_| set.photos.is_empty()).map_or(Ok(set), Err)
     }
 
-    /// The photos of a folder, and the first error among them.
-    fn readable(folder: &Path, side: u32) -> Result<(Self, Option<HarnessError>), HarnessError> {
+    /// The photos of a folder, and the first error among them; `all`: it ends with that.
+    fn read(folder: &Path, side: u32, all: bool) -> Result<(Self, Option<HarnessError>), HarnessError> {
         let io = |path: &Path, cause| HarnessError::Io { path: path.into(), cause };
         let files = files(folder)?;
         let labels_path = folder.join("labels.json");
@@ -81,6 +80,7 @@ impl PhotoSet {
         for path in &files {
             match photo(path, side) {
                 Ok(photo) => photos.push(photo),
+                Err(error) if all => return Err(error),
                 Err(error) => {
                     left_out.push(error.to_string());
                     damaged = damaged.or(Some(error));

@@ -21,6 +21,8 @@ const TIMED: usize = 5;
 struct Blueprint {
     hash: BundleHash,
     decoder: Decoder,
+    /// The backbone, with the blocks that are tuned with the decoder.
+    student: Backbone,
     split: Layer,
     latent: [i64; 3],
     spec: DecoderSpec,
@@ -111,7 +113,8 @@ impl Model {
             Precision::Bfloat16 => vs.bfloat16(),
         }
         let latent = [l.channels.into(), l.height.into(), l.width.into()];
-        self.blueprints.push(Blueprint { hash: bundle.hash, decoder, split, latent, spec });
+        let student = decoder.student(&self.backbone);
+        self.blueprints.push(Blueprint { hash: bundle.hash, decoder, student, split, latent, spec });
         Ok(())
     }
 
@@ -252,7 +255,7 @@ impl Model {
         let logits = match (stage, blueprint) {
             (Stage::Features(layer), _) => self.backbone.tail(&batch, layer),
             (_, None) => self.backbone.forward(&batch),
-            (_, Some(b)) => self.backbone.tail(&b.decoder.forward(&batch), b.split),
+            (_, Some(b)) => b.student.tail(&b.decoder.forward(&batch), b.split),
         };
         let logits = logits.to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
         let classes = logits.size().last().copied().unwrap_or(1).max(1) as usize;

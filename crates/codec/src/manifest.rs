@@ -94,6 +94,9 @@ pub struct DecoderEntry {
     /// It rebuilds the output of this block of the backbone, or the backbone's input if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub split_block: Option<usize>,
+    /// The backbone's blocks behind that, up to this one, are tuned with the decoder: `weights` has its own; absent if it uses the backbone's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuned_to: Option<usize>,
     /// Channels of the residual trunk.
     pub width: i64,
     /// Channels inside a residual block.

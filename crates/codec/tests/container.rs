@@ -36,14 +36,41 @@ fn symbols(seed: u64, escapes: bool) -> Vec<i32> {
         .collect()
 }
 
+/// The same container as versions 1 and 2 had it.
+fn earlier(container: &[u8], codec: u8, shape: LatentShape) -> Vec<u8> {
+    let Container { header, payload } = Container::parse(container).unwrap();
+    let mut out = b"ISTH".to_vec();
+    out.extend([if header.quality.is_level() { 1 } else { 2 }, codec]);
+    out.extend(header.bundle);
+    out.push(header.quality.level);
+    for extent in [shape.channels, shape.height, shape.width] {
+        out.extend(extent.to_le_bytes());
+    }
+    out.extend((shape.symbols() as u32).to_le_bytes());
+    out.extend(header.payload_len.to_le_bytes());
+    if !header.quality.is_level() {
+        out.push(header.quality.fraction);
+    }
+    out.extend(payload);
+    out.extend([0; 4]);
+    reseal(&mut out);
+    out
+}
+
+/// A container in each layout that is read, that of today first.
+fn layouts(seed: u64, escapes: bool, quality: f64) -> [Vec<u8>; 2] {
+    let new = container::encode(&symbols(seed, escapes), Quality::nearest(quality), &HASH, SHAPE, &tables()).unwrap();
+    let old = earlier(&new, 1, SHAPE);
+    [new, old]
+}
+
 fn decode(bytes: &[u8]) -> Result<Vec<i32>, CodecError> {
     Container::parse(bytes)?.decode(&HASH, SHAPE, &tables())
 }
 
 #[test]
 fn threat_corruption_every_single_bit_flip_is_refused() {
-    for quality in [1.0, 1.75] {
-        let good = container::encode(&symbols(3, true), Quality::nearest(quality), &HASH, SHAPE, &tables()).unwrap();
+    for good in [1.0, 1.75].into_iter().flat_map(|quality| layouts(3, true, quality)) {
         assert!(decode(&good).is_ok());
         for byte in 0..good.len() {
             for bit in 0..8 {
@@ -57,8 +84,7 @@ fn threat_corruption_every_single_bit_flip_is_refused() {
 
 #[test]
 fn threat_corruption_every_truncation_and_extension_is_refused() {
-    for quality in [2.0, 1.25] {
-        let good = container::encode(&symbols(4, true), Quality::nearest(quality), &HASH, SHAPE, &tables()).unwrap();
+    for good in [2.0, 1.25].into_iter().flat_map(|quality| layouts(4, true, quality)) {
         for len in 0..good.len() {
             assert!(matches!(decode(&good[..len]), Err(CodecError::Malformed(_))), "length {len}");
         }
@@ -77,8 +103,7 @@ fn reseal(bytes: &mut [u8]) {
 
 #[test]
 fn resealed_garbage_never_passes_as_another_latent_of_other_size() {
-    for quality in [1.0, 1.5] {
-        let good = container::encode(&symbols(5, false), Quality::nearest(quality), &HASH, SHAPE, &tables()).unwrap();
+    for good in [1.0, 1.5].into_iter().flat_map(|quality| layouts(5, false, quality)) {
         for byte in 0..good.len() - 4 {
             let mut bad = good.clone();
             bad[byte] = bad[byte].wrapping_add(1);
@@ -102,7 +127,7 @@ fn between_two_levels_gains_lie_between_theirs_and_the_nearer_ones_tables_code()
         assert_eq!(symbols, expected, "{value}");
         let bytes = container::encode(&symbols, quality, &HASH, SHAPE, &t).unwrap();
         let parsed = Container::parse(&bytes).unwrap();
-        assert_eq!((parsed.header.quality, bytes[4]), (quality, if quality.is_level() { 1 } else { 2 }));
+        assert_eq!((parsed.header.quality, parsed.header.stated.is_some()), (quality, false));
         assert_eq!(parsed.decode(&HASH, SHAPE, &t).unwrap(), symbols);
         assert_eq!(parsed.payload, coder::encode(&symbols, &t.level(nearer).unwrap(), SHAPE).unwrap());
         let mut restored = Vec::new();
@@ -112,23 +137,28 @@ fn between_two_levels_gains_lie_between_theirs_and_the_nearer_ones_tables_code()
     for outside in [0.5, 2.01, 2.5, 254.5, 255.5] {
         assert!(matches!(t.level(Quality::nearest(outside)), Err(CodecError::UnknownQuality { .. })), "{outside}");
     }
-    // a level has one form alone
-    let mut twice = container::encode(&symbols(1, false), Quality::nearest(1.5), &HASH, SHAPE, &t).unwrap();
-    twice[container::HEADER_LEN] = 0;
+    // a level had one form alone
+    let [_, mut twice] = layouts(1, false, 1.5);
+    assert_eq!(twice[29], 128);
+    twice[29] = 0;
     reseal(&mut twice);
     assert!(matches!(decode(&twice), Err(CodecError::Malformed(_))));
 }
 
 #[test]
-fn threat_bombs_claims_of_four_gigabytes_are_refused_before_any_allocation() {
-    let good = container::encode(&symbols(6, false), 1, &HASH, SHAPE, &tables()).unwrap();
+fn threat_bombs_claims_of_gigabytes_are_refused_before_any_allocation() {
+    let [good, old] = layouts(6, false, 1.0);
+    let mut bad = good.clone();
+    bad[13..16].copy_from_slice(&[0xff; 3]);
+    reseal(&mut bad);
+    assert!(matches!(decode(&bad), Err(CodecError::Malformed(_))), "payload length");
     for (at, what) in [(21, "symbol count"), (25, "payload length")] {
-        let mut bad = good.clone();
+        let mut bad = old.clone();
         bad[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
         reseal(&mut bad);
         assert!(matches!(decode(&bad), Err(CodecError::Malformed(_))), "{what}");
     }
-    let mut bad = good.clone();
+    let mut bad = old.clone();
     bad[15..21].copy_from_slice(&[0xff; 6]);
     bad[21..25].copy_from_slice(&((65535u64.pow(3)) as u32).to_le_bytes());
     reseal(&mut bad);
@@ -137,19 +167,43 @@ fn threat_bombs_claims_of_four_gigabytes_are_refused_before_any_allocation() {
 
 #[test]
 fn another_bundle_shape_or_level_has_its_own_error() {
-    let good = container::encode(&symbols(7, false), 1, &HASH, SHAPE, &tables()).unwrap();
-    let parsed = Container::parse(&good).unwrap();
     let other = BundleHash([8; 32]);
-    assert!(matches!(parsed.decode(&other, SHAPE, &tables()), Err(CodecError::WrongBundle { .. })));
     let wider = LatentShape { width: 6, ..SHAPE };
-    assert!(matches!(parsed.decode(&HASH, wider, &tables()), Err(CodecError::WrongShape { .. })));
-    for quality in [0, 3, 255] {
-        let mut bad = good.clone();
-        bad[14] = quality;
-        reseal(&mut bad);
-        assert!(matches!(decode(&bad), Err(CodecError::UnknownQuality { .. })), "quality {quality}");
+    for (good, level_at) in layouts(7, false, 1.0).into_iter().zip([11, 14]) {
+        let parsed = Container::parse(&good).unwrap();
+        assert!(matches!(parsed.decode(&other, SHAPE, &tables()), Err(CodecError::WrongBundle { .. })));
+        let of_other_shape = parsed.decode(&HASH, wider, &tables());
+        match parsed.header.stated {
+            Some(_) => assert!(matches!(of_other_shape, Err(CodecError::WrongShape { .. }))),
+            // the bundle's hash stands for its shape
+            None => assert!(!of_other_shape.is_ok_and(|s| s.len() != wider.symbols())),
+        }
+        for quality in [0, 3, 255] {
+            let mut bad = good.clone();
+            bad[level_at] = quality;
+            reseal(&mut bad);
+            assert!(matches!(decode(&bad), Err(CodecError::UnknownQuality { .. })), "quality {quality}");
+        }
     }
     assert!(matches!(container::encode(&symbols(7, false), 9, &HASH, SHAPE, &tables()), Err(CodecError::UnknownQuality { .. })));
+}
+
+#[test]
+fn a_container_of_another_codec_than_its_level_is_refused() {
+    let [good, _] = layouts(3, false, 1.0);
+    assert!(matches!(decode(&earlier(&good, 2, SHAPE)), Err(CodecError::Malformed(why)) if why.contains("codec 2, but")));
+    assert!(matches!(decode(&earlier(&good, 3, SHAPE)), Err(CodecError::Malformed(why)) if why.contains("codec 3 is unknown")));
+}
+
+#[test]
+fn versions_that_are_not_known_are_named() {
+    let [good, old] = layouts(8, false, 1.0);
+    for (layout, at) in [(good, 2), (old, 4)] {
+        let mut bad = layout.clone();
+        bad[at] = 9;
+        reseal(&mut bad);
+        assert!(matches!(decode(&bad), Err(CodecError::Malformed(why)) if why.contains("version 9")));
+    }
 }
 
 #[test]
@@ -179,15 +233,19 @@ fn rounding_is_half_to_even_around_the_median_and_undone_exactly() {
     assert_eq!(back, [0.125, 1.125, 0.125, 1.125]);
 }
 
-/// The bytes of this container are part of the format: they must never change.
+/// The bytes of these containers are part of the format: they must never change.
 #[test]
 fn golden_bytes() {
-    let bytes = container::encode(&symbols(1, true), 1, &HASH, SHAPE, &tables()).unwrap();
-    let digest = isthmus_codec::bundle::sha256(&bytes);
-    assert_eq!((bytes.len(), digest.as_str()), GOLDEN, "the container format changed: raise its version");
+    for (bytes, golden) in layouts(1, true, 1.0).into_iter().zip(GOLDEN) {
+        let digest = isthmus_codec::bundle::sha256(&bytes);
+        assert_eq!((bytes.len(), digest.as_str()), golden, "the container format changed: raise its version");
+    }
 }
 
-const GOLDEN: (usize, &str) = (133, "5178fffa21e86fd88f919cb07b95313decd478f50c733fcf532f3b9ca5094793");
+const GOLDEN: [(usize, &str); 2] = [
+    (120, "33dd0021b9a5f7c77583ba5968da6dd570b88fd69ddb8ae1dd828ca0e5c9a4bc"),
+    (133, "5178fffa21e86fd88f919cb07b95313decd478f50c733fcf532f3b9ca5094793"),
+];
 
 #[test]
 fn table_files_round_trip_and_truncations_are_refused() {
@@ -204,6 +262,7 @@ proptest! {
     fn symbols_round_trip(raw in prop::collection::vec(-32768i32..=32768, SHAPE.symbols()), seed: u64, wild: bool) {
         let s = if wild { raw } else { symbols(seed, true) };
         let bytes = container::encode(&s, 2, &HASH, SHAPE, &tables()).unwrap();
+        prop_assert_eq!(decode(&earlier(&bytes, 1, SHAPE)).unwrap(), s.clone());
         prop_assert_eq!(decode(&bytes).unwrap(), s);
     }
 
@@ -227,7 +286,7 @@ proptest! {
     fn random_payloads_in_a_sound_frame_never_panic(payload in prop::collection::vec(any::<u8>(), 0..200)) {
         let mut bytes = container::encode(&symbols(1, false), 1, &HASH, SHAPE, &tables()).unwrap();
         bytes.truncate(container::HEADER_LEN);
-        bytes[25..29].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+        bytes[13..16].copy_from_slice(&(payload.len() as u32).to_le_bytes()[..3]);
         bytes.extend(&payload);
         bytes.extend([0; 4]);
         reseal(&mut bytes);

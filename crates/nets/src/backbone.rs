@@ -6,7 +6,7 @@
 //! load.
 
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor, nn};
 
 use crate::layout::channels_last;
 use crate::profile::LayerCost;
@@ -71,7 +71,7 @@ impl BackboneKind {
     }
 
     /// (kernel, stride, expansion, input channels, output channels) of every block.
-    fn blocks(self) -> Vec<BlockSpec> {
+    pub(crate) fn blocks(self) -> Vec<BlockSpec> {
         let (width, depth) = self.scale();
         let last = STAGES.len() - 1;
         let mut input = STEM_CHANNELS;
@@ -169,7 +169,7 @@ impl Layer {
         block.map_or(Self::Input, Self::Block)
     }
 
-    fn next_block(self) -> usize {
+    pub(crate) fn next_block(self) -> usize {
         match self {
             Self::Input => 0,
             Self::Block(i) => i + 1,
@@ -184,7 +184,7 @@ fn round_channels(channels: f64) -> i64 {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct BlockSpec {
+pub(crate) struct BlockSpec {
     kernel: i64,
     stride: i64,
     expansion: i64,
@@ -192,8 +192,29 @@ struct BlockSpec {
     output: i64,
 }
 
+impl BlockSpec {
+    /// Shapes of the convolutions: expansion (if there is one), depthwise, projection.
+    fn shapes(self) -> (Option<[i64; 4]>, [i64; 4], [i64; 4]) {
+        let hidden = self.input * self.expansion;
+        let expand = (self.expansion != 1).then_some([hidden, self.input, 1, 1]);
+        (expand, [hidden, 1, self.kernel, self.kernel], [self.output, hidden, 1, 1])
+    }
+
+    /// The input is added to the output.
+    fn skip(self) -> bool {
+        self.stride == 1 && self.input == self.output
+    }
+
+    /// Trainable parameters, batch norms folded in.
+    pub(crate) fn parameters(self) -> i64 {
+        let (expand, depthwise, project) = self.shapes();
+        let of = |shape: [i64; 4]| shape.iter().product::<i64>() + shape[0];
+        expand.map_or(0, of) + of(depthwise) + of(project)
+    }
+}
+
 /// A convolution with its batch norm folded in and TensorFlow "SAME" padding.
-struct Conv {
+pub(crate) struct Conv {
     weight: Tensor,
     bias: Tensor,
     stride: i64,
@@ -213,6 +234,15 @@ impl Conv {
         let scale = of("weight")? / (of("running_var")? + BN_EPSILON).sqrt();
         let bias = of("bias")? - of("running_mean")? * &scale;
         Ok(Self { weight: weight * scale.view([-1, 1, 1, 1]), bias, stride, groups })
+    }
+
+    /// Zeros, as variables under `path`.
+    fn variables(path: &nn::Path, shape: [i64; 4], stride: i64, groups: i64) -> Self {
+        Self { weight: path.zeros("weight", &shape), bias: path.zeros("bias", &shape[..1]), stride, groups }
+    }
+
+    fn to_kind(&self, kind: Kind) -> Self {
+        Self { weight: self.weight.to_kind(kind), bias: self.bias.to_kind(kind), ..*self }
     }
 
     /// This convolution on an input of `side`, which becomes that of the output.
@@ -274,7 +304,8 @@ fn relu6(x: Tensor) -> Tensor {
     x.relu6()
 }
 
-struct Block {
+/// An inverted residual.
+pub(crate) struct Block {
     expand: Option<Conv>,
     depthwise: Conv,
     project: Conv,
@@ -284,18 +315,47 @@ struct Block {
 impl Block {
     fn load(w: &Weights, index: usize, s: BlockSpec) -> Result<Self, NetError> {
         let p = |part: &str| format!("_blocks.{index}.{part}");
-        let hidden = s.input * s.expansion;
-        let expand = match s.expansion {
-            1 => None,
-            _ => Some(Conv::load(w, &p("_expand_conv"), &p("_bn0"), [hidden, s.input, 1, 1], 1, 1)?),
-        };
-        let shape = [hidden, 1, s.kernel, s.kernel];
+        let (expand, depthwise, project) = s.shapes();
         Ok(Self {
-            expand,
-            depthwise: Conv::load(w, &p("_depthwise_conv"), &p("_bn1"), shape, s.stride, hidden)?,
-            project: Conv::load(w, &p("_project_conv"), &p("_bn2"), [s.output, hidden, 1, 1], 1, 1)?,
-            skip: s.stride == 1 && s.input == s.output,
+            expand: expand.map(|shape| Conv::load(w, &p("_expand_conv"), &p("_bn0"), shape, 1, 1)).transpose()?,
+            depthwise: Conv::load(w, &p("_depthwise_conv"), &p("_bn1"), depthwise, s.stride, depthwise[0])?,
+            project: Conv::load(w, &p("_project_conv"), &p("_bn2"), project, 1, 1)?,
+            skip: s.skip(),
         })
+    }
+
+    /// Zeros, as variables under `path`.
+    pub(crate) fn variables(path: &nn::Path, s: BlockSpec) -> Self {
+        let (expand, depthwise, project) = s.shapes();
+        Self {
+            expand: expand.map(|shape| Conv::variables(&(path / "expand"), shape, 1, 1)),
+            depthwise: Conv::variables(&(path / "depthwise"), depthwise, s.stride, depthwise[0]),
+            project: Conv::variables(&(path / "project"), project, 1, 1),
+            skip: s.skip(),
+        }
+    }
+
+    /// With weights of this type; a gradient goes through.
+    pub(crate) fn to_kind(&self, kind: Kind) -> Self {
+        Self {
+            expand: self.expand.as_ref().map(|c| c.to_kind(kind)),
+            depthwise: self.depthwise.to_kind(kind),
+            project: self.project.to_kind(kind),
+            skip: self.skip,
+        }
+    }
+
+    /// Takes the weights of `other`, a block of the same shape.
+    pub(crate) fn copy_from(&self, other: &Self) {
+        let copy = |to: &Conv, from: &Conv| {
+            to.weight.shallow_clone().copy_(&from.weight);
+            to.bias.shallow_clone().copy_(&from.bias);
+        };
+        tch::no_grad(|| {
+            self.expand.iter().zip(&other.expand).for_each(|(to, from)| copy(to, from));
+            copy(&self.depthwise, &other.depthwise);
+            copy(&self.project, &other.project);
+        });
     }
 
     fn forward(&self, x: &Tensor) -> Tensor {
@@ -348,22 +408,41 @@ impl Backbone {
     /// The same network with weights of this type: it takes and gives values of the same.
     #[must_use]
     pub fn to_kind(&self, kind: Kind) -> Self {
-        let of = |t: &Tensor| t.to_kind(kind);
-        let conv = |c: &Conv| Conv { weight: of(&c.weight), bias: of(&c.bias), ..*c };
-        let block = |b: &Block| Block {
-            expand: b.expand.as_ref().map(conv),
-            depthwise: conv(&b.depthwise),
-            project: conv(&b.project),
-            skip: b.skip,
-        };
         Self {
-            stem: conv(&self.stem),
-            blocks: self.blocks.iter().map(block).collect(),
-            head: conv(&self.head),
-            fc_weight: of(&self.fc_weight),
-            fc_bias: of(&self.fc_bias),
+            stem: self.stem.to_kind(kind),
+            blocks: self.blocks.iter().map(|b| b.to_kind(kind)).collect(),
+            head: self.head.to_kind(kind),
+            fc_weight: self.fc_weight.to_kind(kind),
+            fc_bias: self.fc_bias.to_kind(kind),
             kind: self.kind,
         }
+    }
+
+    /// The same network once more, with the same weights in memory.
+    #[must_use]
+    pub(crate) fn share(&self) -> Self {
+        self.to_kind(self.weights_kind())
+    }
+
+    /// Type of the weights.
+    pub(crate) fn weights_kind(&self) -> Kind {
+        self.fc_weight.kind()
+    }
+
+    /// The same network with `blocks` in place of its own from `first` on; all else is shared with this one.
+    #[must_use]
+    pub(crate) fn with_blocks(&self, first: usize, blocks: &[Block]) -> Self {
+        let kind = self.weights_kind();
+        let mut new = self.share();
+        for (own, other) in new.blocks.iter_mut().skip(first).zip(blocks) {
+            *own = other.to_kind(kind);
+        }
+        new
+    }
+
+    /// The inverted residuals.
+    pub(crate) fn blocks(&self) -> &[Block] {
+        &self.blocks
     }
 
     /// Which backbone this is.

@@ -4,7 +4,8 @@
 //! to rebuild and, where that layer is finer than the latent, a sub-pixel rearrangement. The layer may be
 //! any of the backbone's, down to its input: the later it is, the more the decoder must learn by itself of what
 //! the backbone's frozen blocks know already. The output is produced per-channel normalised and scaled back
-//! with statistics of the teacher.
+//! with statistics of the teacher. Copies of the first of those blocks may be tuned together with the decoder (`tuned`): what it rebuilds is
+//! never quite what they were made for.
 //!
 //! For comparison there is the decoder of a rival, Entropic Student, too.
 
@@ -13,11 +14,12 @@ use isthmus_codec::manifest::DecoderEntry;
 use serde::{Deserialize, Serialize};
 use tch::{Tensor, nn};
 
-use crate::NetError;
 use crate::encoder::conv2d;
 use crate::gdn::Gdn;
 use crate::layout::channels_last;
 use crate::profile::LayerCost;
+use crate::tuned::TunedBlocks;
+use crate::{Backbone, BackboneKind, Layer, NetError, TunedSpec};
 
 /// Shape of a decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -66,6 +68,9 @@ pub struct DecoderSpec {
     /// Side to which the rebuilt layer is resized (bilinear), where the backbone wants another than the latent's times `upsample`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resize: Option<i64>,
+    /// Blocks of the backbone that are tuned with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuned: Option<TunedSpec>,
 }
 
 /// A convolution of the rival's decoder: input and output channels, padding.
@@ -75,7 +80,7 @@ impl DecoderSpec {
     /// The decoder that a manifest describes, for its latent.
     ///
     /// # Errors
-    /// [`NetError::Format`] if its kind is unknown.
+    /// [`NetError::Format`] if its kind or backbone is unknown, or it tunes blocks that the backbone does not have.
     pub fn from_entry(entry: &DecoderEntry, latent: LatentShape) -> Result<Self, NetError> {
         let [output, side, _] = entry.features;
         let kind = match entry.kind.as_deref() {
@@ -85,7 +90,12 @@ impl DecoderSpec {
         };
         let resize = (kind == DecoderKind::Residual && i64::from(latent.height) * entry.upsample != side).then_some(side);
         let DecoderEntry { width, hidden, blocks, upsample, .. } = *entry;
-        Ok(Self { kind, input: latent.channels.into(), width, hidden, blocks, output, upsample, resize })
+        let tuned = match (entry.tuned_to, BackboneKind::from_name(&entry.backbone)) {
+            (None, _) => None,
+            (Some(last), Some(backbone)) => Some(TunedSpec::new(backbone, Layer::from_block(entry.split_block), last)?),
+            (Some(_), None) => return Err(NetError::format("decoder", format!("for a backbone that is not known: {:?}", entry.backbone))),
+        };
+        Ok(Self { kind, input: latent.channels.into(), width, hidden, blocks, output, upsample, resize, tuned })
     }
 
     fn plain(&self) -> [Plain; 3] {
@@ -93,7 +103,7 @@ impl DecoderSpec {
         [(self.input, wide, 1), (wide, self.output, 0), (self.output, self.output, 1)]
     }
 
-    /// Trainable parameters.
+    /// Trainable parameters, those of tuned blocks included.
     pub fn parameters(&self) -> u64 {
         let conv = |i: i64, o: i64, k: i64| o * (i * k * k + 1);
         let all = match self.kind {
@@ -107,10 +117,10 @@ impl DecoderSpec {
                 a + b + c + 2 * self.output * (2 * self.output + 1) + self.output * (self.output + 1)
             }
         };
-        all as u64
+        (all + self.tuned.map_or(0, |t| t.parameters())) as u64
     }
 
-    /// Multiply-accumulates for a latent of `extent` x `extent`.
+    /// Multiply-accumulates for a latent of `extent` x `extent`, without the backbone's blocks.
     pub fn macs(&self, extent: i64) -> u64 {
         self.layers(extent).iter().map(|l| l.macs).sum()
     }
@@ -164,6 +174,7 @@ pub struct Decoder {
     resize: Option<i64>,
     mean: Tensor,
     std: Tensor,
+    tuned: Option<TunedBlocks>,
 }
 
 /// A convolution of stride 1 that keeps the size, in the type of `x`.
@@ -215,7 +226,21 @@ impl Decoder {
             resize: spec.resize,
             mean: path.zeros_no_train("feature_mean", &[spec.output]),
             std: path.ones_no_train("feature_std", &[spec.output]),
+            tuned: spec.tuned.map(|tuned| TunedBlocks::new(&(path / "tuned"), &tuned)),
         }
+    }
+
+    /// Starts the blocks that are tuned with it from the backbone's own.
+    pub fn tune_from(&self, backbone: &Backbone) {
+        if let Some(tuned) = &self.tuned {
+            tuned.copy_from(backbone);
+        }
+    }
+
+    /// The network that goes on from what this decoder rebuilds: `backbone`, with the tuned blocks in place of its own. Weights are shared.
+    #[must_use]
+    pub fn student(&self, backbone: &Backbone) -> Backbone {
+        self.tuned.as_ref().map_or_else(|| backbone.share(), |tuned| tuned.within(backbone))
     }
 
     /// Sets the statistics of the teacher's features, per channel.

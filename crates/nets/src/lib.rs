@@ -16,6 +16,7 @@ pub mod prior;
 pub mod process;
 pub mod profile;
 pub mod pth;
+pub mod tuned;
 pub mod weights;
 
 pub use backbone::{Backbone, BackboneKind, Layer};
@@ -24,3 +25,4 @@ pub use decoder::{Decoder, DecoderKind, DecoderSpec};
 pub use encoder::{Encoder, EncoderKind};
 pub use error::NetError;
 pub use prior::FactorisedPrior;
+pub use tuned::TunedSpec;

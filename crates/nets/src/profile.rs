@@ -107,7 +107,8 @@ mod tests {
             }
         }
         for kind in [DecoderKind::Residual, DecoderKind::EntropicStudent] {
-            let spec = DecoderSpec { kind, input: 48, width: 96, hidden: 48, blocks: 3, output: 16, upsample: 4, resize: None };
+            let spec =
+                DecoderSpec { kind, input: 48, width: 96, hidden: 48, blocks: 3, output: 16, upsample: 4, resize: None, tuned: None };
             let weights: u64 = spec.layers(28).iter().map(|l| l.weight_bytes / 4).sum();
             assert!(weights <= spec.parameters() && weights > spec.parameters() * 9 / 10, "all but the biases");
         }

@@ -49,9 +49,10 @@ pub struct Adam {
 }
 
 impl Adam {
-    /// `decay` is that of the moving average; variables whose name starts with one of `fast.0` learn
-    /// `fast.1` times as quickly, and are never updated by Muon.
-    pub fn new(vs: &nn::VarStore, decay: f64, fast: (&[&str], f64), muon: bool) -> Self {
+    /// `decay` is that of the moving average; variables whose name starts with one of those in `paces` learn
+    /// so many times as quickly, and are never updated by Muon.
+    pub fn new(vs: &nn::VarStore, decay: f64, paces: &[(&str, f64)], muon: bool) -> Self {
+        let pace = |name: &str| paces.iter().find(|(start, _)| name.starts_with(start)).map(|(_, pace)| *pace);
         let mut slots: Vec<Slot> = vs
             .variables()
             .into_iter()
@@ -60,8 +61,8 @@ impl Adam {
                 first: variable.zeros_like(),
                 second: variable.zeros_like(),
                 average: variable.detach().copy(),
-                scale: if fast.0.iter().any(|p| name.starts_with(p)) { fast.1 } else { 1.0 },
-                matrix: muon && variable.dim() == 4 && !fast.0.iter().any(|p| name.starts_with(p)),
+                scale: pace(&name).unwrap_or(1.0),
+                matrix: muon && variable.dim() == 4 && pace(&name).is_none(),
                 variable,
                 name,
             })
@@ -195,7 +196,7 @@ mod tests {
         for muon in [false, true] {
             let vs = nn::VarStore::new(Device::Cpu);
             let w = vs.root().var("w", &[4, 3, 3, 3], nn::Init::Const(1.0));
-            let mut adam = Adam::new(&vs, 0.9, (&[], 1.0), muon);
+            let mut adam = Adam::new(&vs, 0.9, &[], muon);
             let loss = || w.square().sum(Kind::Float);
             let before = loss().double_value(&[]);
             for _ in 0..200 {

@@ -9,6 +9,7 @@ use isthmus_codec::{BundleHash, container, golden};
 use isthmus_federate::train::Model;
 use isthmus_federate::train::bundle::{self, Adaptation};
 use isthmus_nets::EncoderKind;
+use isthmus_nets::weights::Storage;
 use isthmus_pixels::Rgb;
 use tch::Tensor;
 
@@ -70,7 +71,7 @@ pub fn release(r: &Release<'_>) -> Result<Manifest, TrainError> {
         files.insert(name.clone(), old.file(name)?.to_vec());
     }
     files.insert(manifest.encoder.graph.clone(), graph(kind, &encoder, side)?);
-    files.insert(manifest.encoder.weights.clone(), safetensors(&encoder)?);
+    files.insert(manifest.encoder.weights.clone(), safetensors(&encoder, Storage::Single)?);
     files.insert(manifest.tables.clone(), tables.to_bytes());
     files.insert(manifest.golden.container.clone(), golden_file);
     manifest.version = r.version.into();

@@ -10,7 +10,7 @@ use tch::Tensor;
 
 use crate::distill::Run;
 use crate::error::TrainError;
-use crate::export::{self, GOLDEN_LOGITS, part, safetensors, values};
+use crate::export::{self, GOLDEN_LOGITS, values};
 
 /// Writes `bundle` (of `folder`) with the decoder of `run` (weights as they stand; use the moving average) as another blueprint into `out`. A blueprint for
 /// the same backbone is replaced. Bitstreams stay as they are, but for the bundle's hash in their header.
@@ -26,7 +26,8 @@ pub fn add(run: &Run, bundle: &Bundle, folder: &Path, version: &str, backbone_sh
     bundle.tables.level(header.quality)?.dequantise_into(&symbols, manifest.latent, &mut latent)?;
     let [c, h, w] = [manifest.latent.channels, manifest.latent.height, manifest.latent.width].map(i64::from);
     let input = Tensor::from_slice(&latent).view([1, c, h, w]).to_device(run.net.vs.device());
-    let logits = values(&run.teacher.tail(&run.net.decoder.forward(&input), r.split()))?;
+    let weights = export::decoder(run)?;
+    let logits = values(&run.student().tail(&run.net.decoder.forward(&input), r.split()))?;
 
     let name = format!("decoder-{}.safetensors", r.backbone.name());
     let spec = r.decoder();
@@ -35,6 +36,7 @@ pub fn add(run: &Run, bundle: &Bundle, folder: &Path, version: &str, backbone_sh
         backbone_sha256: backbone_sha256.into(),
         kind: (!spec.kind.is_default()).then(|| spec.kind.name().into()),
         split_block: r.split_block,
+        tuned_to: r.tuned_to,
         width: spec.width,
         hidden: spec.hidden,
         blocks: spec.blocks,
@@ -60,7 +62,7 @@ pub fn add(run: &Run, bundle: &Bundle, folder: &Path, version: &str, backbone_sh
     for file in manifest.files.keys().filter(|f| **f != name) {
         files.insert(file.clone(), std::fs::read(folder.join(file)).map_err(|e| TrainError::io(&folder.join(file), e))?);
     }
-    files.insert(name, safetensors(&part(run, "decoder."))?);
+    files.insert(name, weights);
     manifest.files = export::hashes(&files);
     export::write(out, &manifest, &files)?;
     Ok(manifest)

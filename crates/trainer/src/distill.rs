@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use isthmus_codec::{Bundle, ChannelTable};
 use isthmus_nets::backbone::at_size;
-use isthmus_nets::weights::{Weights, to_safetensors};
+use isthmus_nets::weights::{Storage, Weights, to_safetensors};
 use isthmus_nets::{Backbone, Bottleneck, Layer};
 use tch::{Device, Kind, Tensor};
 
@@ -35,6 +35,10 @@ const CALIBRATION_BATCHES: u64 = 24;
 const LOG_EVERY: u64 = 20;
 /// File of a run that names the bundle it started from.
 const STARTED_FROM: &str = "started-from";
+/// Densities and gains learn so many times as quickly as the rest.
+const FAST: f64 = 2.5;
+/// Beginning of the names of a decoder's tuned blocks.
+const TUNED: &str = "tuned.";
 /// How far a step moves the logarithm of a level's lambda, per logarithm of bytes off target.
 const STEERING: f64 = 0.01;
 
@@ -77,7 +81,9 @@ impl Run {
     pub fn open(recipe: Recipe, folder: &Path, teacher: Backbone, device: Device, resume: bool) -> Result<Self, TrainError> {
         tch::manual_seed(recipe.seed as i64);
         let net = Bottleneck::new(device, recipe.encoder, &recipe.decoder(), &recipe.lambdas, recipe.prior_init_scale);
-        let adam = Adam::new(&net.vs, recipe.ema, (&["prior", "gain", "inverse"], 2.5), recipe.muon);
+        net.decoder.tune_from(&teacher);
+        let paces = [("prior", FAST), ("gain", FAST), ("inverse", FAST), ("decoder.tuned.", recipe.tuned_pace)];
+        let adam = Adam::new(&net.vs, recipe.ema, &paces, recipe.muon);
         let measure = Measure::new(&recipe, device);
         let lambdas = recipe.lambdas.clone();
         let mut run = Self { recipe, net, teacher, step: 0, adam, measure, lambdas, folder: folder.into(), frozen: None, resumed: false };
@@ -152,7 +158,7 @@ impl Run {
         let lambdas: Vec<f32> = self.lambdas.iter().map(|&l| l as f32).collect();
         tensors.push(("lambdas".into(), Tensor::from_slice(&lambdas)));
         tensors.push(("step".into(), Tensor::from_slice(&[self.step as f32])));
-        let bytes = to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)))?;
+        let bytes = to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)), Storage::Single)?;
         let path = checkpoint(&self.folder);
         let part = path.with_extension("part");
         std::fs::write(&part, bytes).map_err(|e| TrainError::io(&part, e))?;
@@ -166,8 +172,13 @@ impl Run {
     pub fn warm_start(&mut self, folder: &Path, device: Device) -> Result<usize, TrainError> {
         let path = checkpoint(folder);
         let state = Weights::open(&path, device)?;
+        let earlier = Recipe::open(&folder.join("recipe.toml"))?;
+        let fits = |name: &str| {
+            let tuned = name.strip_prefix("decoder.").is_some_and(|rest| rest.starts_with(TUNED));
+            !tuned || earlier.backbone == self.recipe.backbone
+        };
         let mut taken = 0;
-        for (name, mut variable) in self.net.vs.variables() {
+        for (name, mut variable) in self.net.vs.variables().into_iter().filter(|(name, _)| fits(name)) {
             if let Ok(saved) = state.get(&format!("adam/average/{name}"), &variable.size()) {
                 tch::no_grad(|| variable.copy_(&saved));
                 taken += 1;
@@ -177,7 +188,6 @@ impl Run {
             return Err(TrainError::data(path.display().to_string(), "holds nothing that fits this recipe"));
         }
         self.adam.restart();
-        let earlier = Recipe::open(&folder.join("recipe.toml"))?;
         let steps = state.get("step", &[1])?.double_value(&[0]) as u64;
         History::inherit(folder, &self.folder, steps, steps * earlier.batch as u64)?;
         Ok(taken)
@@ -236,6 +246,12 @@ impl Run {
             let own = decoders.iter().find(|d| d.backbone == self.recipe.backbone.name());
             Some((start, own.or(decoders.first())?))
         });
+        let own = entry.is_some_and(|(_, d)| d.backbone == self.recipe.backbone.name());
+        let tuned = entry.and_then(|(_, d)| d.tuned_to.filter(|_| own));
+        if let Some(tuned) = tuned.filter(|&tuned| self.recipe.tuned_to.is_none_or(|to| to < tuned)) {
+            let why = format!("its decoder has blocks of its own up to {tuned}, which the recipe would lose; set tuned_to = {tuned} in it");
+            return Err(TrainError::data(format!("bundle {}", manifest.name), why));
+        }
         let decoder = match entry {
             Some((start, d)) => Some(Weights::from_safetensors(start.file(&d.weights)?, &d.weights, device)?),
             None => None,
@@ -248,6 +264,8 @@ impl Run {
             let size = variable.size();
             let saved = match name.split_once('.') {
                 Some(("encoder", rest)) => Some(encoder.get(rest, &size)?),
+                // another backbone's blocks are no beginning for this one's
+                Some(("decoder", rest)) if rest.starts_with(TUNED) && !own => None,
                 Some(("decoder", rest)) => decoder.as_ref().and_then(|d| d.get(rest, &size).ok()),
                 _ if name == "gain" => Some(table(&|c| c.gain.ln())),
                 _ if name == "inverse" => Some(table(&|c| c.inverse.ln())),
@@ -273,6 +291,11 @@ impl Run {
     /// Pixels for the encoder (N, 3, S, S) as the teacher sees them, at its own size.
     pub fn seen_by_teacher(&self, pixels: &Tensor) -> Tensor {
         at_size(pixels, self.recipe.backbone)
+    }
+
+    /// The network that goes on from what the decoder rebuilds.
+    pub fn student(&self) -> Backbone {
+        self.net.decoder.student(&self.teacher)
     }
 
     /// Runs `f` with the moving average in place of the weights.

@@ -7,10 +7,10 @@ use isthmus_codec::bundle::{MANIFEST, sha256};
 use isthmus_codec::manifest::{DecoderEntry, EncoderEntry, FORMAT, Golden, Input, Manifest, QualityEntry, Resize, Training};
 use isthmus_codec::{BundleHash, ChannelTable, LatentShape, LevelTables, Tables, coder, container, golden, pmf};
 use isthmus_nets::pth::RawTensor;
-use isthmus_nets::weights::to_safetensors;
+use isthmus_nets::weights::{Storage, to_safetensors};
 use isthmus_nets::{Encoder, EncoderKind};
 use isthmus_pixels::Rgb;
-use tch::{Device, Tensor, nn};
+use tch::{Device, Kind, Tensor, nn};
 
 use crate::distill::Run;
 use crate::error::TrainError;
@@ -81,8 +81,17 @@ pub(crate) fn part(run: &Run, prefix: &str) -> BTreeMap<String, Tensor> {
     run.net.vs.variables().into_iter().filter_map(of).collect()
 }
 
-pub(crate) fn safetensors(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>, TrainError> {
-    Ok(to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)))?)
+pub(crate) fn safetensors(tensors: &BTreeMap<String, Tensor>, storage: Storage) -> Result<Vec<u8>, TrainError> {
+    Ok(to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)), storage)?)
+}
+
+/// The decoder's weights for a bundle, in half precision; the run goes on with what that leaves of them, so that what it answers is what the bundle does.
+pub(crate) fn decoder(run: &Run) -> Result<Vec<u8>, TrainError> {
+    let weights = part(run, "decoder.");
+    for t in weights.values() {
+        tch::no_grad(|| t.shallow_clone().copy_(&t.to_kind(Kind::Half)));
+    }
+    safetensors(&weights, Storage::Half)
 }
 
 /// The edge engine's graph of an encoder for square inputs of `side` pixels.
@@ -133,7 +142,7 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
     let encoder = part(run, "encoder.");
     let graph = graph(r.encoder, &encoder, side)?;
     let decoder_file = format!("decoder-{}.safetensors", r.backbone.name());
-    let decoder = safetensors(&part(run, "decoder."))?;
+    let decoder = decoder(run)?;
 
     let y = run.net.encoder.forward(&golden_input(side, run.net.vs.device())?);
     let quality = (r.lambdas.len() / 2 + 1) as u8;
@@ -146,12 +155,17 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
     let golden_file = container::encode(&symbols, quality, &unbound, latent, tables)?;
     let input = Tensor::from_slice(&dequantised).view([1, latent.channels.into(), extent.into(), extent.into()]);
     let features = run.net.decoder.forward(&input.to_device(run.net.vs.device()));
-    let logits = values(&run.teacher.tail(&features, r.split()))?;
+    let logits = values(&run.student().tail(&features, r.split()))?;
     let le_bytes = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
     let symbol_bytes: Vec<u8> = symbols.iter().flat_map(|s| s.to_le_bytes()).collect();
 
-    let files: [(&str, Vec<u8>); 5] =
-        [(GRAPH, graph), (ENCODER, safetensors(&encoder)?), (TABLES, tables.to_bytes()), (&decoder_file, decoder), (GOLDEN, golden_file)];
+    let files: [(&str, Vec<u8>); 5] = [
+        (GRAPH, graph),
+        (ENCODER, safetensors(&encoder, Storage::Single)?),
+        (TABLES, tables.to_bytes()),
+        (&decoder_file, decoder),
+        (GOLDEN, golden_file),
+    ];
     let files = files.map(|(name, content)| (name.to_owned(), content)).into();
     let spec = r.decoder();
     let features = r.backbone.layer_shape(r.split()).unwrap_or_default();
@@ -176,6 +190,7 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
             backbone_sha256: origin.backbone_sha256.clone(),
             kind: (!spec.kind.is_default()).then(|| spec.kind.name().into()),
             split_block: r.split_block,
+            tuned_to: r.tuned_to,
             width: spec.width,
             hidden: spec.hidden,
             blocks: spec.blocks,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use isthmus_nets::weights::to_safetensors;
+use isthmus_nets::weights::{Storage, to_safetensors};
 use isthmus_nets::{Backbone, BackboneKind, Layer, pth};
 use tch::{Device, Tensor};
 
@@ -48,7 +48,7 @@ pub fn run(third_party: &Path, out: &Path) -> Result<(), TrainError> {
             let shape: Vec<i64> = raw.shape.iter().map(|&d| d as i64).collect();
             tensors.insert(name, Tensor::from_slice(&raw.data).reshape(&shape));
         }
-        let bytes = to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)))?;
+        let bytes = to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)), Storage::Single)?;
         write(format!("{}.safetensors", kind.name()), bytes)?;
         let net = Backbone::open(kind, &source, Device::Cpu)?;
         write(format!("{}.onnx", kind.name()), onnx::backbone(&net, None)?)?;

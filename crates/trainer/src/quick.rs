@@ -54,7 +54,7 @@ pub fn score(run: &Run, photos: &[Rgb]) -> Result<CurvePoint, TrainError> {
     let _frozen = tch::no_grad_guard();
     let levels = run.recipe.lambdas.len();
     let (split, measure) = (run.recipe.split(), run.recipe.measure());
-    let medians = run.medians();
+    let (medians, student) = (run.medians(), run.student());
     let mut sums = vec![[0f64; 4]; levels];
     for chunk in photos.chunks(BATCH) {
         let pixels = stack(chunk, run.net.vs.device());
@@ -63,8 +63,8 @@ pub fn score(run: &Run, photos: &[Rgb]) -> Result<CurvePoint, TrainError> {
         for (l, sum) in sums.iter_mut().enumerate() {
             let level = run.net.level_tensor(l as i64, chunk.len() as i64);
             let passed = run.net.round_pass(&pixels, &level, &medians, Kind::Float);
-            let features = run.teacher.between(&run.net.decoder.denormalise(&passed.rebuilt), split, measure);
-            let got = run.teacher.tail(&features, measure).log_softmax(-1, Kind::Float);
+            let features = student.between(&run.net.decoder.denormalise(&passed.rebuilt), split, measure);
+            let got = student.tail(&features, measure).log_softmax(-1, Kind::Float);
             let same = got.argmax(-1, false).eq_tensor(&wanted.argmax(-1, false));
             let error = run.error(&target, &features);
             sum[0] += passed.bits.sum(Kind::Double).double_value(&[]) / 8.0;

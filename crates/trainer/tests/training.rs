@@ -30,7 +30,7 @@ fn recipe() -> Recipe {
     let mut r = Recipe::open(&root().join("crates/trainer/recipes/patch-stem-stage2.toml")).unwrap();
     (r.steps, r.batch, r.lambdas, r.kl_from) = (4, 2, vec![0.5, 0.05], 0.5);
     r.target_bytes = Some(vec![500.0, 4000.0]);
-    (r.decoder_width, r.decoder_hidden, r.decoder_blocks) = (16, 8, 1);
+    (r.decoder_width, r.decoder_hidden, r.decoder_blocks, r.tuned_to) = (16, 8, 1, Some(5));
     r
 }
 
@@ -99,8 +99,12 @@ fn a_decoder_trained_alone_leaves_the_rest_as_it_was() {
     let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
     let mut r = recipe();
-    (r.decoder_only, r.target_bytes, r.kl_from) = (true, None, 0.0);
+    (r.decoder_only, r.target_bytes, r.kl_from, r.tuned_to) = (true, None, 0.0, Some(6));
     let mut run = open(r, folder.path(), false);
+    let pixels = Tensor::rand([1, 3, 224, 224], (Kind::Float, Device::Cpu));
+    let answers = |run: &Run| tch::no_grad(|| (run.student().forward(&pixels), run.teacher.forward(&pixels)));
+    let (student, teacher) = answers(&run);
+    assert_eq!(student, teacher, "tuned blocks begin as the backbone's");
     let values = |run: &Run| -> Vec<(String, Tensor)> {
         let trained = run.net.vs.variables().into_iter().filter(|(_, t)| t.requires_grad());
         let mut all: Vec<(String, Tensor)> = trained.map(|(name, t)| (name, t.detach().copy())).collect();
@@ -112,6 +116,9 @@ fn a_decoder_trained_alone_leaves_the_rest_as_it_was() {
     for ((name, old), (_, new)) in before.iter().zip(values(&run)) {
         assert_eq!(*old == new, !name.starts_with("decoder."), "{name}");
     }
+    assert!(before.iter().any(|(name, _)| name == "decoder.tuned.block6.depthwise.weight"));
+    let (tuned, untouched) = answers(&run);
+    assert!(tuned != teacher && untouched == teacher, "the backbone stays frozen");
 }
 
 /// Woken channels carry something, and the decoder's answer stays what it was until it learns to use them.
@@ -227,6 +234,9 @@ fn recipes_in_the_repository_are_sound_and_wrong_ones_are_named() {
         ("lambdas = [", "lambdas = [0.0, ", "lambdas"),
         ("\nlearning_rate = ", "\nlearning_rate = -", "learning_rate"),
         ("\nlearning_rate = ", "\nlearning_rate = nan # ", "learning_rate"),
+        ("split_block = 4", "split_block = 4\ntuned_to = 4", "tuned_to"),
+        ("split_block = 4", "split_block = 4\ntuned_to = 16", "tuned_to"),
+        ("split_block = 4", "split_block = 4\ntuned_to = 6\ntuned_pace = 0.0", "tuned_pace"),
         ("\nema = 0", "\nema = 7", "ema"),
         ("\nkl_weight = ", "\nkl_weight = -", "kl_weight"),
     ] {

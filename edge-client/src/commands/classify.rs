@@ -12,13 +12,16 @@ use crate::{AskArgs, EncodingArgs, ServerArgs};
 
 pub async fn run(files: &[PathBuf], server: &ServerArgs, encoding: &EncodingArgs, whole_image: bool, ask: &AskArgs) -> Result<bool> {
     let endpoints = super::endpoints(server)?;
+    let mut printer = Printer::new(ask.json, files.len() as u64);
+    if missing(files, &mut printer)? {
+        return Ok(false);
+    }
     let mut encoder = if whole_image { None } else { Some(super::encoder(encoding)?) };
     let mut client = Client::connect_any(&endpoints).await?;
     if let Some(newest) = encoder.take() {
         encoder = Some(super::served(newest, &mut client, encoding, ask.deadline).await?);
     }
     let options = InferOptions { model: ask.model.clone(), top_k: ask.top_k, deadline: ask.deadline, ..InferOptions::default() };
-    let mut printer = Printer::new(ask.json, files.len() as u64);
     for path in files {
         let name = path.display().to_string();
         let line = match one(path, encoder.as_mut(), &mut client, &options).await {
@@ -29,6 +32,17 @@ pub async fn run(files: &[PathBuf], server: &ServerArgs, encoding: &EncodingArgs
     }
     printer.finish();
     Ok(printer.failures == 0)
+}
+
+/// If none of the photos is there, says so of each: no server is needed for that.
+fn missing(files: &[PathBuf], printer: &mut Printer) -> Result<bool> {
+    let causes = files.iter().map(|path| std::fs::metadata(path).err()).collect::<Option<Vec<_>>>();
+    let Some(causes) = causes else { return Ok(false) };
+    for (path, cause) in files.iter().zip(causes) {
+        printer.print(&Line::failed(path.display().to_string(), &ClientError::Io { path: path.clone(), cause }))?;
+    }
+    printer.finish();
+    Ok(true)
 }
 
 async fn one(

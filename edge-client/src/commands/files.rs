@@ -35,18 +35,20 @@ pub fn inspect(file: &Path, bundle: Option<&Path>) -> Result<bool> {
     let h = &container.header;
     let mut line = json!({
         "file": file.display().to_string(), "bytes": bytes.len(), "bundle": hex(&h.bundle), "quality": h.quality,
-        "latent": [h.shape.channels, h.shape.height, h.shape.width], "symbols": h.symbols, "payload_bytes": h.payload_len,
-        "refinements": parsed.refinements(),
+        "payload_bytes": h.payload_len, "refinements": parsed.refinements(),
     });
     if let Some(folder) = bundle {
         let bundle = open_bundle(folder)?;
         let symbols = container.decode(&bundle.hash, bundle.manifest.latent, &bundle.tables).with_context(|| file.display().to_string())?;
         let level = bundle.tables.level(h.quality)?;
         bundle.decode_parsed_into(&parsed, &mut Vec::new()).with_context(|| file.display().to_string())?;
+        let latent = bundle.manifest.latent;
         line["decodes"] = json!(true);
+        line["latent"] = json!([latent.channels, latent.height, latent.width]);
+        line["symbols"] = json!(symbols.len());
         line["zero_symbols"] = json!(symbols.iter().filter(|&&s| s == 0).count());
         line["largest_symbol"] = json!(symbols.iter().map(|s| s.unsigned_abs()).max());
-        line["ideal_payload_bytes"] = json!(coder::ideal_bits(&symbols, &level, bundle.manifest.latent)? / 8.0);
+        line["ideal_payload_bytes"] = json!(coder::ideal_bits(&symbols, &level, latent)? / 8.0);
     }
     writeln!(std::io::stdout(), "{line:#}")?;
     Ok(true)

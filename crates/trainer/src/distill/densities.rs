@@ -25,7 +25,7 @@ impl Run {
     pub(super) fn fit_densities(&mut self, pack: Arc<Pack>) -> Result<(), TrainError> {
         let plan = Plan { seed: self.recipe.seed ^ SEED, ..Plan::of(&self.recipe) };
         let mut batches = loader::start(pack, plan, 0);
-        let mut adam = Adam::new(&self.net.vs, 0.0, (&[], 1.0), false);
+        let mut adam = Adam::new(&self.net.vs, 0.0, &[], false);
         let bar = progress(BATCHES, 0);
         bar.set_message("densities of the bundle's encoder");
         for i in 0..BATCHES {

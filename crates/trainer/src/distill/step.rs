@@ -57,7 +57,8 @@ impl Run {
             None => self.net.train_pass(&pixels, &level, kind),
         };
         let rebuilt = self.net.decoder.denormalise(&passed.rebuilt).to_kind(kind);
-        let got = teacher.between(&rebuilt, r.split(), r.measure());
+        let student = self.net.decoder.student(teacher);
+        let got = student.between(&rebuilt, r.split(), r.measure());
         let difference = squared(&target, &got, &self.measure.std);
         let over = [1i64, 2, 3];
         let mut weighted = &difference * self.measure.weights.view([1, -1, 1, 1]);
@@ -74,7 +75,7 @@ impl Run {
         for (&block, std) in r.hooks.iter().zip(&self.measure.hooks) {
             let layer = Layer::Block(block);
             let wanted = tch::no_grad(|| teacher.between(&deeper.1, deeper.0, layer));
-            let found = teacher.between(&deeper.2, deeper.0, layer);
+            let found = student.between(&deeper.2, deeper.0, layer);
             error = &error + squared(&wanted, &found, std).mean_dim(over.as_slice(), false, Kind::Float) * elements;
             deeper = (layer, wanted, found);
         }
@@ -84,9 +85,10 @@ impl Run {
         let mut kl_value = 0.0;
         if kl_weight > 0.0 {
             let (layer, wanted, found) = &deeper;
-            let tail =
-                |features: &Tensor| (teacher.tail(features, *layer).to_kind(Kind::Float) * r.kl_sharpness).log_softmax(-1, Kind::Float);
-            let kl = kl(&tch::no_grad(|| tail(wanted)), &tail(found));
+            let tail = |net: &Backbone, features: &Tensor| {
+                (net.tail(features, *layer).to_kind(Kind::Float) * r.kl_sharpness).log_softmax(-1, Kind::Float)
+            };
+            let kl = kl(&tch::no_grad(|| tail(teacher, wanted)), &tail(&student, found));
             kl_value = kl.mean(Kind::Float).double_value(&[]);
             loss = &loss + kl * kl_weight;
         }

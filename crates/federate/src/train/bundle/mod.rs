@@ -68,6 +68,8 @@ pub struct Adaptation {
     numbers: [Tensor; 3],
     decoder: Decoder,
     teacher: Backbone,
+    /// Behind the decoder.
+    student: Backbone,
     split: Layer,
     photos: Vec<Rgb>,
     held_out: Vec<Rgb>,
@@ -162,11 +164,12 @@ impl Adaptation {
         let mut frozen = frozen;
         frozen.freeze();
         variables.unfreeze();
+        let student = decoder.student(&teacher);
         let (side, split) = (m.input.size, Layer::from_block(entry.split_block));
         let held_out = photos.join(HELD_OUT);
         let held_out = if held_out.is_dir() { photos::open(&held_out, side)? } else { Vec::new() };
         let photos = photos::open(photos, side)?;
-        Ok(Self { bundle, variables, encoder, numbers, decoder, teacher, split, photos, held_out })
+        Ok(Self { bundle, variables, encoder, numbers, decoder, teacher, student, split, photos, held_out })
     }
 
     /// One number of the tables, for a level (C).
@@ -190,14 +193,14 @@ impl Adaptation {
         let rebuilt = self.decoder.forward(&((rounded + median) * inverse / step));
         let measure = Layer::Block(fit.measure_block);
         let wanted = tch::no_grad(|| self.teacher.between(pixels, Layer::Input, measure));
-        let got = self.teacher.between(&rebuilt, self.split, measure);
+        let got = self.student.between(&rebuilt, self.split, measure);
         let std = wanted.std_dim([0i64, 2, 3].as_slice(), true, true).clamp_min(1e-3);
         let error = ((got.shallow_clone() - &wanted) / std).square().sum_dim_intlist([1i64, 2, 3].as_slice(), false, Kind::Float);
         let mut loss = error + bits * (self.bundle.manifest.quality[level].lambda * fit.rate);
         if fit.kl > 0.0 {
-            let answer = |features: &Tensor| self.teacher.tail(features, measure).log_softmax(-1, Kind::Float);
-            let wanted = tch::no_grad(|| answer(&wanted));
-            let kl = (wanted.exp() * (&wanted - answer(&got))).sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
+            let answer = |net: &Backbone, features: &Tensor| net.tail(features, measure).log_softmax(-1, Kind::Float);
+            let wanted = tch::no_grad(|| answer(&self.teacher, &wanted));
+            let kl = (wanted.exp() * (&wanted - answer(&self.student, &got))).sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
             loss = &loss + kl * fit.kl;
         }
         Ok(loss)
@@ -265,7 +268,7 @@ impl Adaptation {
         let s = self.bundle.manifest.latent;
         let shape = [-1, s.channels.into(), s.height.into(), s.width.into()];
         let latent = Tensor::f_from_slice(dequantised).and_then(|t| t.f_view(shape.as_slice())).map_err(torch)?;
-        Ok(tch::no_grad(|| self.teacher.tail(&self.decoder.forward(&latent), self.split)))
+        Ok(tch::no_grad(|| self.student.tail(&self.decoder.forward(&latent), self.split)))
     }
 
     /// How the encoder does with the tables of a level on the held-out photos, as client and server would compute it: the mean.
