@@ -1,0 +1,132 @@
+//! What a run begins with: another run's weights, or a bundle's.
+
+use std::path::Path;
+
+use isthmus_codec::{Bundle, ChannelTable};
+use isthmus_nets::weights::Weights;
+use tch::{Device, Tensor};
+
+use super::{Frozen, Run, checkpoint};
+use crate::error::TrainError;
+use crate::history::History;
+use crate::recipe::Recipe;
+
+/// File of a run that names the bundle it started from.
+const STARTED_FROM: &str = "started-from";
+/// Beginning of the names of a decoder's tuned blocks.
+const TUNED: &str = "tuned.";
+
+impl Run {
+    /// Takes encoder, gains, prior and whatever fits of the decoder from the moving average of another run.
+    ///
+    /// # Errors
+    /// If the checkpoint cannot be read or nothing fits.
+    pub fn warm_start(&mut self, folder: &Path, device: Device) -> Result<usize, TrainError> {
+        let path = checkpoint(folder);
+        let state = Weights::open(&path, device)?;
+        let earlier = Recipe::open(&folder.join("recipe.toml"))?;
+        let fits = |name: &str| {
+            let tuned = name.strip_prefix("decoder.").is_some_and(|rest| rest.starts_with(TUNED));
+            !tuned || earlier.backbone == self.recipe.backbone
+        };
+        let mut taken = 0;
+        for (name, mut variable) in self.net.vs.variables().into_iter().filter(|(name, _)| fits(name)) {
+            if let Ok(saved) = state.get(&format!("adam/average/{name}"), &variable.size()) {
+                tch::no_grad(|| variable.copy_(&saved));
+                taken += 1;
+            }
+        }
+        if taken == 0 {
+            return Err(TrainError::data(path.display().to_string(), "holds nothing that fits this recipe"));
+        }
+        self.adam.restart();
+        let steps = state.get("step", &[1])?.double_value(&[0]) as u64;
+        History::inherit(folder, &self.folder, steps, steps * earlier.batch as u64)?;
+        Ok(taken)
+    }
+
+    /// Takes encoder, gains and what fits of the first decoder of a bundle; its densities are learned before the first step.
+    ///
+    /// # Errors
+    /// If the bundle's have other shapes.
+    pub fn start_from(&mut self, bundle: &Bundle, device: Device) -> Result<(), TrainError> {
+        let recipe = &self.recipe;
+        let manifest = &bundle.manifest;
+        if manifest.encoder.kind != recipe.encoder.name() || bundle.tables.levels.len() != recipe.lambdas.len() {
+            let why = "the recipe must have the bundle's encoder and as many lambdas as it has levels";
+            return Err(TrainError::data(format!("bundle {}", manifest.name), why));
+        }
+        let _medians = self.take(bundle, Some(bundle), device)?;
+        self.adam.restart();
+        let path = self.folder.join(STARTED_FROM);
+        std::fs::write(&path, bundle.hash.to_string()).map_err(|e| TrainError::io(&path, e))
+    }
+
+    /// SHA-256 of the manifest of the bundle that the run in `folder` started from.
+    pub fn started_from(folder: &Path) -> Option<String> {
+        std::fs::read_to_string(folder.join(STARTED_FROM)).ok()
+    }
+
+    /// Takes encoder, gains and medians of a bundle, which this run then leaves as they are, and for a new run what fits of a decoder:
+    /// `start`'s for the recipe's backbone (the bundle's own without one), or its first if it has none for that.
+    ///
+    /// # Errors
+    /// If the recipe would change them, or the bundles' have other shapes.
+    pub fn freeze(&mut self, bundle: &Bundle, start: Option<&Bundle>, device: Device) -> Result<(), TrainError> {
+        let (manifest, levels) = (&bundle.manifest, &bundle.tables.levels);
+        let recipe = &self.recipe;
+        let fits = manifest.encoder.kind == recipe.encoder.name() && manifest.input.size == recipe.input_size();
+        if !recipe.decoder_only || !fits || levels.len() != recipe.lambdas.len() {
+            let why = "the recipe must say decoder_only = true and have the bundle's encoder, input and number of lambdas";
+            return Err(TrainError::data(format!("bundle {}", manifest.name), why));
+        }
+        let table = self.take(bundle, (!self.resumed).then(|| start.unwrap_or(bundle)), device)?;
+        self.frozen = Some(Frozen { medians: table, bytes: manifest.quality.iter().map(|q| q.bytes).collect() });
+        if !self.resumed {
+            self.adam.restart();
+        }
+        Ok(())
+    }
+
+    /// Copies encoder and gains of a bundle, and what fits of the decoder of `start` for this backbone, else its first; gives the
+    /// medians (levels, C).
+    fn take(&self, bundle: &Bundle, start: Option<&Bundle>, device: Device) -> Result<Tensor, TrainError> {
+        let (manifest, levels) = (&bundle.manifest, &bundle.tables.levels);
+        let encoder = Weights::from_safetensors(bundle.file(&manifest.encoder.weights)?, &manifest.encoder.weights, device)?;
+        let entry = start.and_then(|start| {
+            let decoders = &start.manifest.decoders;
+            let own = decoders.iter().find(|d| d.backbone == self.recipe.backbone.name());
+            Some((start, own.or(decoders.first())?))
+        });
+        let own = entry.is_some_and(|(_, d)| d.backbone == self.recipe.backbone.name());
+        let tuned = entry.and_then(|(_, d)| d.tuned_to.filter(|_| own));
+        if let Some(tuned) = tuned.filter(|&tuned| self.recipe.tuned_to.is_none_or(|to| to < tuned)) {
+            let why = format!("its decoder has blocks of its own up to {tuned}, which the recipe would lose; set tuned_to = {tuned} in it");
+            return Err(TrainError::data(format!("bundle {}", manifest.name), why));
+        }
+        let decoder = match entry {
+            Some((start, d)) => Some(Weights::from_safetensors(start.file(&d.weights)?, &d.weights, device)?),
+            None => None,
+        };
+        let table = |of: &dyn Fn(&ChannelTable) -> f32| {
+            let all: Vec<f32> = levels.iter().flat_map(|l| l.channels.iter().map(of)).collect();
+            Tensor::from_slice(&all).view([levels.len() as i64, -1]).to_device(device)
+        };
+        for (name, mut variable) in self.net.vs.variables() {
+            let size = variable.size();
+            let saved = match name.split_once('.') {
+                Some(("encoder", rest)) => Some(encoder.get(rest, &size)?),
+                // another backbone's blocks are no beginning for this one's
+                Some(("decoder", rest)) if rest.starts_with(TUNED) && !own => None,
+                Some(("decoder", rest)) => decoder.as_ref().and_then(|d| d.get(rest, &size).ok()),
+                _ if name == "gain" => Some(table(&|c| c.gain.ln())),
+                _ if name == "inverse" => Some(table(&|c| c.inverse.ln())),
+                _ => None,
+            };
+            if let Some(saved) = saved {
+                tch::no_grad(|| variable.copy_(&saved));
+            }
+        }
+        Ok(table(&|c| c.median))
+    }
+}
