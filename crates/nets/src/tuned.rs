@@ -63,3 +63,23 @@ impl TunedBlocks {
         backbone.with_blocks(self.first, &self.blocks)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_those_of_the_variables_and_blocks_that_are_not_there_are_refused() {
+        for (backbone, last) in [(BackboneKind::Lite0, 10), (BackboneKind::Lite2, 14)] {
+            let spec = TunedSpec::new(backbone, Layer::Block(0), last).unwrap();
+            let vs = nn::VarStore::new(tch::Device::Cpu);
+            let _blocks = TunedBlocks::new(&vs.root(), &spec);
+            let numbers: usize = vs.variables().values().map(tch::Tensor::numel).sum();
+            assert_eq!(numbers as i64, spec.parameters());
+        }
+        for (split, last) in [(Layer::Input, 3), (Layer::Block(4), 4), (Layer::Block(4), 16)] {
+            assert!(TunedSpec::new(BackboneKind::Lite0, split, last).is_err(), "{split:?} to {last}");
+        }
+    }
+}
