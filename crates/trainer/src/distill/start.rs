@@ -88,6 +88,21 @@ impl Run {
         Ok(())
     }
 
+    /// Whether a run of `recipe` that starts from the decoder of `start` has a place for all of its tuned blocks.
+    ///
+    /// # Errors
+    /// If not; says what to set.
+    pub fn keeps_blocks(recipe: &Recipe, start: &Bundle) -> Result<(), TrainError> {
+        let own = start.manifest.decoders.iter().find(|d| d.backbone == recipe.backbone.name());
+        match own.and_then(|d| d.tuned_to) {
+            Some(tuned) if recipe.tuned_to.is_none_or(|to| to < tuned) => {
+                let why = format!("its decoder has blocks of its own up to {tuned}, which the recipe would lose; set tuned_to = {tuned} in it");
+                Err(TrainError::data(format!("bundle {}", start.manifest.name), why))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Copies encoder and gains of a bundle, and what fits of the decoder of `start` for this backbone, else its first; gives the
     /// medians (levels, C).
     fn take(&self, bundle: &Bundle, start: Option<&Bundle>, device: Device) -> Result<Tensor, TrainError> {
@@ -99,10 +114,8 @@ impl Run {
             Some((start, own.or(decoders.first())?))
         });
         let own = entry.is_some_and(|(_, d)| d.backbone == self.recipe.backbone.name());
-        let tuned = entry.and_then(|(_, d)| d.tuned_to.filter(|_| own));
-        if let Some(tuned) = tuned.filter(|&tuned| self.recipe.tuned_to.is_none_or(|to| to < tuned)) {
-            let why = format!("its decoder has blocks of its own up to {tuned}, which the recipe would lose; set tuned_to = {tuned} in it");
-            return Err(TrainError::data(format!("bundle {}", manifest.name), why));
+        if let Some((start, _)) = entry {
+            Self::keeps_blocks(&self.recipe, start)?;
         }
         let decoder = match entry {
             Some((start, d)) => Some(Weights::from_safetensors(start.file(&d.weights)?, &d.weights, device)?),
