@@ -96,7 +96,8 @@ impl Run {
         let own = start.manifest.decoders.iter().find(|d| d.backbone == recipe.backbone.name());
         match own.and_then(|d| d.tuned_to) {
             Some(tuned) if recipe.tuned_to.is_none_or(|to| to < tuned) => {
-                let why = format!("its decoder has blocks of its own up to {tuned}, which the recipe would lose; set tuned_to = {tuned} in it");
+                let why =
+                    format!("its decoder has blocks of its own up to {tuned}, which the recipe would lose; set tuned_to = {tuned} in it");
                 Err(TrainError::data(format!("bundle {}", start.manifest.name), why))
             }
             _ => Ok(()),
