@@ -86,10 +86,17 @@ pub(crate) fn safetensors(tensors: &BTreeMap<String, Tensor>, storage: Storage) 
 }
 
 /// The decoder's weights for a bundle, in half precision; the run goes on with what that leaves of them, so that what it answers is what the bundle does.
+///
+/// # Errors
+/// If a weight is not finite in that precision.
 pub(crate) fn decoder(run: &Run) -> Result<Vec<u8>, TrainError> {
     let weights = part(run, "decoder.");
-    for t in weights.values() {
-        tch::no_grad(|| t.shallow_clone().copy_(&t.to_kind(Kind::Half)));
+    for (name, t) in &weights {
+        let half = t.to_kind(Kind::Half);
+        if half.isfinite().all().int64_value(&[]) == 0 {
+            return Err(TrainError::data(format!("decoder.{name}"), "has a weight that is not finite in half precision: the run diverged"));
+        }
+        tch::no_grad(|| t.shallow_clone().copy_(&half));
     }
     safetensors(&weights, Storage::Half)
 }
