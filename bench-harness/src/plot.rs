@@ -31,6 +31,9 @@ const PALETTE: [RGBColor; 18] = [
 /// Pixels of a legend's entry: its height, the line before the name, a letter.
 const ENTRY: (i32, i32, i32) = (20, 18, 8);
 
+/// Decades from which on a logarithmic axis has two ticks in each: more would not be read apart.
+const WIDE: f64 = 2.5;
+
 /// Opacity of an interval's bar: those of several methods overlap.
 const BAR: f64 = 0.45;
 
@@ -127,7 +130,8 @@ fn plot(sheet: &Sheet<'_>, x: &Axis, y: &Axis, lines: &[Line]) -> Result<String,
 /// Round numbers in a range, about evenly spread over a logarithmic axis (the library has none below the first power of ten).
 fn ticks(range: &std::ops::Range<f64>) -> Vec<f64> {
     let decades = (range.start.log10().floor() as i32)..=(range.end.log10().ceil() as i32);
-    let of_decade = |exponent: i32| [1.0, 2.0, 3.0, 5.0, 7.0].map(|first| first * 10f64.powi(exponent));
+    let firsts: &[f64] = if (range.end / range.start).log10() > WIDE { &[1.0, 3.0] } else { &[1.0, 2.0, 3.0, 5.0, 7.0] };
+    let of_decade = |exponent: i32| firsts.iter().map(move |first| first * 10f64.powi(exponent));
     decades.flat_map(of_decade).filter(|tick| range.contains(tick)).collect()
 }
 
@@ -155,7 +159,7 @@ where
     let number = |v: &f64| {
         if *v == 0.0 {
             "0".to_owned()
-        } else if v.abs() < 0.01 {
+        } else if v.abs() < 0.01 || v.abs() >= 1e5 {
             format!("{v:.0e}")
         } else if v.abs() >= 10.0 {
             format!("{v:.0}")
@@ -200,5 +204,6 @@ mod tests {
         let of = |range| ticks(&range).iter().map(|t| format!("{t:.1}")).collect::<Vec<_>>();
         assert_eq!(of(0.13..1.2), ["0.2", "0.3", "0.5", "0.7", "1.0"]);
         assert_eq!(of(400.0..4_000.0), ["500.0", "700.0", "1000.0", "2000.0", "3000.0"]);
+        assert_eq!(of(0.5..2_000.0), ["1.0", "3.0", "10.0", "30.0", "100.0", "300.0", "1000.0"]);
     }
 }

@@ -49,7 +49,15 @@ impl History {
     fn of(folder: &Path, prefix: &str) -> Result<Self, TrainError> {
         let path = folder.join(format!("{prefix}{}", Self::FILE));
         match std::fs::read_to_string(&path) {
-            Ok(text) => toml::from_str(&text).map_err(|e| TrainError::data(path.display().to_string(), e.to_string())),
+            Ok(text) => {
+                let malformed = |why: String| TrainError::data(path.display().to_string(), why);
+                let history: Self = toml::from_str(&text).map_err(|e| malformed(e.to_string()))?;
+                let elsewhere = history.files().find(|name| Path::new(name).file_name().is_none_or(|plain| plain != *name));
+                if let Some(name) = elsewhere {
+                    return Err(malformed(format!("{name:?} is no file beside it")));
+                }
+                Ok(history)
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
             Err(e) => Err(TrainError::io(&path, e)),
         }
@@ -100,11 +108,18 @@ impl History {
         Self::inherit_from((from, prefix), to, crops / (Recipe::open(&path)?.batch as u64).max(1), crops)
     }
 
-    /// Copies recipe, curve and log of the run in `from`, and all files of its history, into the bundle in `to`, for its decoder with this [`Self::prefix`].
+    /// Copies recipe, curve and log of the run in `from`, and all files of its history, into the bundle in `to`, for its decoder with this [`Self::prefix`], in place of
+    /// those of the decoder that was there.
     ///
     /// # Errors
     /// If a file is malformed or cannot be copied.
     pub fn keep(from: &Path, to: &Path, prefix: &str) -> Result<(), TrainError> {
+        if !same(from, to) {
+            let earlier = Self::of(to, prefix)?;
+            for name in earlier.files() {
+                remove_if_there(&to.join(format!("{prefix}{name}")))?;
+            }
+        }
         for name in Self::OWN {
             copy_if_there(&from.join(name), &to.join(format!("{prefix}{name}")))?;
         }
@@ -126,10 +141,14 @@ impl History {
         Ok(())
     }
 
+    /// Names of all files of the history, its own included.
+    fn files(&self) -> impl Iterator<Item = &str> {
+        self.stage.iter().flat_map(|s| [s.recipe.as_str(), s.curve.as_str()]).chain([Self::FILE])
+    }
+
     /// Copies all files of the history, whose names begin with one prefix, to names that begin with another.
     fn copy(&self, from: (&Path, &str), to: (&Path, &str)) -> Result<(), TrainError> {
-        let files = self.stage.iter().flat_map(|s| [s.recipe.as_str(), s.curve.as_str()]);
-        for name in files.chain([Self::FILE]) {
+        for name in self.files() {
             copy_if_there(&from.0.join(format!("{}{name}", from.1)), &to.0.join(format!("{}{name}", to.1)))?;
         }
         Ok(())
@@ -146,9 +165,21 @@ impl History {
     }
 }
 
+/// Both are there and the same.
+fn same(a: &Path, b: &Path) -> bool {
+    a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
+}
+
+fn remove_if_there(path: &Path) -> Result<(), TrainError> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(TrainError::io(path, e)),
+        _ => Ok(()),
+    }
+}
+
 fn copy_if_there(from: &Path, to: &Path) -> Result<(), TrainError> {
     // a bundle may be written over itself: copying a file onto itself would empty it
-    if to.canonicalize().is_ok_and(|to| from.canonicalize().is_ok_and(|from| from == to)) {
+    if same(from, to) {
         return Ok(());
     }
     match std::fs::copy(from, to) {
@@ -205,5 +236,14 @@ mod tests {
         assert!(at("next").join("stage2-curve.jsonl").exists());
         History::carry(&at("next"), &at("next")).unwrap();
         assert_eq!(std::fs::read_to_string(at("next").join("recipe.toml")).unwrap(), recipe, "copied onto itself");
+        let elsewhere = "[[stage]]\nrecipe = \"../recipe.toml\"\ncurve = \"c\"\nsteps = 1\ncrops = 1\n";
+        std::fs::write(at("other").join("history.toml"), elsewhere).unwrap();
+        assert!(History::open(&at("other")).unwrap_err().to_string().contains("no file beside it"));
+        // a decoder with a shorter history takes the place of one with a longer
+        History::keep(&at("first"), &at("bundle"), &prefix).unwrap();
+        let left: Vec<bool> =
+            ["stage1-recipe.toml", "history.toml"].iter().map(|n| at("bundle").join(format!("{prefix}{n}")).exists()).collect();
+        assert_eq!(left, [false, false]);
+        assert!(at("bundle").join(format!("{prefix}recipe.toml")).exists());
     }
 }

@@ -225,12 +225,12 @@ fn fetch(cli: &Cli, freeze: Option<&Path>, offline: bool, only: Option<Wanted>) 
         anyhow::ensure!(status.success(), "setup/fetch.py failed; its message is above");
     }
     if let Some(path) = freeze {
-        let entries = photos::split(photos::find(&cli.third_party, None)?)?;
+        let found = photos::find(&cli.third_party, None)?;
+        let entries = photos::split(&found)?;
         for set in [Set::Demo, Set::HeldOut, Set::Labelled, Set::Train, Set::Dropped] {
             println!("{set:?}: {}", entries.iter().filter(|e| e.set == set).count());
         }
         std::fs::write(path, serde_json::to_string_pretty(&entries)? + "\n")?;
-        let found = photos::find(&cli.third_party, None)?;
         let content = |name: &str| found.iter().find(|f| f.name == name).map(|f| f.bytes.as_slice());
         let crops = photos::evaluation_crops(&entries, content, EVALUATION_SIDE)?;
         println!("evaluation crops: {}", crops.len());

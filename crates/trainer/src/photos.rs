@@ -108,6 +108,7 @@ pub struct Entry {
 }
 
 /// A photo file as found in its package.
+#[derive(Clone)]
 pub struct Found {
     /// `package/path`.
     pub name: String,
@@ -197,8 +198,9 @@ fn demo_label(name: &str) -> Option<i64> {
 ///
 /// # Errors
 /// If the label list cannot be parsed.
-pub fn split(found: Vec<Found>) -> Result<Vec<Entry>, TrainError> {
-    split_beside(found.into_iter().map(Ok), Vec::new())
+pub fn split(found: &[Found]) -> Result<Vec<Entry>, TrainError> {
+    // copied one at a time
+    split_beside(found.iter().cloned().map(Ok), Vec::new())
 }
 
 /// The same for somebody's own photos (name, content), one of which is held at a time: none of them is labelled, one in five is held out, and near-duplicates of the photos that

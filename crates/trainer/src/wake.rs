@@ -72,7 +72,8 @@ impl Waker<'_> {
         let top = self.net.prior.levels() - 1;
         let plain = |t: Tensor| t.get(top).view([1, -1, 1, 1]);
         let layer = tch::no_grad(|| self.teacher.between(pixels, Layer::Input, self.split)).set_requires_grad(true);
-        let log_p = self.teacher.tail(&layer, self.split).log_softmax(-1, Kind::Float);
+        // what is rebuilt is passed to the blocks that are tuned with the decoder
+        let log_p = self.net.decoder.student(self.teacher).tail(&layer, self.split).log_softmax(-1, Kind::Float);
         let class = log_p.exp().multinomial(1, true);
         log_p.gather(1, &class, false).sum(Kind::Float).backward();
         tch::no_grad(|| {

@@ -276,7 +276,7 @@ fn the_split_is_frozen_and_disjoint() {
     let content = |name: &str| found.iter().find(|f| f.name == name).map(|f| f.bytes.as_slice());
     let crops = photos::evaluation_crops(&entries, content, 224).unwrap();
     assert!(crops == photos::frozen_crops().unwrap(), "`trainer fetch --freeze` gives other evaluation crops than the committed ones");
-    let again = photos::split(found).unwrap();
+    let again = photos::split(&found).unwrap();
     assert!(again == entries, "`trainer fetch --freeze` gives another split than the committed one");
 }
 
