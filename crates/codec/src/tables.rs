@@ -6,6 +6,9 @@ use crate::contexts::{Contexts, Field};
 use crate::distribution::{Distribution, MAX_MAGNITUDE};
 use crate::quality::Quality;
 
+/// Factor on the gain of a silent channel where a network would otherwise round it.
+const DORMANT: f32 = 1e-3;
+
 /// Shape of a latent: channels, height, width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct LatentShape {
@@ -158,6 +161,11 @@ impl LevelTables {
     /// Silent channels, in the order of their numbers.
     pub fn silent(&self) -> impl Iterator<Item = u16> {
         (0u16..).zip(&self.coded).skip(self.given).filter(|(_, coded)| !**coded).map(|(channel, _)| channel)
+    }
+
+    /// Encoder-side factors by channel, for a network that rounds all of them: next to nothing for silent ones, so that their symbols are zero there too.
+    pub fn gains(&self) -> Vec<f32> {
+        (0u16..).zip(&self.channels).map(|(c, t)| if self.is_coded(c) { t.gain } else { t.gain * DORMANT }).collect()
     }
 
     /// True if some distribution depends on symbols of `channel`.

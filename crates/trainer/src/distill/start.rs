@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use isthmus_codec::{Bundle, ChannelTable};
+use isthmus_codec::{Bundle, ChannelTable, LevelTables};
 use isthmus_nets::weights::Weights;
 use tch::{Device, Tensor};
 
@@ -122,10 +122,8 @@ impl Run {
             Some((start, d)) => Some(Weights::from_safetensors(start.file(&d.weights)?, &d.weights, device)?),
             None => None,
         };
-        let table = |of: &dyn Fn(&ChannelTable) -> f32| {
-            let all: Vec<f32> = levels.iter().flat_map(|l| l.channels.iter().map(of)).collect();
-            Tensor::from_slice(&all).view([levels.len() as i64, -1]).to_device(device)
-        };
+        let by_level = |all: Vec<f32>| Tensor::from_slice(&all).view([levels.len() as i64, -1]).to_device(device);
+        let table = |of: fn(&ChannelTable) -> f32| by_level(levels.iter().flat_map(|l| l.channels.iter().map(of)).collect());
         for (name, mut variable) in self.net.vs.variables() {
             let size = variable.size();
             let saved = match name.split_once('.') {
@@ -133,14 +131,14 @@ impl Run {
                 // another backbone's blocks are no beginning for this one's
                 Some(("decoder", rest)) if rest.starts_with(TUNED) && !own => None,
                 Some(("decoder", rest)) => decoder.as_ref().and_then(|d| d.get(rest, &size).ok()),
-                _ if name == "gain" => Some(table(&|c| c.gain.ln())),
-                _ if name == "inverse" => Some(table(&|c| c.inverse.ln())),
+                _ if name == "gain" => Some(by_level(levels.iter().flat_map(LevelTables::gains).collect()).log()),
+                _ if name == "inverse" => Some(table(|c| c.inverse.ln())),
                 _ => None,
             };
             if let Some(saved) = saved {
                 tch::no_grad(|| variable.copy_(&saved));
             }
         }
-        Ok(table(&|c| c.median))
+        Ok(table(|c| c.median))
     }
 }

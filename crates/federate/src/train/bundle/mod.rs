@@ -180,11 +180,9 @@ impl Adaptation {
     /// The loss of each sample at a level (N).
     fn loss(&self, pixels: &Tensor, level: usize, rate: &Rate<'_>, fit: &Fit) -> Result<Tensor, FederateError> {
         let tables = &self.bundle.tables.levels[level];
-        let of = |f: fn(&ChannelTable) -> f32| {
-            let row: Vec<f32> = tables.channels.iter().map(f).collect();
-            Tensor::f_from_slice(&row).and_then(|t| t.f_view([1, -1, 1, 1])).map_err(torch)
-        };
-        let (gain, inverse, median) = (of(|c| c.gain)?, of(|c| c.inverse)?, of(|c| c.median)?);
+        let row = |values: Vec<f32>| Tensor::f_from_slice(&values).and_then(|t| t.f_view([1, -1, 1, 1])).map_err(torch);
+        let of = |f: fn(&ChannelTable) -> f32| row(tables.channels.iter().map(f).collect());
+        let (gain, inverse, median) = (row(tables.gains())?, of(|c| c.inverse)?, of(|c| c.median)?);
         let step = self.number(0, level).exp().view([1, -1, 1, 1]);
         let steps = self.encoder.forward(pixels) * gain * &step - &median;
         // rounded as at run time; the gradient passes as if it were not
