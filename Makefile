@@ -150,7 +150,12 @@ train: training-photos ## train the default bundle anew, as the committed one wa
 	$(RELEASE)/trainer export --run runs/15 --out runs/deeper
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage4.toml --run runs/lite2-4 --bundle runs/deeper --start runs/both-wider --resume
 	$(RELEASE)/trainer blueprint --run runs/lite2-4 --bundle runs/deeper --out runs/both-deeper --version 1
-	$(RELEASE)/trainer refine --bundle runs/both-deeper --out runs/bundle --version 1
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage16.toml --run runs/16 --warm-start runs/15 --resume
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage17.toml --run runs/17 --warm-start runs/16 --resume
+	$(RELEASE)/trainer export --run runs/17 --out runs/further
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage5.toml --run runs/lite2-5 --bundle runs/further --start runs/both-deeper --resume
+	$(RELEASE)/trainer blueprint --run runs/lite2-5 --bundle runs/further --out runs/both-further --version 1
+	$(RELEASE)/trainer refine --bundle runs/both-further --out runs/bundle --version 1
 
 fuzz: ## run every fuzz target for a minute (needs nightly and cargo-fuzz)
 	cd fuzz && for t in $$($(CARGO) fuzz list); do $(CARGO) +nightly fuzz run $$t -- -max_total_time=60 || exit 1; done
