@@ -8,6 +8,8 @@ use crate::quality::Quality;
 
 /// Factor on the gain of a silent channel where a network would otherwise round it.
 const DORMANT: f32 = 1e-3;
+/// In quantisation steps.
+const STILL: f32 = 0.1;
 
 /// Shape of a latent: channels, height, width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -163,9 +165,18 @@ impl LevelTables {
         (0u16..).zip(&self.coded).skip(self.given).filter(|(_, coded)| !**coded).map(|(channel, _)| channel)
     }
 
-    /// Encoder-side factors by channel, for a network that rounds all of them: next to nothing for silent ones, so that their symbols are zero there too.
+    /// Encoder-side factors by channel, for a network that rounds all of them: next to nothing for silent ones that stand for next to nothing ([`Self::is_still`]), so that
+    /// their symbols are zero there too. Others' gains are what makes of a latent the constant that they stand for.
     pub fn gains(&self) -> Vec<f32> {
-        (0u16..).zip(&self.channels).map(|(c, t)| if self.is_coded(c) { t.gain } else { t.gain * DORMANT }).collect()
+        (0u16..)
+            .zip(&self.channels)
+            .map(|(c, t)| if !self.is_coded(c) && Self::is_still(t.median) { t.gain * DORMANT } else { t.gain })
+            .collect()
+    }
+
+    /// Whether a channel that is silent stands for next to nothing, given its median.
+    pub fn is_still(median: f32) -> bool {
+        median.abs() <= STILL
     }
 
     /// True if some distribution depends on symbols of `channel`.

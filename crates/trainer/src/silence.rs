@@ -5,7 +5,7 @@ use std::path::Path;
 
 use isthmus_codec::bundle::sha256;
 use isthmus_codec::manifest::Manifest;
-use isthmus_codec::{BundleHash, LatentShape, Quality, Tables, container};
+use isthmus_codec::{BundleHash, LatentShape, LevelTables, Quality, Tables, container};
 
 use crate::error::TrainError;
 use crate::pack::Pack;
@@ -45,8 +45,11 @@ fn with_next_steps(mut tables: Tables) -> Tables {
         let returning: Vec<u16> = level.silent().filter(|&c| next.is_coded(c)).collect();
         for c in returning.into_iter().map(usize::from) {
             let (table, next) = (&mut level.channels[c], &next.channels[c]);
-            table.median *= table.inverse / next.inverse;
-            (table.gain, table.inverse) = (next.gain, next.inverse);
+            let median = table.median * table.inverse / next.inverse;
+            // others tell the decoder the level: they come back as their constants do
+            if LevelTables::is_still(median) {
+                (table.gain, table.inverse, table.median) = (next.gain, next.inverse, median);
+            }
         }
     }
     tables
@@ -76,9 +79,9 @@ pub fn bundle(folder: &Path, pack: &Pack, version: &str, out: &Path) -> Result<M
 #[cfg(test)]
 mod tests {
     use super::*;
-    use isthmus_codec::{ChannelTable, LevelTables, pmf};
+    use isthmus_codec::{ChannelTable, pmf};
 
-    const SHAPE: LatentShape = LatentShape { channels: 2, height: 1, width: 3 };
+    const SHAPE: LatentShape = LatentShape { channels: 3, height: 1, width: 3 };
 
     /// Symbols -2 to 2, all else escapes.
     fn channel(gain: f32, inverse: f32, median: f32) -> ChannelTable {
@@ -90,11 +93,12 @@ mod tests {
     fn a_silent_channel_comes_back_halfway_to_the_level_that_has_it() {
         let level = |channels| LevelTables::new(channels).unwrap();
         let levels = vec![
-            level(vec![channel(0.5, 2.0, 0.0), channel(1e-4, 0.02, 0.25)]),
-            level(vec![channel(1.0, 1.0, 0.0), channel(2.0, 0.5, 0.0)]),
+            level(vec![channel(0.5, 2.0, 0.0), channel(1e-4, 0.02, 0.25), channel(0.1, 1.0, 2.0)]),
+            level(vec![channel(1.0, 1.0, 0.0), channel(2.0, 0.5, 0.0), channel(0.1, 0.5, 2.75)]),
         ];
         let tables = Tables { levels };
-        let latent = [1.0, -2.0, 3.0, 0.6, -1.1, 0.9];
+        // the last channel is silent too, but stands for something
+        let latent = [1.0, -2.0, 3.0, 0.6, -1.1, 0.9, 19.0, 20.0, 21.0];
         let decoded = |tables: &Tables, quality: f64| {
             let level = tables.level(Quality::nearest(quality)).unwrap();
             let mut out = Vec::new();
@@ -109,15 +113,16 @@ mod tests {
             assert!(before.iter().zip(&after).all(|(a, b)| (a - b).abs() < 1e-6), "{before:?} {after:?}");
         }
         // interpolated, the step was too coarse for anything to be said
-        assert!(decoded(&tables, 1.75)[3..].iter().all(|v| v.abs() < 0.1));
-        for (got, wanted) in decoded(&silenced, 1.5)[3..].iter().zip(&latent[3..]) {
+        assert!(decoded(&tables, 1.75)[3..6].iter().all(|v| v.abs() < 0.1));
+        for (got, wanted) in decoded(&silenced, 1.5)[3..6].iter().zip(&latent[3..6]) {
             assert!((got - wanted).abs() <= 0.26, "{got} for {wanted}");
         }
         // below the half the lower level's tables code, without that channel
-        assert!(decoded(&silenced, 1.25)[3..].iter().all(|v| v.abs() < 0.1));
+        assert!(decoded(&silenced, 1.25)[3..6].iter().all(|v| v.abs() < 0.1));
         // a network that rounds all channels leaves it empty too
         let gains = silenced.levels[0].gains();
-        assert_eq!(gains[0], 0.5);
-        assert!(latent[3..].iter().all(|y| (y * gains[1]).abs() < 0.01));
+        assert_eq!((gains[0], gains[2]), (0.5, 0.1));
+        assert_eq!(silenced.levels[0].channels[2].inverse, 1.0);
+        assert!(latent[3..6].iter().all(|y| (y * gains[1]).abs() < 0.01));
     }
 }

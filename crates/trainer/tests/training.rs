@@ -353,7 +353,7 @@ fn learning_curves_of_several_bundles_are_drawn_together() {
     for chart in ["curve-agreement.svg", "curve-kl.svg", "curve-bytes.svg"] {
         let text = std::fs::read_to_string(folder.path().join(chart)).unwrap();
         let ours = |q: u8| format!("lite0-patch-stem {version} q{q} (");
-        for line in [ours(2), ours(6), "lite0-frankensplit a q1 (".into(), "lite0-frankensplit b q1 (".into()] {
+        for line in [ours(2), ours(6), "lite0-frankensplit lambda-0.36 q1 (".into(), "lite0-frankensplit lambda-0.06 q1 (".into()] {
             assert!(text.contains(&line), "{chart} has no {line}");
         }
         assert!(!text.contains("q5 ("));
