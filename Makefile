@@ -154,7 +154,9 @@ train: training-photos ## train the default bundle anew, as the committed one wa
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage17.toml --run runs/17 --warm-start runs/16 --resume
 	$(RELEASE)/trainer export --run runs/17 --out runs/further
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage5.toml --run runs/lite2-5 --bundle runs/further --start runs/both-deeper --resume
-	$(RELEASE)/trainer blueprint --run runs/lite2-5 --bundle runs/further --out runs/both-further --version 1
+	$(RELEASE)/trainer blueprint --run runs/lite2-5 --bundle runs/further --out runs/two-further --version 1
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage6.toml --run runs/lite2-6 --bundle runs/further --start runs/two-further --resume
+	$(RELEASE)/trainer blueprint --run runs/lite2-6 --bundle runs/further --out runs/both-further --version 1
 	$(RELEASE)/trainer refine --bundle runs/both-further --out runs/bundle --version 1
 
 fuzz: ## run every fuzz target for a minute (needs nightly and cargo-fuzz)
