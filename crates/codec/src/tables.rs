@@ -8,7 +8,7 @@ use crate::quality::Quality;
 
 /// Factor on the gain of a silent channel where a network would otherwise round it.
 const DORMANT: f32 = 1e-3;
-/// In quantisation steps.
+/// Largest median of a silent channel that stands for next to nothing, in quantisation steps.
 const STILL: f32 = 0.1;
 
 /// Shape of a latent: channels, height, width.
