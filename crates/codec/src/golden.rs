@@ -1,4 +1,16 @@
-//! The golden input: an image that every implementation can make for itself.
+//! The golden input: an image that every implementation can make for itself, and the hashes of what must come of it.
+
+use crate::bundle::sha256;
+
+/// Hexadecimal SHA-256 of decoded symbols, little-endian, as the manifest has it.
+pub fn symbols_sha256(symbols: &[i32]) -> String {
+    sha256(&symbols.iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<u8>>())
+}
+
+/// Hexadecimal SHA-256 of a decoder's input, little-endian, as the manifest has it.
+pub fn latent_sha256(latent: &[f32]) -> String {
+    sha256(&latent.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())
+}
 
 /// Interleaved RGB bytes of the golden input, `size * size * 3`: smooth waves with some texture, from
 /// integer arithmetic alone.

@@ -53,6 +53,12 @@ impl Weights {
         Self::from_safetensors(&bytes, &what, device)
     }
 
+    /// Whether there is a tensor `name`.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
     /// The tensor `name`, checked against `shape` (-1 matches any extent).
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use isthmus_codec::bundle::{MANIFEST, sha256};
+use isthmus_codec::bundle::MANIFEST;
 use isthmus_codec::manifest::{Manifest, QualityEntry};
 use isthmus_codec::{BundleHash, container, golden};
 use isthmus_federate::train::Model;
@@ -77,9 +77,8 @@ pub fn release(r: &Release<'_>) -> Result<Manifest, TrainError> {
     manifest.version = r.version.into();
     manifest.files = export::hashes(&files);
     manifest.training.adapted_from = Some(old.hash.to_string());
-    let le = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-    manifest.golden.symbols_sha256 = sha256(&symbols.iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<u8>>());
-    manifest.golden.latent_sha256 = sha256(&le(&dequantised));
+    manifest.golden.symbols_sha256 = golden::symbols_sha256(&symbols);
+    manifest.golden.latent_sha256 = golden::latent_sha256(&dequantised);
     manifest.golden.logits = vec![logits.into_iter().take(GOLDEN_LOGITS).collect()];
     if !fitted.held_out().is_empty() {
         let mut scored = Vec::new();

@@ -64,6 +64,10 @@ struct Frozen {
     bytes: Vec<f64>,
 }
 
+/// Their names in a checkpoint.
+const FROZEN_MEDIANS: &str = "frozen/medians";
+const FROZEN_BYTES: &str = "frozen/bytes";
+
 fn checkpoint(folder: &Path) -> PathBuf {
     folder.join("checkpoint.safetensors")
 }
@@ -138,6 +142,12 @@ impl Run {
             let saved = state.get("lambdas", &[self.lambdas.len() as i64])?;
             self.lambdas = Vec::<f32>::try_from(saved)?.into_iter().map(f64::from).collect();
         }
+        if state.has(FROZEN_MEDIANS) {
+            let levels = self.recipe.lambdas.len() as i64;
+            let bytes = Vec::<f32>::try_from(state.get(FROZEN_BYTES, &[levels])?)?;
+            let medians = state.get(FROZEN_MEDIANS, &[levels, self.recipe.encoder.latent_channels()])?;
+            self.frozen = Some(Frozen { medians, bytes: bytes.into_iter().map(f64::from).collect() });
+        }
         self.step = state.get("step", &[1])?.double_value(&[0]) as u64;
         self.adam.restore(&state, "adam/")
     }
@@ -152,6 +162,11 @@ impl Run {
         tensors.extend(self.measure.parts().into_iter().map(|(name, tensor)| (format!("measure/{name}"), tensor.shallow_clone())));
         let lambdas: Vec<f32> = self.lambdas.iter().map(|&l| l as f32).collect();
         tensors.push(("lambdas".into(), Tensor::from_slice(&lambdas)));
+        if let Some(Frozen { medians, bytes }) = &self.frozen {
+            let bytes: Vec<f32> = bytes.iter().map(|&b| b as f32).collect();
+            tensors.push((FROZEN_MEDIANS.into(), medians.shallow_clone()));
+            tensors.push((FROZEN_BYTES.into(), Tensor::from_slice(&bytes)));
+        }
         tensors.push(("step".into(), Tensor::from_slice(&[self.step as f32])));
         let bytes = to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)), Storage::Single)?;
         let path = checkpoint(&self.folder);

