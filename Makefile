@@ -157,7 +157,17 @@ train: training-photos ## train the default bundle anew, as the committed one wa
 	$(RELEASE)/trainer blueprint --run runs/lite2-5 --bundle runs/further --out runs/two-further --version 1
 	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage6.toml --run runs/lite2-6 --bundle runs/further --start runs/two-further --resume
 	$(RELEASE)/trainer blueprint --run runs/lite2-6 --bundle runs/further --out runs/both-further --version 1
-	$(RELEASE)/trainer refine --bundle runs/both-further --out runs/bundle --version 1
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage18.toml --run runs/18 --warm-start runs/17 --resume
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage19.toml --run runs/19 --warm-start runs/18 --resume
+	$(RELEASE)/trainer export --run runs/19 --out runs/grown
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage7.toml --run runs/lite2-7 --bundle runs/grown --start runs/both-further --resume
+	$(RELEASE)/trainer blueprint --run runs/lite2-7 --bundle runs/grown --out runs/two-grown --version 1
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage20.toml --run runs/20 --warm-start runs/19 --resume
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage21.toml --run runs/21 --warm-start runs/20 --resume
+	$(RELEASE)/trainer export --run runs/21 --out runs/sharp
+	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage8.toml --run runs/lite2-8 --bundle runs/sharp --start runs/two-grown --resume
+	$(RELEASE)/trainer blueprint --run runs/lite2-8 --bundle runs/sharp --out runs/both-sharp --version 1
+	$(RELEASE)/trainer refine --bundle runs/both-sharp --out runs/bundle --version 1
 
 fuzz: ## run every fuzz target for a minute (needs nightly and cargo-fuzz)
 	cd fuzz && for t in $$($(CARGO) fuzz list); do $(CARGO) +nightly fuzz run $$t -- -max_total_time=60 || exit 1; done

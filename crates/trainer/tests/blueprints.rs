@@ -55,7 +55,8 @@ async fn one_bitstream_serves_two_backbones() {
         let teacher = Backbone::open(backbone, &pth, Device::Cpu).unwrap();
         let mut resumed = Run::open(run.recipe.clone(), &run_folder, teacher, Device::Cpu, true).unwrap();
         assert_eq!(resumed.medians(), run.medians(), "a resumed run rounds around the bundle's medians without being told which bundle");
-        assert_eq!(resumed.frozen_bytes(), run.frozen_bytes());
+        let bytes = |run: &Run| run.frozen_bytes().map(|all| all.iter().map(|b| b.round()).collect::<Vec<_>>());
+        assert!(bytes(&resumed).is_some() && bytes(&resumed) == bytes(&run));
         let other = folder::open(&root().join("bench/rivals/lite0-patch-stem-equal"), |_| true, &Trust::all()).unwrap();
         let refused = resumed.freeze(&other, None, Device::Cpu);
         assert!(refused.is_err_and(|e| e.to_string().contains("whose encoder the run was on")), "another bundle's encoder");
