@@ -9,6 +9,7 @@ Exit status 0 only if every answer came over gRPC from the server it started. Py
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,8 @@ def main():
     photos = sorted(PHOTOS.glob("imagenet_*.jpg"))
     if len(photos) != 20:
         fail(f"{PHOTOS} holds {len(photos)} ImageNet photos instead of 20; run `make setup`")
+    # whoever stops it stops the server too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     server, url = start_server(args.bundle)
     try:
         answers = classify(url, args.bundle, args.quality, photos)

@@ -135,6 +135,19 @@ fn ticks(range: &std::ops::Range<f64>) -> Vec<f64> {
     decades.flat_map(of_decade).filter(|tick| range.contains(tick)).collect()
 }
 
+/// A tick's number, short and unlike its neighbours'.
+fn number(v: &f64) -> String {
+    if *v == 0.0 {
+        "0".to_owned()
+    } else if v.abs() < 0.01 || v.abs() >= 1e5 {
+        format!("{v:.1e}").replace(".0e", "e")
+    } else if v.abs() >= 10.0 {
+        format!("{v:.0}")
+    } else {
+        format!("{v:.2}")
+    }
+}
+
 fn draw<X, Y>(sheet: &Sheet<'_>, x: &Axis, y: &Axis, xs: X, ys: Y, lines: &[Line]) -> Result<String, String>
 where
     X: AsRangedCoord<Value = f64>,
@@ -156,17 +169,6 @@ where
         .y_label_area_size(64)
         .build_cartesian_2d(xs, ys)
         .map_err(|e| fail(&e))?;
-    let number = |v: &f64| {
-        if *v == 0.0 {
-            "0".to_owned()
-        } else if v.abs() < 0.01 || v.abs() >= 1e5 {
-            format!("{v:.0e}")
-        } else if v.abs() >= 10.0 {
-            format!("{v:.0}")
-        } else {
-            format!("{v:.2}")
-        }
-    };
     chart
         .configure_mesh()
         .x_desc(&x.label)
@@ -200,10 +202,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn logarithmic_axes_have_ticks_in_every_decade() {
+    fn axes_have_ticks_that_can_be_told_apart() {
         let of = |range| ticks(&range).iter().map(|t| format!("{t:.1}")).collect::<Vec<_>>();
         assert_eq!(of(0.13..1.2), ["0.2", "0.3", "0.5", "0.7", "1.0"]);
         assert_eq!(of(400.0..4_000.0), ["500.0", "700.0", "1000.0", "2000.0", "3000.0"]);
+        assert_eq!([0.0, 0.001, 0.5, 40.0, 2e5, 1.2e6].map(|v| number(&v)), ["0", "1e-3", "0.50", "40", "2e5", "1.2e6"]);
         assert_eq!(of(0.5..2_000.0), ["1.0", "3.0", "10.0", "30.0", "100.0", "300.0", "1000.0"]);
     }
 }
