@@ -242,7 +242,8 @@ pub enum Command {
         /// Go on from the checkpoint in the run folder.
         #[arg(long)]
         resume: bool,
-        /// Train a decoder for another backbone on the encoder of this bundle, which stays as it is (the recipe says decoder_only).
+        /// Train a decoder for another backbone on the encoder of this bundle, which stays as it is (the recipe says decoder_only; a resumed run has it
+        /// already).
         #[arg(long, conflicts_with = "warm_start")]
         bundle: Option<PathBuf>,
         /// Start from the encoder, gains and decoder of this bundle and train all of them on; with --bundle, from its decoder alone.

@@ -81,7 +81,7 @@ impl Run {
             return Err(TrainError::data(format!("bundle {}", manifest.name), why));
         }
         if self.resumed && !self.has_encoder_of(bundle)? {
-            let why = "is not the bundle whose encoder the run was on; give that one, or start a run on this one with --start";
+            let why = "is not the bundle whose encoder the run was on; give that one, or train a new run on this one";
             return Err(TrainError::data(format!("bundle {} {}", manifest.name, manifest.version), why));
         }
         let table = self.take(bundle, (!self.resumed).then(|| start.unwrap_or(bundle)), device)?;
