@@ -121,53 +121,66 @@ bench: build photos ## encode time, server throughput, rate (docs/benchmarks say
 	$(PYTHON) bench/server.py
 	$(RELEASE)/trainer evaluate data/eval/held-out data/eval/labelled data/eval/demo
 
-RECIPES := crates/trainer/recipes/patch-stem
+# recipe, run, where it starts
+distil = $(RELEASE)/trainer distill --recipe crates/trainer/recipes/patch-stem$(1).toml --run runs/$(2) $(3) --resume
+# run of another backbone's decoder, bundle that it is for, new bundle
+with = $(RELEASE)/trainer blueprint --run runs/$(1) --bundle runs/$(2) --out runs/$(3) --version 1
+
 train: training-photos ## train the default bundle anew, as the committed one was (hours), then export it to runs/bundle
-	$(RELEASE)/trainer distill --recipe $(RECIPES).toml --run runs/1 --until 3750 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage2.toml --run runs/2 --warm-start runs/1 --until 2000 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage3.toml --run runs/3 --warm-start runs/2 --until 5500 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage4.toml --run runs/4 --warm-start runs/3 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage5.toml --run runs/5 --warm-start runs/4 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage6.toml --run runs/6 --warm-start runs/5 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage7.toml --run runs/7 --warm-start runs/6 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage8.toml --run runs/8 --warm-start runs/7 --resume
+	$(call distil,,1,--until 3750)
+	$(call distil,-stage2,2,--warm-start runs/1 --until 2000)
+	$(call distil,-stage3,3,--warm-start runs/2 --until 5500)
+	$(call distil,-stage4,4,--warm-start runs/3)
+	$(call distil,-stage5,5,--warm-start runs/4)
+	$(call distil,-stage6,6,--warm-start runs/5)
+	$(call distil,-stage7,7,--warm-start runs/6)
+	$(call distil,-stage8,8,--warm-start runs/7)
 	$(RELEASE)/trainer export --run runs/8 --out runs/levels
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2.toml --run runs/lite2 --bundle runs/levels --resume
-	$(RELEASE)/trainer blueprint --run runs/lite2 --bundle runs/levels --out runs/two --version 1
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage9.toml --run runs/9 --start runs/two --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage10.toml --run runs/10 --warm-start runs/9 --resume
+	$(call distil,-lite2,lite2,--bundle runs/levels)
+	$(call with,lite2,levels,two)
+	$(call distil,-stage9,9,--start runs/two)
+	$(call distil,-stage10,10,--warm-start runs/9)
 	$(RELEASE)/trainer export --run runs/10 --out runs/hooked
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage2.toml --run runs/lite2-2 --bundle runs/hooked --start runs/two --resume
-	$(RELEASE)/trainer blueprint --run runs/lite2-2 --bundle runs/hooked --out runs/both --version 1
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage11.toml --run runs/11 --start runs/both --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage12.toml --run runs/12 --warm-start runs/11 --resume
+	$(call distil,-lite2-stage2,lite2-2,--bundle runs/hooked --start runs/two)
+	$(call with,lite2-2,hooked,both)
+	$(call distil,-stage11,11,--start runs/both)
+	$(call distil,-stage12,12,--warm-start runs/11)
 	$(RELEASE)/trainer export --run runs/12 --out runs/wider
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage3.toml --run runs/lite2-3 --bundle runs/wider --start runs/both --resume
-	$(RELEASE)/trainer blueprint --run runs/lite2-3 --bundle runs/wider --out runs/both-wider --version 1
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage13.toml --run runs/13 --start runs/both-wider --until 2000 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage14.toml --run runs/14 --warm-start runs/13 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage15.toml --run runs/15 --warm-start runs/14 --resume
+	$(call distil,-lite2-stage3,lite2-3,--bundle runs/wider --start runs/both)
+	$(call with,lite2-3,wider,both-wider)
+	$(call distil,-stage13,13,--start runs/both-wider --until 2000)
+	$(call distil,-stage14,14,--warm-start runs/13)
+	$(call distil,-stage15,15,--warm-start runs/14)
 	$(RELEASE)/trainer export --run runs/15 --out runs/deeper
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage4.toml --run runs/lite2-4 --bundle runs/deeper --start runs/both-wider --resume
-	$(RELEASE)/trainer blueprint --run runs/lite2-4 --bundle runs/deeper --out runs/both-deeper --version 1
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage16.toml --run runs/16 --warm-start runs/15 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage17.toml --run runs/17 --warm-start runs/16 --resume
+	$(call distil,-lite2-stage4,lite2-4,--bundle runs/deeper --start runs/both-wider)
+	$(call with,lite2-4,deeper,both-deeper)
+	$(call distil,-stage16,16,--warm-start runs/15)
+	$(call distil,-stage17,17,--warm-start runs/16)
 	$(RELEASE)/trainer export --run runs/17 --out runs/further
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage5.toml --run runs/lite2-5 --bundle runs/further --start runs/both-deeper --resume
-	$(RELEASE)/trainer blueprint --run runs/lite2-5 --bundle runs/further --out runs/two-further --version 1
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage6.toml --run runs/lite2-6 --bundle runs/further --start runs/two-further --resume
-	$(RELEASE)/trainer blueprint --run runs/lite2-6 --bundle runs/further --out runs/both-further --version 1
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage18.toml --run runs/18 --warm-start runs/17 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage19.toml --run runs/19 --warm-start runs/18 --resume
+	$(call distil,-lite2-stage5,lite2-5,--bundle runs/further --start runs/both-deeper)
+	$(call with,lite2-5,further,two-further)
+	$(call distil,-lite2-stage6,lite2-6,--bundle runs/further --start runs/two-further)
+	$(call with,lite2-6,further,both-further)
+	$(call distil,-stage18,18,--warm-start runs/17)
+	$(call distil,-stage19,19,--warm-start runs/18)
 	$(RELEASE)/trainer export --run runs/19 --out runs/grown
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage7.toml --run runs/lite2-7 --bundle runs/grown --start runs/both-further --resume
-	$(RELEASE)/trainer blueprint --run runs/lite2-7 --bundle runs/grown --out runs/two-grown --version 1
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage20.toml --run runs/20 --warm-start runs/19 --resume
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-stage21.toml --run runs/21 --warm-start runs/20 --resume
+	$(call distil,-lite2-stage7,lite2-7,--bundle runs/grown --start runs/both-further)
+	$(call with,lite2-7,grown,two-grown)
+	$(call distil,-stage20,20,--warm-start runs/19)
+	$(call distil,-stage21,21,--warm-start runs/20)
 	$(RELEASE)/trainer export --run runs/21 --out runs/sharp
-	$(RELEASE)/trainer distill --recipe $(RECIPES)-lite2-stage8.toml --run runs/lite2-8 --bundle runs/sharp --start runs/two-grown --resume
-	$(RELEASE)/trainer blueprint --run runs/lite2-8 --bundle runs/sharp --out runs/both-sharp --version 1
-	$(RELEASE)/trainer refine --bundle runs/both-sharp --out runs/bundle --version 1
+	$(call distil,-lite2-stage8,lite2-8,--bundle runs/sharp --start runs/two-grown)
+	$(call with,lite2-8,sharp,both-sharp)
+	$(call distil,-stage22,22,--warm-start runs/21)
+	$(call distil,-stage23,23,--warm-start runs/22)
+	$(call distil,-stage24,24,--warm-start runs/23)
+	$(call distil,-stage25,25,--warm-start runs/24)
+	$(call distil,-stage26,26,--warm-start runs/25)
+	$(call distil,-stage26,27,--warm-start runs/26 --warm-start runs/21 --until 0)
+	$(RELEASE)/trainer export --run runs/27 --out runs/fine
+	$(call distil,-lite2-stage9,lite2-9,--bundle runs/fine --start runs/both-sharp)
+	$(call with,lite2-9,fine,both-fine)
+	$(RELEASE)/trainer refine --bundle runs/both-fine --out runs/bundle --version 1
 
 fuzz: ## run every fuzz target for a minute (needs nightly and cargo-fuzz)
 	cd fuzz && for t in $$($(CARGO) fuzz list); do $(CARGO) +nightly fuzz run $$t -- -max_total_time=60 || exit 1; done

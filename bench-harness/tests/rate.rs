@@ -29,15 +29,18 @@ fn on_held_out_photos_fewer_bytes_than_webp_and_jpeg_at_every_agreement_from_a_h
     assert!(ours.len() >= 4 && highest > 0.5);
     for family in ["WebP", "JPEG"] {
         let rival = points(&comparison, family);
+        let of = |pick: fn(f64, f64) -> f64, value: fn(&(f64, f64)) -> f64| rival.iter().map(value).reduce(pick).unwrap();
+        let theirs = |agreement: f64| {
+            // below its range a codec needs at least its smallest file, above it more than its largest
+            let beyond = if agreement > of(f64::max, |p| p.1) { of(f64::max, |p| p.0) } else { of(f64::min, |p| p.0) };
+            bytes_at(&rival, agreement).unwrap_or(beyond)
+        };
         let mut agreement = 0.5;
         while agreement <= highest {
-            // below its range a codec needs at least its smallest file
-            let least = rival.iter().map(|p| p.0).fold(f64::INFINITY, f64::min);
-            let theirs = bytes_at(&rival, agreement).unwrap_or(least);
-            let mine = needed(&ours, agreement);
+            let (mine, theirs) = (needed(&ours, agreement), theirs(agreement));
             assert!(mine < theirs, "at {agreement:.3}: {mine:.0} bytes, {family} {theirs:.0}");
             agreement += 0.005;
         }
-        assert!(needed(&ours, highest) < bytes_at(&rival, highest).unwrap(), "at the highest, {highest:.3}");
+        assert!(needed(&ours, highest) < theirs(highest), "at the highest, {highest:.3}");
     }
 }

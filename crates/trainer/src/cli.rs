@@ -249,9 +249,10 @@ pub enum Command {
         /// Start from the encoder, gains and decoder of this bundle and train all of them on; with --bundle, from its decoder alone.
         #[arg(long, value_name = "BUNDLE", conflicts_with = "warm_start")]
         start: Option<PathBuf>,
-        /// Start from the weights of this other run, as far as they fit (a resumed run has them already).
-        #[arg(long)]
-        warm_start: Option<PathBuf>,
+        /// Start from the weights of this other run, as far as they fit; given several times, from the mean of what all of them have, with the history of the
+        /// first (a resumed run has them already).
+        #[arg(long, value_name = "RUN")]
+        warm_start: Vec<PathBuf>,
         /// Stop after this step instead of the recipe's last.
         #[arg(long)]
         until: Option<u64>,

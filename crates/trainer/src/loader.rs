@@ -35,6 +35,8 @@ pub struct Plan {
     pub side: u32,
     /// Quality levels.
     pub levels: i64,
+    /// The one that all samples are of, if it is but one.
+    pub only: Option<i64>,
     /// How crops are changed.
     pub augment: Augment,
     /// Seed of every draw.
@@ -44,7 +46,8 @@ pub struct Plan {
 impl Plan {
     /// The batches of a recipe.
     pub fn of(r: &Recipe) -> Self {
-        Self { batch: r.batch, side: r.input_size(), levels: r.lambdas.len() as i64, augment: r.augment, seed: r.seed }
+        let only = r.only_level.map(|l| l as i64 - 1);
+        Self { batch: r.batch, side: r.input_size(), levels: r.lambdas.len() as i64, only, augment: r.augment, seed: r.seed }
     }
 }
 
@@ -103,7 +106,7 @@ pub fn make(pack: &Pack, plan: &Plan, step: u64) -> Result<Batch, TrainError> {
         }
         plan.augment.recolour(&mut pixels[from..], &mut rng);
     }
-    let all: Vec<i64> = (0..plan.levels).collect();
+    let all: Vec<i64> = plan.only.map_or(0..plan.levels, |l| l..l + 1).collect();
     let whole = plan.batch / all.len() * all.len();
     let mut drawn: Vec<i64> = all.iter().copied().cycle().take(whole).collect();
     drawn.extend(all.choose_multiple(&mut rng, plan.batch - whole));

@@ -63,7 +63,7 @@ impl LrRange {
         let pack = Arc::new(Pack::open(&data.join("train.pack"))?);
         let mut run = Run::open(recipe, &self.out, teacher, device, false)?;
         if let Some(other) = &self.warm_start {
-            println!("{} tensors taken from {}", run.warm_start(other, device)?, other.display());
+            println!("{} tensors taken from {}", run.warm_start(std::slice::from_ref(other), device)?, other.display());
         }
         let points = run.range_test(pack, (self.from, self.to), self.steps)?;
         for point in &points {

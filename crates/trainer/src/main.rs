@@ -25,6 +25,8 @@ use tch::Device;
 
 /// Side of the evaluation crops: that of the Lite0 teacher.
 const EVALUATION_SIDE: u32 = 224;
+/// Steps from which trying cuDNN's algorithms pays.
+const TRYING_PAYS: u64 = 2000;
 
 fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
@@ -159,6 +161,8 @@ fn run(cli: Cli) -> Result<()> {
             }
             let device = device::parse_device(device).map_err(anyhow::Error::msg)?;
             let recipe = Recipe::open(recipe)?;
+            // shapes stay the same for all of a run, so trying algorithms pays: half a minute, then a fifth more crops a second
+            tch::Cuda::cudnn_set_benchmark(recipe.steps >= TRYING_PAYS);
             let teacher = Backbone::open(recipe.backbone, &import::weights_path(&cli.third_party, recipe.backbone)?, device)?;
             let pack = Arc::new(Pack::open(&cli.data.join("train.pack"))?);
             let side = recipe.input_size();
@@ -177,9 +181,10 @@ fn run(cli: Cli) -> Result<()> {
                 "{}: stopped before its first checkpoint; give --start again",
                 run.display()
             );
-            if let Some(other) = warm_start.as_ref().filter(|_| new) {
-                let taken = active.warm_start(other, device)?;
-                println!("{taken} tensors taken from {}", other.display());
+            if new && !warm_start.is_empty() {
+                let taken = active.warm_start(warm_start, device)?;
+                let names: Vec<String> = warm_start.iter().map(|f| f.display().to_string()).collect();
+                println!("{taken} tensors taken from {}", names.join(" and "));
             }
             match (&frozen, beginning.as_ref().filter(|_| new)) {
                 (Some(frozen), beginning) => active.freeze(frozen, beginning, device)?,
@@ -210,6 +215,10 @@ fn run(cli: Cli) -> Result<()> {
                 println!("step {until} is reached already");
             }
             active.train(pack, until, every, evaluate)?;
+            // a run of no steps, the mean of others, has a point of the learning curve too
+            if !curve.exists() {
+                evaluate(&mut active)?;
+            }
             Ok(())
         }
     }

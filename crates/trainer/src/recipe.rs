@@ -58,6 +58,9 @@ pub struct Recipe {
     /// absent: the lambdas stay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_bytes: Option<Vec<f64>>,
+    /// Train this level alone, counted from 1: what an encoder of its own gains over one for all rates (docs/decisions/0037).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub only_level: Option<usize>,
     /// Dead latent channels to start anew before the first step (for a run that starts from another).
     #[serde(default, skip_serializing_if = "is_zero")]
     pub wake_channels: usize,
@@ -87,6 +90,9 @@ pub struct Recipe {
     pub kl_from: f64,
     /// Weight of that KL (nats) against the feature error (sum over elements).
     pub kl_weight: f64,
+    /// That weight at level q is multiplied by `(lambda_q / lambda_mean)^kl_balance`: above 0 it counts more where there are few bytes.
+    #[serde(default, skip_serializing_if = "is_nothing")]
+    pub kl_balance: f64,
     /// Both sides' logits are multiplied by this before that KL: above 1 it asks for the teacher's first choice more than
     /// for its doubts.
     #[serde(default = "one")]
@@ -165,6 +171,9 @@ impl Recipe {
         if self.target_bytes.as_ref().is_some_and(|t| t.len() != self.lambdas.len() || t.iter().any(|&b| b <= 0.0)) {
             return Err("target_bytes: one positive value per lambda".into());
         }
+        if self.only_level.is_some_and(|l| l == 0 || l > self.lambdas.len()) {
+            return Err(format!("only_level: from 1 to {}, one for each lambda", self.lambdas.len()));
+        }
         if self.decoder_only && (self.target_bytes.is_some() || self.wake_channels > 0) {
             return Err("decoder_only: target_bytes and wake_channels change what it leaves alone; remove them".into());
         }
@@ -200,8 +209,12 @@ impl Recipe {
         if !positive.iter().all(|&v| sound(v, f64::MIN_POSITIVE)) || !self.lambdas.iter().all(|l| l.is_finite()) {
             return Err("learning_rate, tuned_pace, max_norm, kl_sharpness and prior_init_scale must be positive, lambdas finite".into());
         }
-        if !sound(self.kl_weight, 0.0) || !sound(self.rebuild_weight, 0.0) || !self.level_balance.is_finite() {
-            return Err("kl_weight and rebuild_weight must not be negative, level_balance must be finite".into());
+        if !sound(self.kl_weight, 0.0)
+            || !sound(self.rebuild_weight, 0.0)
+            || !self.level_balance.is_finite()
+            || !self.kl_balance.is_finite()
+        {
+            return Err("kl_weight and rebuild_weight must not be negative, level_balance and kl_balance must be finite".into());
         }
         if !(0.0..1.0).contains(&self.ema) {
             return Err("ema: from 0 to below 1".into());
@@ -285,7 +298,17 @@ impl Recipe {
 
     /// Loss weight of each level.
     pub fn level_weights(&self) -> Vec<f64> {
+        self.by_lambda(-self.level_balance)
+    }
+
+    /// Factor of each level on the weight of the KL.
+    pub fn kl_weights(&self) -> Vec<f64> {
+        self.by_lambda(self.kl_balance)
+    }
+
+    /// `(lambda_q / lambda_mean)^power`, by the geometric mean.
+    fn by_lambda(&self, power: f64) -> Vec<f64> {
         let mean = self.lambdas.iter().map(|l| l.ln()).sum::<f64>() / self.lambdas.len() as f64;
-        self.lambdas.iter().map(|l| ((mean - l.ln()) * self.level_balance).exp()).collect()
+        self.lambdas.iter().map(|l| ((l.ln() - mean) * power).exp()).collect()
     }
 }

@@ -1,8 +1,8 @@
 //! Training: exact resume, seeded data, the split, the prior.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::collections::HashSet;
-use std::path::Path;
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use isthmus_codec::{coder, pmf};
@@ -71,6 +71,35 @@ fn a_resumed_run_equals_an_uninterrupted_one() {
             assert!(worst == 0.0, "{name} differs by {worst}");
         }
     }
+}
+
+#[test]
+fn a_run_starts_from_the_mean_of_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let others = ["a", "b"].map(|name| folder.path().join(name));
+    for (seed, other) in (7..).zip(&others) {
+        run(Recipe { seed, ..recipe() }, other, 2, false);
+    }
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let trained = |run: &Run| {
+        let all = run.net.vs.variables().into_iter().filter(|(_, t)| t.requires_grad());
+        all.map(|(name, t)| (name, t.detach().copy())).collect::<HashMap<String, Tensor>>()
+    };
+    let averages = [7, 8].map(|seed| open(Recipe { seed, ..recipe() }, &others[seed as usize - 7], true).with_average(|r| trained(r)));
+    let start = |name: &str, from: &[PathBuf]| {
+        let mut run = open(recipe(), &folder.path().join(name), false);
+        run.warm_start(from, Device::Cpu).unwrap();
+        trained(&run)
+    };
+    let (first, mean) = (start("first", &others[..1]), start("mean", &others));
+    for (name, t) in &averages[0] {
+        assert_eq!(&first[name], t, "{name}");
+        let wanted = (t + &averages[1][name]) / 2.0;
+        assert!((&mean[name] - wanted).abs().max().double_value(&[]) < 1e-6, "{name}");
+    }
+    assert_ne!(first["encoder.latent.weight"], mean["encoder.latent.weight"]);
+    let gone = open(recipe(), &folder.path().join("none"), false).warm_start(&[folder.path().join("missing")], Device::Cpu);
+    assert!(gone.unwrap_err().to_string().contains("missing"));
 }
 
 /// The first loss in bfloat16 is that in single precision, nearly.
@@ -211,13 +240,23 @@ fn a_range_test_finds_rates_that_are_too_high() {
 #[test]
 fn batches_depend_on_seed_and_step_alone() {
     let pack = pack();
-    let make = |seed, step| {
-        loader::make(&pack, &Plan { batch: 4, side: 64, levels: 3, augment: Augment { colour: 0.2, blend: 0.5 }, seed }, step).unwrap()
-    };
+    let plan = Plan { batch: 4, side: 64, levels: 3, only: None, augment: Augment { colour: 0.2, blend: 0.5 }, seed: 0 };
+    let make = |seed, step| loader::make(&pack, &Plan { seed, ..plan }, step).unwrap();
     assert_eq!(make(1, 7).pixels, make(1, 7).pixels);
     assert_ne!(make(1, 7).pixels, make(1, 8).pixels);
     assert_ne!(make(1, 7).pixels, make(2, 7).pixels);
     assert_eq!(make(1, 7).levels.len(), 4);
+    let one = Plan::of(&Recipe { only_level: Some(2), ..recipe() });
+    assert!(loader::make(&pack, &one, 0).unwrap().levels.iter().all(|&l| l == 1), "a recipe's levels are counted from 1");
+}
+
+#[test]
+fn the_kl_counts_more_where_there_are_few_bytes() {
+    let weights = |kl_balance| Recipe { lambdas: vec![4.0, 1.0, 0.25], kl_balance, ..recipe() }.kl_weights();
+    assert_eq!(weights(0.0), [1.0; 3]);
+    for (weight, wanted) in weights(0.5).into_iter().zip([2.0, 1.0, 0.5]) {
+        assert!((weight - wanted).abs() < 1e-9, "{weight} {wanted}");
+    }
 }
 
 #[test]
@@ -238,6 +277,9 @@ fn recipes_in_the_repository_are_sound_and_wrong_ones_are_named() {
         ("split_block = 4", "split_block = 4\ntuned_to = 16", "tuned_to"),
         ("split_block = 4", "split_block = 4\ntuned_to = 6\ntuned_pace = 0.0", "tuned_pace"),
         ("\nema = 0", "\nema = 7", "ema"),
+        ("\nema = 0", "\nonly_level = 0\nema = 0", "only_level"),
+        ("\nema = 0", "\nonly_level = 7\nema = 0", "only_level"),
+        ("\nema = 0", "\nkl_balance = inf\nema = 0", "kl_balance"),
         ("\nkl_weight = ", "\nkl_weight = -", "kl_weight"),
     ] {
         assert!(good.contains(from));

@@ -1,6 +1,6 @@
 //! What a run begins with: another run's weights, or a bundle's.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use isthmus_codec::{Bundle, ChannelTable, LevelTables};
 use isthmus_nets::weights::Weights;
@@ -17,28 +17,33 @@ const STARTED_FROM: &str = "started-from";
 const TUNED: &str = "tuned.";
 
 impl Run {
-    /// Takes encoder, gains, prior and whatever fits of the decoder from the moving average of another run.
+    /// Takes encoder, gains, prior and whatever fits of the decoder from the moving averages of other runs: the mean of what all of them have (Wortsman et al.,
+    /// "Model soups", ICML 2022; for runs of which one went on from the other). The history is that of the first.
     ///
     /// # Errors
-    /// If the checkpoint cannot be read or nothing fits.
-    pub fn warm_start(&mut self, folder: &Path, device: Device) -> Result<usize, TrainError> {
-        let path = checkpoint(folder);
-        let state = Weights::open(&path, device)?;
-        let earlier = Recipe::open(&folder.join("recipe.toml"))?;
-        let fits = |name: &str| {
-            let tuned = name.strip_prefix("decoder.").is_some_and(|rest| rest.starts_with(TUNED));
-            !tuned || earlier.backbone == self.recipe.backbone
-        };
+    /// If a checkpoint cannot be read or nothing fits.
+    pub fn warm_start(&mut self, folders: &[PathBuf], device: Device) -> Result<usize, TrainError> {
+        let open = |folder: &PathBuf| Ok((Weights::open(&checkpoint(folder), device)?, Recipe::open(&folder.join("recipe.toml"))?));
+        let others: Vec<(Weights, Recipe)> = folders.iter().map(open).collect::<Result<_, TrainError>>()?;
         let mut taken = 0;
-        for (name, mut variable) in self.net.vs.variables().into_iter().filter(|(name, _)| fits(name)) {
-            if let Ok(saved) = state.get(&format!("adam/average/{name}"), &variable.size()) {
-                tch::no_grad(|| variable.copy_(&saved));
+        for (name, mut variable) in self.net.vs.variables() {
+            let tuned = name.strip_prefix("decoder.").is_some_and(|rest| rest.starts_with(TUNED));
+            let of = |(state, earlier): &(Weights, Recipe)| {
+                let fits = !tuned || earlier.backbone == self.recipe.backbone;
+                fits.then(|| state.get(&format!("adam/average/{name}"), &variable.size()).ok()).flatten()
+            };
+            if let Some(saved) = others.iter().map(of).collect::<Option<Vec<Tensor>>>() {
+                tch::no_grad(|| variable.copy_(&Tensor::stack(&saved, 0).mean_dim([0i64].as_slice(), false, None)));
                 taken += 1;
             }
         }
-        if taken == 0 {
-            return Err(TrainError::data(path.display().to_string(), "holds nothing that fits this recipe"));
-        }
+        let ((state, earlier), folder) = match (others.first(), folders.first()) {
+            (Some(first), Some(folder)) if taken > 0 => (first, folder),
+            _ => {
+                let names: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
+                return Err(TrainError::data(names.join(" and "), "nothing fits this recipe, or each other"));
+            }
+        };
         self.adam.restart();
         let steps = state.get("step", &[1])?.double_value(&[0]) as u64;
         History::inherit(folder, &self.folder, steps, steps * earlier.batch as u64)?;

@@ -13,6 +13,8 @@ use crate::measure::squared;
 pub(super) struct Constants {
     /// Loss weight of each level.
     balance: Tensor,
+    /// Factor of each level on the weight of the KL.
+    kl_balance: Tensor,
     /// Of latents that are rounded, for a recipe that trains the decoder alone.
     medians: Option<Tensor>,
     /// In the type that the recipe asks for.
@@ -40,7 +42,8 @@ impl Run {
 
     pub(super) fn constants(&self) -> Constants {
         let medians = self.recipe.decoder_only.then(|| self.medians());
-        Constants { balance: self.as_tensor(&self.recipe.level_weights()), medians, teacher: self.teacher.to_kind(self.recipe.kind()) }
+        let (balance, kl_balance) = (self.as_tensor(&self.recipe.level_weights()), self.as_tensor(&self.recipe.kl_weights()));
+        Constants { balance, kl_balance, medians, teacher: self.teacher.to_kind(self.recipe.kind()) }
     }
 
     /// Learns from a batch at a learning rate; `noise` seeds what is random in it. Schedules are those of the run's current step, which stays.
@@ -90,7 +93,7 @@ impl Run {
             };
             let kl = kl(&tch::no_grad(|| tail(teacher, wanted)), &tail(&student, found));
             kl_value = kl.mean(Kind::Float).double_value(&[]);
-            loss = &loss + kl * kl_weight;
+            loss = &loss + kl * kl_weight * constants.kl_balance.index_select(0, &level);
         }
         let loss = (loss * constants.balance.index_select(0, &level)).mean(Kind::Float);
         self.adam.zero_grad();
