@@ -161,7 +161,7 @@ fn run(cli: Cli) -> Result<()> {
             }
             let device = device::parse_device(device).map_err(anyhow::Error::msg)?;
             let recipe = Recipe::open(recipe)?;
-            // shapes stay the same for all of a run, so trying algorithms pays: half a minute, then a fifth more crops a second
+            // shapes stay the same for all of a run, so half a minute of trying algorithms may pay (docs/decisions/0037)
             tch::Cuda::cudnn_set_benchmark(recipe.steps >= TRYING_PAYS);
             let teacher = Backbone::open(recipe.backbone, &import::weights_path(&cli.third_party, recipe.backbone)?, device)?;
             let pack = Arc::new(Pack::open(&cli.data.join("train.pack"))?);
