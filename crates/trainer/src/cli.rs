@@ -249,8 +249,8 @@ pub enum Command {
         /// Start from the encoder, gains and decoder of this bundle and train all of them on; with --bundle, from its decoder alone.
         #[arg(long, value_name = "BUNDLE", conflicts_with = "warm_start")]
         start: Option<PathBuf>,
-        /// Start from the weights of this other run, as far as they fit; given several times, from the mean of what all of them have, with the history of the
-        /// first (a resumed run has them already).
+        /// Start from the weights of this other run, as far as they fit; given several times, from the mean of their weights, with the history of the first: runs of
+        /// one shape, one of which went on from the other (a resumed run has its own weights already).
         #[arg(long, value_name = "RUN")]
         warm_start: Vec<PathBuf>,
         /// Stop after this step instead of the recipe's last.

@@ -110,6 +110,11 @@ impl Run {
         Ok(run)
     }
 
+    /// Whether a folder holds a run with a checkpoint.
+    pub fn is_in(folder: &Path) -> bool {
+        checkpoint(folder).is_file()
+    }
+
     /// True if it goes on from a checkpoint: the weights are its own.
     pub fn is_resumed(&self) -> bool {
         self.resumed

@@ -174,6 +174,9 @@ fn run(cli: Cli) -> Result<()> {
             if let Some(start) = beginning.as_ref().or(frozen.as_ref()) {
                 Run::keeps_blocks(&recipe, start)?;
             }
+            if let Some(gone) = warm_start.iter().find(|f| !Run::is_in(f) && !(resume && Run::is_in(run))) {
+                anyhow::bail!("--warm-start {}: holds no run with a checkpoint", gone.display());
+            }
             let mut active = Run::open(recipe, run, teacher, device, resume)?;
             let new = !active.is_resumed();
             anyhow::ensure!(

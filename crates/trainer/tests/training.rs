@@ -100,6 +100,10 @@ fn a_run_starts_from_the_mean_of_others() {
     assert_ne!(first["encoder.latent.weight"], mean["encoder.latent.weight"]);
     let gone = open(recipe(), &folder.path().join("none"), false).warm_start(&[folder.path().join("missing")], Device::Cpu);
     assert!(gone.unwrap_err().to_string().contains("missing"));
+    let narrow = folder.path().join("narrow");
+    open(Recipe { decoder_width: 8, ..recipe() }, &narrow, false).save().unwrap();
+    let unlike = open(recipe(), &folder.path().join("unlike"), false).warm_start(&[others[0].clone(), narrow], Device::Cpu).unwrap_err();
+    assert!(unlike.to_string().contains("narrow") && unlike.to_string().contains("no mean"), "{unlike}");
 }
 
 /// The first loss in bfloat16 is that in single precision, nearly.

@@ -21,7 +21,7 @@ impl Run {
     /// "Model soups", ICML 2022; for runs of which one went on from the other). The history is that of the first.
     ///
     /// # Errors
-    /// If a checkpoint cannot be read or nothing fits.
+    /// If a checkpoint cannot be read, nothing fits, or one has what another lacks: networks of other shapes have no mean.
     pub fn warm_start(&mut self, folders: &[PathBuf], device: Device) -> Result<usize, TrainError> {
         let open = |folder: &PathBuf| Ok((Weights::open(&checkpoint(folder), device)?, Recipe::open(&folder.join("recipe.toml"))?));
         let others: Vec<(Weights, Recipe)> = folders.iter().map(open).collect::<Result<_, TrainError>>()?;
@@ -32,7 +32,13 @@ impl Run {
                 let fits = !tuned || earlier.backbone == self.recipe.backbone;
                 fits.then(|| state.get(&format!("adam/average/{name}"), &variable.size()).ok()).flatten()
             };
-            if let Some(saved) = others.iter().map(of).collect::<Option<Vec<Tensor>>>() {
+            let found: Vec<Option<Tensor>> = others.iter().map(of).collect();
+            if let Some((without, _)) = folders.iter().zip(&found).find(|(_, t)| t.is_none()).filter(|_| found.iter().any(Option::is_some))
+            {
+                let why = format!("has no {name} of the shape that this recipe and another run have: they have no mean");
+                return Err(TrainError::data(without.display().to_string(), why));
+            }
+            if let Some(saved) = found.into_iter().collect::<Option<Vec<Tensor>>>() {
                 tch::no_grad(|| variable.copy_(&Tensor::stack(&saved, 0).mean_dim([0i64].as_slice(), false, None)));
                 taken += 1;
             }
@@ -41,7 +47,7 @@ impl Run {
             (Some(first), Some(folder)) if taken > 0 => (first, folder),
             _ => {
                 let names: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
-                return Err(TrainError::data(names.join(" and "), "nothing fits this recipe, or each other"));
+                return Err(TrainError::data(names.join(" and "), "nothing fits this recipe"));
             }
         };
         self.adam.restart();
