@@ -174,7 +174,8 @@ fn run(cli: Cli) -> Result<()> {
             if let Some(start) = beginning.as_ref().or(frozen.as_ref()) {
                 Run::keeps_blocks(&recipe, start)?;
             }
-            if let Some(gone) = warm_start.iter().find(|f| !Run::is_in(f) && !(resume && Run::is_in(run))) {
+            let goes_on = resume && Run::is_in(run);
+            if let Some(gone) = warm_start.iter().find(|f| !goes_on && !Run::is_in(f)) {
                 anyhow::bail!("--warm-start {}: holds no run with a checkpoint", gone.display());
             }
             let mut active = Run::open(recipe, run, teacher, device, resume)?;
