@@ -101,14 +101,13 @@ fn at(c: &Comparison, family: &str, agreement: f64) -> Option<f64> {
     bytes_at(&points(c, family, |r| r.agreement.mean), agreement)
 }
 
-/// Makes `folder` and sees whether files can be written to it: before a comparison, not after.
+/// Sees whether files can be written to `folder`, or it can be made: before a comparison, not after. It makes nothing: a comparison may be given up.
 ///
 /// # Errors
 /// If they cannot.
 pub fn prepare(folder: &Path) -> Result<(), HarnessError> {
-    let io = |cause| HarnessError::Io { path: folder.into(), cause };
-    std::fs::create_dir_all(folder).map_err(io)?;
-    tempfile::tempfile_in(folder).map(drop).map_err(io)
+    let there = folder.ancestors().find(|f| f.exists()).unwrap_or(Path::new("."));
+    tempfile::tempfile_in(there).map(drop).map_err(|cause| HarnessError::Io { path: folder.into(), cause })
 }
 
 /// Writes `SET.json`, `SET.md`, `SET-agreement.svg` and `SET-kl.svg` into `folder`.

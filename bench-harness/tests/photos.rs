@@ -25,9 +25,10 @@ fn what_cannot_be_decoded_is_left_out_and_named_or_refused() {
 fn a_folder_that_cannot_be_written_is_known_before_the_comparison() {
     let folder = tempfile::tempdir().unwrap();
     report::prepare(&folder.path().join("new/results")).unwrap();
-    assert!(std::fs::read_dir(folder.path().join("new/results")).unwrap().next().is_none(), "nothing is left there");
+    assert!(std::fs::read_dir(folder.path()).unwrap().next().is_none(), "nothing is left there");
     let file = folder.path().join("file");
     std::fs::write(&file, b"").unwrap();
     let error = report::prepare(&file).unwrap_err().to_string();
     assert!(error.contains("file"), "{error}");
+    assert!(report::prepare(&file.join("below")).is_err());
 }

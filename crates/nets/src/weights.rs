@@ -40,7 +40,7 @@ impl Weights {
     /// # Errors
     /// [`NetError::Io`] if unreadable, [`NetError::Format`] if malformed.
     pub fn open(path: &Path, device: Device) -> Result<Self, NetError> {
-        let bytes = std::fs::read(path).map_err(|source| NetError::Io { path: path.into(), source })?;
+        let bytes = std::fs::read(path).map_err(|cause| NetError::Io { path: path.into(), cause })?;
         let what = path.display().to_string();
         if path.extension().is_some_and(|e| e == "pth") {
             let mut tensors = HashMap::new();

@@ -50,6 +50,8 @@ pub struct Run {
     adam: Adam,
     measure: Measure,
     lambdas: Vec<f64>,
+    /// Mean bytes per training crop that each level is steered to.
+    targets: Option<Vec<f64>>,
     folder: PathBuf,
     frozen: Option<Frozen>,
     /// Goes on from a checkpoint.
@@ -67,6 +69,8 @@ struct Frozen {
 /// Their names in a checkpoint.
 const FROZEN_MEDIANS: &str = "frozen/medians";
 const FROZEN_BYTES: &str = "frozen/bytes";
+/// Of what a run with `keep_bytes` steers to.
+const TARGETS: &str = "target_bytes";
 
 fn checkpoint(folder: &Path) -> PathBuf {
     folder.join("checkpoint.safetensors")
@@ -84,8 +88,9 @@ impl Run {
         let paces = [("prior", FAST), ("gain", FAST), ("inverse", FAST), ("decoder.tuned.", recipe.tuned_pace)];
         let adam = Adam::new(&net.vs, recipe.ema, &paces, recipe.muon);
         let measure = Measure::new(&recipe, device);
-        let lambdas = recipe.lambdas.clone();
-        let mut run = Self { recipe, net, teacher, step: 0, adam, measure, lambdas, folder: folder.into(), frozen: None, resumed: false };
+        let (lambdas, targets) = (recipe.lambdas.clone(), recipe.target_bytes.clone());
+        let mut run =
+            Self { recipe, net, teacher, step: 0, adam, measure, lambdas, targets, folder: folder.into(), frozen: None, resumed: false };
         let (saved, path) = (checkpoint(folder), folder.join("recipe.toml"));
         if resume && (saved.exists() || path.exists()) && Recipe::open(&path)? != run.recipe {
             let why = "is of another recipe than the one given; use that one, or another --run folder";
@@ -143,9 +148,15 @@ impl Run {
         for (name, tensor) in self.measure.parts() {
             *tensor = state.get(&format!("measure/{name}"), &tensor.size())?;
         }
-        if self.recipe.target_bytes.is_some() {
-            let saved = state.get("lambdas", &[self.lambdas.len() as i64])?;
-            self.lambdas = Vec::<f32>::try_from(saved)?.into_iter().map(f64::from).collect();
+        let by_level = |name| {
+            let saved = Vec::<f32>::try_from(state.get(name, &[self.lambdas.len() as i64])?)?;
+            Ok::<Vec<f64>, TrainError>(saved.into_iter().map(f64::from).collect())
+        };
+        if self.recipe.keep_bytes {
+            self.targets = Some(by_level(TARGETS)?);
+        }
+        if self.targets.is_some() {
+            self.lambdas = by_level("lambdas")?;
         }
         if state.has(FROZEN_MEDIANS) {
             let levels = self.recipe.lambdas.len() as i64;
@@ -165,12 +176,14 @@ impl Run {
         let mut tensors: Vec<(String, Tensor)> = self.net.vs.variables().into_iter().map(|(n, t)| (format!("net/{n}"), t)).collect();
         tensors.extend(self.adam.state().into_iter().map(|(n, t)| (format!("adam/{n}"), t)));
         tensors.extend(self.measure.parts().into_iter().map(|(name, tensor)| (format!("measure/{name}"), tensor.shallow_clone())));
-        let lambdas: Vec<f32> = self.lambdas.iter().map(|&l| l as f32).collect();
-        tensors.push(("lambdas".into(), Tensor::from_slice(&lambdas)));
+        let by_level = |v: &[f64]| Tensor::from_slice(&v.iter().map(|&v| v as f32).collect::<Vec<_>>());
+        tensors.push(("lambdas".into(), by_level(&self.lambdas)));
+        if let Some(targets) = self.targets.as_ref().filter(|_| self.recipe.keep_bytes) {
+            tensors.push((TARGETS.into(), by_level(targets)));
+        }
         if let Some(Frozen { medians, bytes }) = &self.frozen {
-            let bytes: Vec<f32> = bytes.iter().map(|&b| b as f32).collect();
             tensors.push((FROZEN_MEDIANS.into(), medians.shallow_clone()));
-            tensors.push((FROZEN_BYTES.into(), Tensor::from_slice(&bytes)));
+            tensors.push((FROZEN_BYTES.into(), by_level(bytes)));
         }
         tensors.push(("step".into(), Tensor::from_slice(&[self.step as f32])));
         let bytes = to_safetensors(tensors.iter().map(|(n, t)| (n.as_str(), t)), Storage::Single)?;
@@ -188,6 +201,11 @@ impl Run {
     /// A photo's bytes at each level, if they are a bundle's and no longer change.
     pub fn frozen_bytes(&self) -> Option<&[f64]> {
         self.frozen.as_ref().map(|f| f.bytes.as_slice())
+    }
+
+    /// Mean bytes per training crop that each level is steered to, if any.
+    pub fn target_bytes(&self) -> Option<&[f64]> {
+        self.targets.as_deref()
     }
 
     /// Pixels for the encoder (N, 3, S, S) as the teacher sees them, at its own size.
@@ -277,7 +295,7 @@ impl Run {
     /// Moves each level's lambda against its distance from the target, given this step's mean bytes per level.
     /// Kept in single precision, as the checkpoint has it, so that a resumed run goes on alike.
     fn steer(&mut self, levels: &[i64], bits: &[f32]) {
-        let Some(targets) = &self.recipe.target_bytes else { return };
+        let Some(targets) = &self.targets else { return };
         if self.recipe.ramp_at(self.step) < 1.0 {
             return;
         }
@@ -299,7 +317,10 @@ impl Run {
                 eprintln!("{woken} dead channels started anew");
             }
             if Self::started_from(&self.folder).is_some() {
-                self.fit_densities(pack.clone())?;
+                let bytes = self.fit_densities(pack.clone())?;
+                if self.recipe.keep_bytes {
+                    self.targets = Some(bytes);
+                }
             }
         }
         Ok(())

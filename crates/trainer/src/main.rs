@@ -175,6 +175,10 @@ fn run(cli: Cli) -> Result<()> {
                 Run::keeps_blocks(&recipe, start)?;
             }
             let goes_on = resume && Run::is_in(run);
+            anyhow::ensure!(
+                goes_on || start.is_some() || !recipe.keep_bytes,
+                "keep_bytes: the bytes of which bundle? give it with --start, or remove that from the recipe"
+            );
             if let Some(gone) = warm_start.iter().find(|f| !goes_on && !Run::is_in(f)) {
                 anyhow::bail!("--warm-start {}: holds no run with a checkpoint", gone.display());
             }

@@ -58,6 +58,9 @@ pub struct Recipe {
     /// absent: the lambdas stay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_bytes: Option<Vec<f64>>,
+    /// For a run that starts from a bundle: steer each level to the bytes that it has on these photos before the first step.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_bytes: bool,
     /// Train this level alone, counted from 1: what an encoder of its own gains over one for all rates (docs/decisions/0037).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub only_level: Option<usize>,
@@ -174,8 +177,11 @@ impl Recipe {
         if self.only_level.is_some_and(|l| l == 0 || l > self.lambdas.len()) {
             return Err(format!("only_level: from 1 to {}, one for each lambda", self.lambdas.len()));
         }
-        if self.decoder_only && (self.target_bytes.is_some() || self.wake_channels > 0) {
-            return Err("decoder_only: target_bytes and wake_channels change what it leaves alone; remove them".into());
+        if self.decoder_only && (self.target_bytes.is_some() || self.keep_bytes || self.wake_channels > 0) {
+            return Err("decoder_only: target_bytes, keep_bytes and wake_channels change what it leaves alone; remove them".into());
+        }
+        if self.keep_bytes && self.target_bytes.is_some() {
+            return Err("keep_bytes, target_bytes: one of the two".into());
         }
         let missing = "split_block, measure_block: the backbone has fewer blocks";
         let shape = self.backbone.layer_shape(self.split()).ok_or(missing)?;

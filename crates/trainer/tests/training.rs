@@ -284,6 +284,7 @@ fn recipes_in_the_repository_are_sound_and_wrong_ones_are_named() {
         ("\nema = 0", "\nonly_level = 0\nema = 0", "only_level"),
         ("\nema = 0", "\nonly_level = 7\nema = 0", "only_level"),
         ("\nema = 0", "\nkl_balance = inf\nema = 0", "kl_balance"),
+        ("\nema = 0", "\nkeep_bytes = true\nema = 0", "keep_bytes"),
         ("\nkl_weight = ", "\nkl_weight = -", "kl_weight"),
     ] {
         assert!(good.contains(from));
@@ -483,5 +484,15 @@ fn own_photos_are_split_and_a_bundle_is_trained_on() {
     assert!(score.levels[5].kl < 0.6, "{score:?}");
     for (level, quality) in score.levels.iter().zip(&bundle.manifest.quality) {
         assert!(level.bytes < 2.0 * quality.bytes, "densities are learned: {score:?}");
+    }
+    // what levels are steered to: what they had before the first step, by other crops than the score's
+    run.save().unwrap();
+    let targets = run.target_bytes().unwrap().to_vec();
+    for (target, level) in targets.iter().zip(&score.levels) {
+        assert!((0.5..2.0).contains(&(target / level.bytes)), "{targets:?} {score:?}");
+    }
+    let resumed = open(run.recipe.clone(), &folder.path().join("run"), true);
+    for (a, b) in targets.iter().zip(resumed.target_bytes().unwrap()) {
+        assert!((a - b).abs() < 1e-3 * a, "{a} {b}");
     }
 }
