@@ -65,7 +65,7 @@ adapt: training-photos ## a fleet of monochrome cameras fits the default bundle 
 	@$(RELEASE)/trainer monochrome
 	@$(RELEASE)/aggregator train configs/adapt.toml
 	@[ -f runs/adapt/signer.key ] || $(RELEASE)/aggregator keys authority --out runs/adapt/signer.key > runs/adapt/signer.pub
-	@$(RELEASE)/trainer adapt --model runs/adapt/model.safetensors --photos data/monochrome --version 4.1 --out runs/adapt/bundle --key runs/adapt/signer.key
+	@$(RELEASE)/trainer adapt --model runs/adapt/model.safetensors --photos data/monochrome --version "$$(sed -n 's/^version = "\(.*\)"/\1/p' bundles/lite0-patch-stem/manifest.toml).1" --out runs/adapt/bundle --key runs/adapt/signer.key
 	@echo "signed: give clients --trust, and servers trusted_bundle_keys, $$(cat runs/adapt/signer.pub)"
 	@$(RELEASE)/trainer gain --after runs/adapt/bundle --photos data/monochrome
 

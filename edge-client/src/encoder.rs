@@ -58,7 +58,7 @@ impl EncodeTiming {
     }
 }
 
-/// How long containers may be. Content that no training saw (noise, for example) takes many times the usual bytes.
+/// How long containers may be. Content that no training saw (patterns of saturated colours, for example) takes several times the usual bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Budget {
     /// The highest quality up to the asked one is taken whose container has at most so many bytes; if none has, the lowest level.

@@ -149,8 +149,8 @@ struct EncodingArgs {
     /// Use only bundles signed with this key (64 hexadecimal digits; may be given several times).
     #[arg(long, value_name = "KEY", env = "ISTHMUS_TRUST", value_delimiter = ',')]
     trust: Vec<String>,
-    /// Quality: a level, from 1 (fewest bytes), or a number between two, such as 2.5; default: the middle level. Content that takes more than four
-    /// times the usual bytes (noise, for example) falls to a lower one, unless --max-bytes is given.
+    /// Quality: a level, from 1 (fewest bytes), or a number between two, such as 2.5; default: the middle level. Content that takes more than twice
+    /// the usual bytes (patterns unlike any photo) falls to a lower one, unless --max-bytes is given.
     #[arg(long)]
     quality: Option<Quality>,
     /// For each photo the highest quality with at most so many bytes (the lowest level, if none has).

@@ -178,6 +178,9 @@ impl TrainConfig {
                 [&mut remote.certificate, &mut remote.authority].into_iter().flatten().for_each(join);
             }
         }
+        if let (Some(fit), Some(bundle)) = (&mut config.training.bundle, &config.bundle) {
+            fit.name_bundle(bundle)?;
+        }
         Ok(config)
     }
 

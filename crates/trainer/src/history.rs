@@ -30,6 +30,9 @@ pub struct Stage {
     pub steps: u64,
     /// Crops seen.
     pub crops: u64,
+    /// Further runs, where what was started from this one has the mean of several runs' weights: as `runs/N` if they are among the stages before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub with: Vec<String>,
 }
 
 impl History {
@@ -85,14 +88,35 @@ impl History {
         let mut history = Self::of(from, prefix)?;
         history.copy((from, prefix), (to, ""))?;
         let n = history.stage.len() + 1;
-        let stage = Stage { recipe: format!("stage{n}-recipe.toml"), curve: format!("stage{n}-curve.jsonl"), steps, crops };
+        let (recipe, curve) = (format!("stage{n}-recipe.toml"), format!("stage{n}-curve.jsonl"));
+        let stage = Stage { recipe, curve, steps, crops, with: Vec::new() };
         for (name, copy) in [("recipe.toml", &stage.recipe), ("curve.jsonl", &stage.curve)] {
             copy_if_there(&from.join(format!("{prefix}{name}")), &to.join(copy))?;
         }
         history.stage.push(stage);
-        let text = toml::to_string(&history).map_err(|e| TrainError::data(Self::FILE, e.to_string()))?;
-        let path = to.join(Self::FILE);
+        history.write(to)
+    }
+
+    fn write(&self, folder: &Path) -> Result<(), TrainError> {
+        let text = toml::to_string(self).map_err(|e| TrainError::data(Self::FILE, e.to_string()))?;
+        let path = folder.join(Self::FILE);
         std::fs::write(&path, text).map_err(|e| TrainError::io(&path, e))
+    }
+
+    /// Notes that the run in `to` has the mean of its last stage's weights and of those of the run in `other`, after so many steps.
+    ///
+    /// # Errors
+    /// If a history is malformed or cannot be written.
+    pub fn mean_with(other: &Path, steps: u64, to: &Path) -> Result<(), TrainError> {
+        let (mut history, before) = (Self::open(to)?, Self::open(other)?.stage.len());
+        let read = |path: &Path| std::fs::read_to_string(path).ok();
+        let known =
+            history.stage.get(before).is_some_and(|s| s.steps == steps && read(&to.join(&s.recipe)) == read(&other.join("recipe.toml")));
+        let name = if known { format!("runs/{}", before + 1) } else { other.display().to_string() };
+        if let Some(last) = history.stage.last_mut() {
+            last.with.push(name);
+        }
+        history.write(to)
     }
 
     /// The same for the run that made the bundle in `from`, or its decoder with this [`Self::prefix`]; nothing for a bundle that does not tell.
@@ -158,7 +182,9 @@ impl History {
     pub fn commands(&self, steps: u64) -> String {
         let stages = self.stage.iter().map(|s| (s.recipe.as_str(), s.steps)).chain([("recipe.toml", steps)]);
         let command = |(i, (recipe, steps)): (usize, (&str, u64))| {
-            let start = if i == 0 { String::new() } else { format!(" --warm-start runs/{i}") };
+            let started = i.checked_sub(1).and_then(|before| self.stage.get(before));
+            let runs = started.into_iter().flat_map(|s| std::iter::once(format!("runs/{i}")).chain(s.with.iter().cloned()));
+            let start: String = runs.map(|run| format!(" --warm-start {run}")).collect();
             format!("trainer distill --recipe {recipe} --run runs/{}{start} --until {steps}", i + 1)
         };
         stages.enumerate().map(command).collect::<Vec<_>>().join("; ")
@@ -210,6 +236,15 @@ mod tests {
         assert_eq!(commands[0], "trainer distill --recipe stage1-recipe.toml --run runs/1 --until 10");
         assert_eq!(commands[2], "trainer distill --recipe recipe.toml --run runs/3 --warm-start runs/2 --until 5");
         assert_eq!(History::open(&at("a")).unwrap().crops(), 0);
+        // a mean of several runs, of which one is among the stages and one is not
+        History::mean_with(&at("a"), 10, &at("c")).unwrap();
+        History::mean_with(&at("b"), 7, &at("c")).unwrap();
+        let commands = History::open(&at("c")).unwrap().commands(0);
+        let other = at("b").display().to_string();
+        assert!(
+            commands.ends_with(&format!("--run runs/3 --warm-start runs/2 --warm-start runs/1 --warm-start {other} --until 0")),
+            "{commands}"
+        );
     }
 
     #[test]

@@ -55,7 +55,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Import { ref out } => Ok(import::run(&cli.third_party, out)?),
         Command::Export { ref run, ref out, ref version, ref backbones } => export_run(&cli, run, out, version, backbones),
         Command::Blueprint { ref run, from: NewBundle { ref bundle, ref out, ref version }, ref backbones } => {
-            let recipe = Recipe::open(&run.join("recipe.toml"))?;
+            let recipe = recipe_of(run)?;
             let path = backbones.join(format!("{}.safetensors", recipe.backbone.name()));
             let teacher = Backbone::open(recipe.backbone, &path, Device::Cpu).context("run `make setup` first")?;
             let sha256 = photos::sha256(&std::fs::read(&path)?);
@@ -273,8 +273,15 @@ fn fetch(cli: &Cli, freeze: Option<&Path>, offline: bool, only: Option<Wanted>) 
     Ok(())
 }
 
-fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path) -> Result<()> {
+/// The recipe of a run that has weights.
+fn recipe_of(run: &Path) -> Result<Recipe> {
     let recipe = Recipe::open(&run.join("recipe.toml"))?;
+    anyhow::ensure!(Run::is_in(run), "{}: holds no run with a checkpoint; `trainer distill --run {0}` makes one", run.display());
+    Ok(recipe)
+}
+
+fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path) -> Result<()> {
+    let recipe = recipe_of(run)?;
     let path = backbones.join(format!("{}.safetensors", recipe.backbone.name()));
     let teacher = Backbone::open(recipe.backbone, &path, Device::Cpu).context("run `make setup` first")?;
     let side = recipe.input_size();

@@ -30,7 +30,8 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
                 continue;
             }
             Err(e) if e.loop_ancestor().is_none() => {
-                return Err(TrainError::data(e.path().unwrap_or(folder).display().to_string(), e.to_string()));
+                let why = e.io_error().map_or_else(|| e.to_string(), ToString::to_string);
+                return Err(TrainError::data(e.path().unwrap_or(folder).display().to_string(), why));
             }
             _ => continue,
         };

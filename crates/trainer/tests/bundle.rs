@@ -73,11 +73,14 @@ fn encoders_have_the_stated_size() {
 }
 
 #[test]
-fn the_bundle_has_at_least_four_rate_points_over_the_promised_span() {
+fn the_bundle_is_small_and_its_levels_span_half_a_kilobyte_to_almost_six() {
     let bundle = open_bundle(&isthmus_testkit::bundle()).unwrap();
     let bytes: Vec<f64> = bundle.manifest.quality.iter().map(|q| q.bytes).collect();
     assert!(bytes.len() >= 4 && bytes.windows(2).all(|w| w[0] < w[1]), "{bytes:?}");
-    assert!(bytes[0] < 1000.0 && bytes[bytes.len() - 1] > 4000.0, "{bytes:?}");
+    assert!(bytes[0] < 550.0 && bytes[bytes.len() - 1] > 5500.0, "{bytes:?}");
+    let files = std::fs::read_dir(isthmus_testkit::bundle()).unwrap().map(|e| e.unwrap().metadata().unwrap().len());
+    let size: u64 = files.sum();
+    assert!(size <= 20_000_000 && bundle.manifest.decoders.len() == 2, "{size} bytes for {} decoders", bundle.manifest.decoders.len());
 }
 
 /// Each beginning of a progressive bitstream comes nearer to the latent, at the price of about a level of that quality.

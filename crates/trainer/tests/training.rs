@@ -284,7 +284,7 @@ fn recipes_in_the_repository_are_sound_and_wrong_ones_are_named() {
         ("\nema = 0", "\nonly_level = 0\nema = 0", "only_level"),
         ("\nema = 0", "\nonly_level = 7\nema = 0", "only_level"),
         ("\nema = 0", "\nkl_balance = inf\nema = 0", "kl_balance"),
-        ("\nema = 0", "\nkeep_bytes = true\nema = 0", "keep_bytes"),
+        ("\nema = 0", "\nkeep_bytes = true\ndecoder_only = true\nema = 0", "keep_bytes"),
         ("\nkl_weight = ", "\nkl_weight = -", "kl_weight"),
     ] {
         assert!(good.contains(from));

@@ -83,7 +83,7 @@ fn version(folder: &Path, args: &EncodingArgs) -> Result<(Encoder, Quality), Cli
 }
 
 /// Without a budget of the user's, content that takes so many times the usual bytes falls to a lower quality.
-const TIMES_USUAL: f64 = 4.0;
+const TIMES_USUAL: f64 = 2.0;
 
 /// Largest file read: more than any photo, container or certificate needs.
 const LARGEST: u64 = 256 << 20;

@@ -53,6 +53,9 @@ impl Run {
         self.adam.restart();
         let steps = state.get("step", &[1])?.double_value(&[0]) as u64;
         History::inherit(folder, &self.folder, steps, steps * earlier.batch as u64)?;
+        for ((state, _), folder) in others.iter().zip(folders).skip(1) {
+            History::mean_with(folder, state.get("step", &[1])?.double_value(&[0]) as u64, &self.folder)?;
+        }
         Ok(taken)
     }
 

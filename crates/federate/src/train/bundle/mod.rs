@@ -44,7 +44,8 @@ const NUMBERS: [&str; 3] = ["tables.gain", "tables.scale", "tables.shift"];
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fit {
-    /// SHA-256 of the manifest of the bundle that clients have.
+    /// SHA-256 of the manifest of the bundle that clients have; an operator may leave it out: [`Self::name_bundle`].
+    #[serde(default)]
     pub sha256: String,
     /// Lambdas of the bundle's levels are multiplied by this.
     #[serde(default = "one")]
@@ -54,6 +55,19 @@ pub struct Fit {
     pub kl: f64,
     /// The feature error is measured after this block of the backbone.
     pub measure_block: usize,
+}
+
+impl Fit {
+    /// Names the bundle in `folder` as the one that clients have, if none is named yet.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn name_bundle(&mut self, folder: &Path) -> Result<(), FederateError> {
+        if self.sha256.is_empty() {
+            self.sha256 = open(folder)?.hash.to_string();
+        }
+        Ok(())
+    }
 }
 
 fn one() -> f64 {
