@@ -126,7 +126,7 @@ distil = $(RELEASE)/trainer distill --recipe crates/trainer/recipes/patch-stem$(
 # run of another backbone's decoder, bundle that it is for, new bundle
 with = $(RELEASE)/trainer blueprint --run runs/$(1) --bundle runs/$(2) --out runs/$(3) --version 1
 
-train: training-photos ## train the default bundle anew, as the committed one was (hours), then export it to runs/bundle
+train: training-photos ## train the default bundle anew, as the committed one was (about a day on two cores), then export it to runs/bundle
 	$(call distil,,1,--until 3750)
 	$(call distil,-stage2,2,--warm-start runs/1 --until 2000)
 	$(call distil,-stage3,3,--warm-start runs/2 --until 5500)

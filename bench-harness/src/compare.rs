@@ -33,9 +33,9 @@ impl Default for Plan {
     fn default() -> Self {
         Self {
             each_level: 1,
-            webp: vec![0, 1, 5, 10, 20, 30, 50, 75, 85, 90, 95],
-            jpeg: vec![5, 10, 20, 30, 50, 75, 90, 95],
-            avif: vec![1, 15, 30, 50, 75, 90],
+            webp: vec![0, 1, 5, 10, 20, 30, 50, 75, 90],
+            jpeg: vec![5, 10, 20, 30, 50, 75, 90],
+            avif: vec![1, 15, 30, 50, 75],
         }
     }
 }
