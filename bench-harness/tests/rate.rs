@@ -17,7 +17,7 @@ fn needed(ours: &[(f64, f64)], agreement: f64) -> f64 {
 }
 
 #[test]
-fn on_held_out_photos_fewer_bytes_than_webp_and_jpeg_at_every_agreement_from_a_half_to_the_highest() {
+fn on_held_out_photos_fewer_bytes_than_codecs_at_every_agreement_from_a_half_to_the_highest() {
     let text = std::fs::read(root().join("docs/benchmarks/rate/held-out.json")).unwrap();
     let comparison: Value = serde_json::from_slice(&text).unwrap();
     let manifest: toml::Table = std::fs::read_to_string(bundle().join("manifest.toml")).unwrap().parse().unwrap();
@@ -27,7 +27,7 @@ fn on_held_out_photos_fewer_bytes_than_webp_and_jpeg_at_every_agreement_from_a_h
     let ours = points(&comparison, "Isthmus");
     let highest = ours.iter().map(|p| p.1).fold(0.0, f64::max);
     assert!(ours.len() >= 4 && highest > 0.5);
-    for family in ["WebP", "JPEG"] {
+    for family in ["WebP", "JPEG", "AVIF"] {
         let rival = points(&comparison, family);
         let of = |pick: fn(f64, f64) -> f64, value: fn(&(f64, f64)) -> f64| rival.iter().map(value).reduce(pick).unwrap();
         let theirs = |agreement: f64| {
@@ -35,6 +35,8 @@ fn on_held_out_photos_fewer_bytes_than_webp_and_jpeg_at_every_agreement_from_a_h
             let beyond = if agreement > of(f64::max, |p| p.1) { of(f64::max, |p| p.0) } else { of(f64::min, |p| p.0) };
             bytes_at(&rival, agreement).unwrap_or(beyond)
         };
+        // AVIF's finest setting here is far below its finest
+        let highest = if family == "AVIF" { of(f64::max, |p| p.1).min(highest) } else { highest };
         let mut agreement = 0.5;
         while agreement <= highest {
             let (mine, theirs) = (needed(&ours, agreement), theirs(agreement));
