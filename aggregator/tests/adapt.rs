@@ -4,8 +4,9 @@
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use aggregator::train::TrainConfig;
 use isthmus_codec::folder;
-use isthmus_testkit::{Server, backbones, binary, bundle, demo_photos};
+use isthmus_testkit::{Server, backbones, binary, bundle, demo_photos, root};
 
 fn run(program: &str, args: &[&dyn AsRef<std::ffi::OsStr>]) -> Output {
     Command::new(binary(program)).args(args.iter().map(|a| a.as_ref())).stdin(Stdio::null()).output().unwrap()
@@ -43,18 +44,27 @@ fn a_fleet_fits_the_bundle_and_everybody_takes_the_signed_result() {
     let hash = folder::open(&bundle(), |_| false, &isthmus_codec::Trust::all()).unwrap().hash.to_string();
     let config = format!(
         "data = \"photos\"\nbundle = {:?}\nbackbones = {:?}\nout = \"run\"\nrounds = 2\nseed = 1\n[training]\ntask = \"bundle\"\nepochs = 1\n\
-         batch_size = 3\nlearning_rate = 1e-4\n[training.bundle]\nsha256 = \"{hash}\"\nmeasure_block = 4\n[fleet]\nsimulated = 4\nsplit = \"natural\"\n\
+         batch_size = 3\nlearning_rate = 1e-4\n[training.bundle]\nmeasure_block = 4\n[fleet]\nsimulated = 4\nsplit = \"natural\"\n\
          [aggregation]\nkind = \"secure\"\nnorm = 0.05\nmin_clients = 3\nupload = \"2m\"\ncompute = \"1m\"\n[parties]\nlocal = \"parties\"\n",
         bundle(),
         backbones()
     );
     std::fs::write(at("adapt.toml"), &config).unwrap();
+    // a new bundle needs no new configuration, neither here nor in the repository
+    for path in [at("adapt.toml"), root().join("configs/adapt.toml")] {
+        assert_eq!(TrainConfig::open(&path).unwrap().training.bundle.unwrap().sha256, hash);
+    }
+    std::fs::write(at("nowhere.toml"), config.replace(&format!("{:?}", bundle()), "\"nowhere\"")).unwrap();
+    let nowhere = TrainConfig::open(&at("nowhere.toml")).unwrap_err().to_string();
+    assert!(nowhere.contains("nowhere") && nowhere.contains("manifest.toml"), "{nowhere}");
     let text = good(run("aggregator", &[&"train", &at("adapt.toml"), &"--json"]));
     let last = text.lines().rfind(|l| l.contains("\"round\":2")).unwrap();
     let progress: serde_json::Value = serde_json::from_str(last).unwrap();
     assert!(progress["progress"]["bytes"].as_f64().unwrap() > 500.0 && progress["progress"]["examples"] == 8, "{last}");
     // other bundles' rounds are none of a client's business
-    std::fs::write(at("other.toml"), config.replace(&hash, &"0".repeat(64)).replace("\"run\"", "\"other\"")).unwrap();
+    let named = format!("[training.bundle]\nsha256 = \"{}\"", "0".repeat(64));
+    let other = config.replace("[training.bundle]", &named).replace("\"run\"", "\"other\"");
+    std::fs::write(at("other.toml"), other).unwrap();
     let other = run("aggregator", &[&"train", &at("other.toml")]);
     assert!(!other.status.success() && String::from_utf8_lossy(&other.stderr).contains("is for bundle 000"));
 

@@ -261,7 +261,7 @@ fn a_budget_of_bytes_is_kept_by_lower_qualities() {
         }
     }
     // blocks of saturated colours, which take several times the bytes of a photo (plain noise does not: 1.7 times)
-    let noise = folder.path().join("noise.png");
+    let blocks = folder.path().join("blocks.png");
     let pixels = image::RgbImage::from_fn(224, 224, |x, y| {
         image::Rgb([0, 1, 2].map(|channel| {
             let place = ((x / 4) * 56 + y / 4) * 3 + channel;
@@ -269,23 +269,23 @@ fn a_budget_of_bytes_is_kept_by_lower_qualities() {
             if mixed >> 31 == 0 { 0 } else { 255 }
         }))
     });
-    pixels.save(&noise).unwrap();
-    let (_, unbounded) = of(&encode(&noise, &["--quality", "6", "--max-bytes", "1000000"]));
+    pixels.save(&blocks).unwrap();
+    let (_, unbounded) = of(&encode(&blocks, &["--quality", "6", "--max-bytes", "1000000"]));
     let usual = all[5].1;
     println!("blocks of colours take {unbounded} bytes, a photo {usual}");
     // without a budget, twice what is usual
     let opened = isthmus_codec::folder::open(&bundle(), |_| false, &isthmus_codec::Trust::all()).unwrap();
     let most = (2.0 * opened.manifest.quality[5].bytes) as u64;
-    let by_default = encode(&noise, &["--quality", "6"]);
+    let by_default = encode(&blocks, &["--quality", "6"]);
     let (quality, used) = of(&by_default);
     assert!(unbounded > most && used <= most && quality < 6.0, "{unbounded} bytes unbounded, {used} of {most} at {quality}");
     // at the lowest quality there is nothing to fall to
-    let lowest = encode(&noise, &["--quality", "1"]);
+    let lowest = encode(&blocks, &["--quality", "1"]);
     assert!(of(&lowest).0 == 1.0 && lines(&lowest)[0]["over_target"] == true, "{}", text(&lowest.stdout));
-    let over = encode(&noise, &["--target-bytes", "1"]);
+    let over = encode(&blocks, &["--target-bytes", "1"]);
     assert!(of(&over).0 == 1.0 && lines(&over)[0]["over_target"] == true, "{}", text(&over.stdout));
     assert!(lines(&encode(&photo, &["--target-bytes", "9000"]))[0].get("over_target").is_none());
-    let bounded = encode(&noise, &["--quality", "6", "--max-bytes", &usual.to_string()]);
+    let bounded = encode(&blocks, &["--quality", "6", "--max-bytes", &usual.to_string()]);
     if bounded.status.success() {
         assert!(of(&bounded).1 <= usual);
     } else {

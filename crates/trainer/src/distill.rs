@@ -302,8 +302,9 @@ impl Run {
         for (l, (lambda, target)) in self.lambdas.iter_mut().zip(targets).enumerate() {
             let of_level: Vec<f64> = levels.iter().zip(bits).filter(|(v, _)| **v == l as i64).map(|(_, b)| f64::from(*b) / 8.0).collect();
             let bytes = of_level.iter().sum::<f64>() / of_level.len() as f64;
-            if bytes.is_finite() && bytes > 0.0 {
-                *lambda = f64::from((*lambda * (bytes / target).powf(STEERING)) as f32);
+            let off = bytes / target;
+            if off.is_finite() && off > 0.0 {
+                *lambda = f64::from((*lambda * off.powf(STEERING)) as f32);
             }
         }
     }

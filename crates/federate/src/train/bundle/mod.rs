@@ -64,7 +64,7 @@ impl Fit {
     /// If it cannot be read.
     pub fn name_bundle(&mut self, folder: &Path) -> Result<(), FederateError> {
         if self.sha256.is_empty() {
-            self.sha256 = open(folder)?.hash.to_string();
+            self.sha256 = load(folder, |_| false)?.hash.to_string();
         }
         Ok(())
     }
@@ -105,7 +105,11 @@ fn values(t: &Tensor) -> Result<Vec<f32>, FederateError> {
 /// # Errors
 /// Names the file that is missing or wrong.
 pub fn open(folder: &Path) -> Result<Bundle, FederateError> {
-    let bundle = Bundle::load(|name| std::fs::read(folder.join(name)), |_| true);
+    load(folder, |_| true)
+}
+
+fn load(folder: &Path, wanted: impl Fn(&str) -> bool) -> Result<Bundle, FederateError> {
+    let bundle = Bundle::load(|name| std::fs::read(folder.join(name)), wanted);
     bundle.map_err(|e| FederateError::Invalid(format!("{}: {e}", folder.display())))
 }
 
