@@ -15,7 +15,7 @@ use crate::{NetError, weights::Weights};
 /// (repeats, kernel, stride, expansion, output channels) of the unscaled network.
 const STAGES: [(usize, i64, i64, i64, i64); 7] =
     [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)];
-const STEM_CHANNELS: i64 = 32;
+pub(crate) const STEM_CHANNELS: i64 = 32;
 const HEAD_CHANNELS: i64 = 1280;
 /// Classes of ImageNet-1k.
 pub const CLASSES: i64 = 1000;
@@ -186,7 +186,7 @@ fn round_channels(channels: f64) -> i64 {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BlockSpec {
     kernel: i64,
-    stride: i64,
+    pub(crate) stride: i64,
     expansion: i64,
     input: i64,
     output: i64,
@@ -194,14 +194,14 @@ pub(crate) struct BlockSpec {
 
 impl BlockSpec {
     /// Shapes of the convolutions: expansion (if there is one), depthwise, projection.
-    fn shapes(self) -> (Option<[i64; 4]>, [i64; 4], [i64; 4]) {
+    pub(crate) fn shapes(self) -> (Option<[i64; 4]>, [i64; 4], [i64; 4]) {
         let hidden = self.input * self.expansion;
         let expand = (self.expansion != 1).then_some([hidden, self.input, 1, 1]);
         (expand, [hidden, 1, self.kernel, self.kernel], [self.output, hidden, 1, 1])
     }
 
     /// The input is added to the output.
-    fn skip(self) -> bool {
+    pub(crate) fn skip(self) -> bool {
         self.stride == 1 && self.input == self.output
     }
 

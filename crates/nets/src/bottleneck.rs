@@ -59,19 +59,27 @@ impl Bottleneck {
         log.index_select(0, level).exp().unsqueeze(-1).unsqueeze(-1)
     }
 
-    /// Training pass with additive uniform noise: pixels (N, 3, H, W), level (N) int64. The decoder computes in `kind`.
-    pub fn train_pass(&self, pixels: &Tensor, level: &Tensor, kind: Kind) -> Passed {
+    /// Training pass with additive uniform noise: pixels (N, 3, H, W), level (N) int64. The decoder computes in `kind`. With `medians` (levels, C) it sees
+    /// latents rounded around those, and the gradient passes as if they were not.
+    pub fn train_pass(&self, pixels: &Tensor, level: &Tensor, medians: Option<&Tensor>, kind: Kind) -> Passed {
         let y = self.encoder.forward(pixels) * Self::picked(&self.log_gain, level);
         let noisy = &y + (y.rand_like() - 0.5);
         let bits = self.prior.bits(&noisy, level);
-        let latent = noisy * Self::picked(&self.log_inverse, level);
+        let seen = match medians {
+            Some(medians) => {
+                let median = medians.index_select(0, level).unsqueeze(-1).unsqueeze(-1);
+                let rounded = tch::no_grad(|| (&y - &median).round() + &median - &y);
+                &y + rounded
+            }
+            None => noisy,
+        };
+        let latent = seen * Self::picked(&self.log_inverse, level);
         Passed { rebuilt: self.decoder.forward_normalised(&latent.to_kind(kind)), bits }
     }
 
     /// Medians of all levels (levels, C).
     pub fn medians(&self) -> Tensor {
-        let medians: Vec<Tensor> = (0..self.prior.levels()).map(|l| self.prior.medians(l)).collect();
-        Tensor::stack(&medians, 0)
+        self.prior.medians()
     }
 
     /// Bits of each sample (N) with additive uniform noise; only the densities get a gradient.

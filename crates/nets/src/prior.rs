@@ -98,11 +98,12 @@ impl FactorisedPrior {
         self.rows(&Tensor::from_slice(&[level]).to_device(self.matrices[0].device()))
     }
 
-    /// Latent values (C) at which the logits of the cumulative equal `target`, by bisection.
+    /// Latent values, one for each of the rows, at which the logits of the cumulative equal `target`, by bisection.
     fn quantile(&self, rows: &Rows, target: f64) -> Tensor {
         let options = (Kind::Float, self.matrices[0].device());
-        let mut low = Tensor::full([self.channels, 1, 1], -1e5, options);
-        let mut high = Tensor::full([self.channels, 1, 1], 1e5, options);
+        let count = rows.matrices.first().map_or(0, |m| m.size()[0]);
+        let mut low = Tensor::full([count, 1, 1], -1e5, options);
+        let mut high = Tensor::full([count, 1, 1], 1e5, options);
         for _ in 0..60 {
             let middle = (&low + &high) * 0.5;
             let below = self.logits(rows, &middle).lt(target);
@@ -112,9 +113,10 @@ impl FactorisedPrior {
         ((low + high) * 0.5).view([-1])
     }
 
-    /// Medians (C) of one level.
-    pub fn medians(&self, level: i64) -> Tensor {
-        tch::no_grad(|| self.quantile(&self.level_rows(level), 0.0))
+    /// Medians of all levels (levels, C).
+    pub fn medians(&self) -> Tensor {
+        let all = Tensor::arange(self.levels, (Kind::Int64, self.matrices[0].device()));
+        tch::no_grad(|| self.quantile(&self.rows(&all), 0.0).view([self.levels, self.channels]))
     }
 
     /// Masses of the symbols of every channel at one level, in f64.

@@ -6,6 +6,7 @@ mod densities;
 mod range;
 mod start;
 mod step;
+mod transform;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -56,6 +57,8 @@ pub struct Run {
     frozen: Option<Frozen>,
     /// Goes on from a checkpoint.
     resumed: bool,
+    /// Its weights are another run's, or a bundle's.
+    started: bool,
 }
 
 /// What stays as it is in a bundle whose encoder is used and not trained here.
@@ -86,11 +89,27 @@ impl Run {
         let net = Bottleneck::new(device, recipe.encoder, &recipe.decoder(), &recipe.lambdas, recipe.prior_init_scale);
         net.decoder.tune_from(&teacher);
         let paces = [("prior", FAST), ("gain", FAST), ("inverse", FAST), ("decoder.tuned.", recipe.tuned_pace)];
+        let mut paces = paces.to_vec();
+        if net.encoder.start_from(&teacher) {
+            paces.extend(["encoder.stem", "encoder.block", "encoder.latent"].map(|part| (part, recipe.encoder_pace)));
+        }
         let adam = Adam::new(&net.vs, recipe.ema, &paces, recipe.muon);
         let measure = Measure::new(&recipe, device);
         let (lambdas, targets) = (recipe.lambdas.clone(), recipe.target_bytes.clone());
-        let mut run =
-            Self { recipe, net, teacher, step: 0, adam, measure, lambdas, targets, folder: folder.into(), frozen: None, resumed: false };
+        let mut run = Self {
+            recipe,
+            net,
+            teacher,
+            step: 0,
+            adam,
+            measure,
+            lambdas,
+            targets,
+            folder: folder.into(),
+            frozen: None,
+            resumed: false,
+            started: false,
+        };
         let (saved, path) = (checkpoint(folder), folder.join("recipe.toml"));
         if resume && (saved.exists() || path.exists()) && Recipe::open(&path)? != run.recipe {
             let why = "is of another recipe than the one given; use that one, or another --run folder";
@@ -313,11 +332,12 @@ impl Run {
     fn begin(&mut self, pack: &Arc<Pack>) -> Result<(), TrainError> {
         if !self.resumed {
             self.calibrate(pack)?;
+            let transformed = !self.started && self.start_as_transform(pack)?;
             let woken = self.wake(pack)?;
             if woken > 0 {
                 eprintln!("{woken} dead channels started anew");
             }
-            if Self::started_from(&self.folder).is_some() {
+            if transformed || Self::started_from(&self.folder).is_some() {
                 let bytes = self.fit_densities(pack.clone())?;
                 if self.recipe.keep_bytes {
                     self.targets = Some(bytes);

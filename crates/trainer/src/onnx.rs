@@ -169,6 +169,13 @@ impl Writer {
         name
     }
 
+    fn relu6(&mut self, x: String) -> String {
+        let [zero, six] = [("zero", 0.0), ("six", 6.0)].map(|(name, value)| {
+            if self.constants.iter().all(|c| c.name != name) { self.constant(name.into(), vec![], &[value]) } else { name.into() }
+        });
+        self.node("Clip", vec![x, zero, six], vec![])
+    }
+
     fn tensor(&mut self, t: &Tensor) -> Result<String, TrainError> {
         let values = Vec::<f32>::try_from(t.contiguous().view(-1))?;
         Ok(self.constant(format!("c{}", self.constants.len()), t.size(), &values))
@@ -178,6 +185,7 @@ impl Writer {
         for op in ops {
             x = match op {
                 Op::Relu => self.node("Relu", vec![x], vec![]),
+                Op::Relu6 => self.relu6(x),
                 Op::Gdn { name, channels } => {
                     let part = |part: &str| weight(weights, &format!("{name}.{part}")).map(|t| Tensor::from_slice(&t.data));
                     let (beta, gamma) = gdn::effective(&part("beta")?, &part("gamma")?.view([*channels, *channels]));
@@ -186,14 +194,14 @@ impl Writer {
                     let norm = self.node("Conv", input, convolution(1, 1, (0, 0), 1));
                     self.node("Div", vec![x, norm], vec![])
                 }
-                Op::Conv { name, kernel, stride, padding, bias, .. } => {
+                Op::Conv { name, kernel, stride, padding, groups, bias, .. } => {
                     let mut input = vec![x];
                     for part in ["weight", "bias"].into_iter().take(1 + usize::from(*bias)) {
                         let name = format!("{name}.{part}");
                         let t = weight(weights, &name)?;
                         input.push(self.constant(name, t.shape.iter().map(|&d| d as i64).collect(), &t.data));
                     }
-                    self.node("Conv", input, convolution(*kernel, *stride, (*padding, *padding), 1))
+                    self.node("Conv", input, convolution(*kernel, *stride, *padding, *groups))
                 }
                 Op::Residual { body, skip } => {
                     let shortcut = self.encoder(skip, weights, x.clone())?;
@@ -205,16 +213,16 @@ impl Writer {
         Ok(x)
     }
 
-    fn backbone(&mut self, operations: &[Operation<'_>], (zero, six): (&str, &str), mut x: String) -> Result<String, TrainError> {
+    fn backbone(&mut self, operations: &[Operation<'_>], mut x: String) -> Result<String, TrainError> {
         for operation in operations {
             x = match operation {
                 Operation::Conv { weight, bias, stride, groups, padding, relu6 } => {
                     let input = vec![x, self.tensor(weight)?, self.tensor(bias)?];
                     let y = self.node("Conv", input, convolution(weight.size()[2], *stride, *padding, *groups));
-                    if *relu6 { self.node("Clip", vec![y, zero.into(), six.into()], vec![]) } else { y }
+                    if *relu6 { self.relu6(y) } else { y }
                 }
                 Operation::Residual(body) => {
-                    let main = self.backbone(body, (zero, six), x.clone())?;
+                    let main = self.backbone(body, x.clone())?;
                     self.node("Add", vec![x, main], vec![])
                 }
                 Operation::Pool => {
@@ -276,8 +284,6 @@ pub fn backbone(net: &Backbone, to: Option<Layer>) -> Result<Vec<u8>, TrainError
         None => vec![1, CLASSES],
     };
     let mut w = Writer::default();
-    let zero = w.constant("zero".into(), vec![], &[0.0]);
-    let six = w.constant("six".into(), vec![], &[6.0]);
-    let output = w.backbone(&net.operations(to), (&zero, &six), "pixels".into())?;
+    let output = w.backbone(&net.operations(to), "pixels".into())?;
     Ok(w.finish(kind.name(), value("pixels", &[1, 3, side, side]), value(&output, &shape)))
 }

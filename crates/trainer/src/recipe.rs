@@ -35,6 +35,9 @@ pub struct Recipe {
     /// Their learning rate, as a share of the recipe's.
     #[serde(default = "tuned_pace", skip_serializing_if = "is_tuned_pace")]
     pub tuned_pace: f64,
+    /// Learning rate of an encoder's layers that come from the backbone, as a share of the recipe's.
+    #[serde(default = "encoder_pace", skip_serializing_if = "is_encoder_pace")]
+    pub encoder_pace: f64,
     /// Errors count in units of each channel's deviation; if false, of all channels' together.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub by_channel: bool,
@@ -70,6 +73,10 @@ pub struct Recipe {
     /// Train the decoder alone, on latents rounded as at run time; encoder, gains and densities stay.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub decoder_only: bool,
+    /// The decoder sees latents rounded as at run time, the encoder learns as if they were not (straight through); densities see noise all the same (Minnen & Singh,
+    /// "Channel-wise autoregressive entropy models for learned image compression", ICIP 2020). If false, noise stands for rounding in both places.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub straight_through: bool,
     /// Samples per step.
     pub batch: usize,
     /// Steps in all.
@@ -154,6 +161,15 @@ fn is_tuned_pace(v: &f64) -> bool {
     *v == tuned_pace()
 }
 
+fn encoder_pace() -> f64 {
+    0.1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "the shape that serde asks for")]
+fn is_encoder_pace(v: &f64) -> bool {
+    *v == encoder_pace()
+}
+
 impl Recipe {
     /// Reads and checks a recipe.
     ///
@@ -211,9 +227,12 @@ impl Recipe {
             return Err("fisher, fisher_positions, saliency, lambda_ramp and kl_from are shares between 0 and 1".into());
         }
         let sound = |v: f64, least: f64| v.is_finite() && v >= least;
-        let positive = [self.learning_rate, self.tuned_pace, self.max_norm, self.kl_sharpness, self.prior_init_scale];
+        let positive = [self.learning_rate, self.tuned_pace, self.encoder_pace, self.max_norm, self.kl_sharpness, self.prior_init_scale];
         if !positive.iter().all(|&v| sound(v, f64::MIN_POSITIVE)) || !self.lambdas.iter().all(|l| l.is_finite()) {
-            return Err("learning_rate, tuned_pace, max_norm, kl_sharpness and prior_init_scale must be positive, lambdas finite".into());
+            return Err(
+                "learning_rate, tuned_pace, encoder_pace, max_norm, kl_sharpness and prior_init_scale must be positive, lambdas finite"
+                    .into(),
+            );
         }
         if !sound(self.kl_weight, 0.0)
             || !sound(self.rebuild_weight, 0.0)

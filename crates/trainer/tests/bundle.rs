@@ -13,6 +13,7 @@ fn bundles() -> Vec<std::path::PathBuf> {
     let mut found: Vec<_> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
     found.sort();
     assert!(!found.is_empty());
+    found.push(isthmus_testkit::root().join("bench/rivals/lite0-inverted-residual"));
     found
 }
 
@@ -63,6 +64,9 @@ fn encoders_have_the_stated_size() {
     let patch = EncoderKind::PatchStem;
     assert!(patch.parameters() <= 200_000 && patch.macs(224) <= 130_000_000);
     assert_eq!(patch.parameters(), 149_232);
+    let head = EncoderKind::InvertedResidual;
+    assert_eq!((head.parameters(), head.latent(224)), (73_408, [40, 28, 28]));
+    assert!(head.macs(224) <= 130_000_000);
     let reference = EncoderKind::Frankensplit;
     assert_eq!(reference.parameters(), 141_696);
     assert_eq!(reference.macs(224) / 1_000_000, 530);

@@ -154,6 +154,65 @@ fn a_decoder_trained_alone_leaves_the_rest_as_it_was() {
     assert!(tuned != teacher && untouched == teacher, "the backbone stays frozen");
 }
 
+fn of_the_backbones_blocks() -> Recipe {
+    let r = Recipe::open(&root().join("crates/trainer/recipes/inverted-residual-stage2.toml")).unwrap();
+    Recipe {
+        batch: 1,
+        steps: 4,
+        lambdas: vec![0.5, 0.05],
+        target_bytes: None,
+        decoder_width: 80,
+        decoder_hidden: 8,
+        decoder_blocks: 1,
+        ..r
+    }
+}
+
+/// Before anything is learned, the decoder takes back what the projection did: but for rounding, the answer is the backbone's.
+#[test]
+fn an_encoder_of_the_backbones_blocks_begins_as_a_transform_codec() {
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = tempfile::tempdir().unwrap();
+    let r = of_the_backbones_blocks();
+    let mut run = open(r.clone(), folder.path(), false);
+    let pack = Arc::new(pack());
+    run.train(pack.clone(), 0, 100, |_| Ok(())).unwrap();
+    let batch = loader::make(&pack, &Plan { batch: 2, ..Plan::of(&r) }, 0).unwrap();
+    let pixels = Tensor::from_slice(&batch.pixels).view([-1, 3, 224, 224]);
+    let latent = tch::no_grad(|| run.net.encoder.forward(&pixels));
+    let spread = latent.std_dim([0i64, 2, 3].as_slice(), true, false);
+    let first = spread.narrow(0, 0, 20).mean(Kind::Float).double_value(&[]);
+    assert!(first > 1.5 * spread.narrow(0, 20, 20).mean(Kind::Float).double_value(&[]), "the strongest components first: {spread}");
+    let (wanted, got) = tch::no_grad(|| {
+        let rebuilt = run.net.decoder.forward(&latent);
+        (run.teacher.forward(&pixels), run.student().tail(&rebuilt, r.split()))
+    });
+    let worst = (wanted - got).abs().max().double_value(&[]);
+    assert!(worst < 0.05, "{worst}");
+
+    let before = run.net.encoder.trunk(&pixels).detach();
+    run.train(pack, 2, 100, |_| Ok(())).unwrap();
+    assert_ne!(before, run.net.encoder.trunk(&pixels).detach(), "rounding straight through, the encoder learns");
+}
+
+/// What the decoder sees in training is what it sees at run time, and the encoder has a gradient all the same.
+#[test]
+fn straight_through_the_decoder_sees_rounded_latents() {
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = tempfile::tempdir().unwrap();
+    let run = open(recipe(), folder.path(), false);
+    let (pixels, level) = (Tensor::rand([2, 3, 224, 224], (Kind::Float, Device::Cpu)), Tensor::from_slice(&[0i64, 1]));
+    let medians = run.medians();
+    let passed = run.net.train_pass(&pixels, &level, Some(&medians), Kind::Float);
+    let rounded = run.net.round_pass(&pixels, &level, &medians, Kind::Float);
+    assert!((&passed.rebuilt - &rounded.rebuilt).abs().max().double_value(&[]) < 1e-4);
+    let noisy = run.net.train_pass(&pixels, &level, None, Kind::Float);
+    assert!((&noisy.rebuilt - &rounded.rebuilt).abs().max().double_value(&[]) > 1e-2);
+    passed.rebuilt.square().sum(Kind::Float).backward();
+    let learned = run.net.vs.variables()["encoder.latent.weight"].grad();
+    assert!(learned.defined() && learned.abs().max().double_value(&[]) > 0.0);
+}
+
 /// Woken channels carry something, and the decoder's answer stays what it was until it learns to use them.
 #[test]
 fn dead_channels_wake_without_changing_the_answer() {
@@ -342,7 +401,7 @@ fn densities_become_distributions() {
         }
     }
     // code lengths of the rounded latent agree with the masses
-    let medians = prior.medians(1);
+    let medians = prior.medians().get(1);
     let latent = medians.view([1, 5, 1, 1]) + 1.0;
     let level = Tensor::from_slice(&[1i64]);
     let bits = prior.bits(&latent, &level).double_value(&[0]);

@@ -50,6 +50,7 @@ impl Run {
                 return Err(TrainError::data(names.join(" and "), "nothing fits this recipe"));
             }
         };
+        self.started = true;
         self.adam.restart();
         let steps = state.get("step", &[1])?.double_value(&[0]) as u64;
         History::inherit(folder, &self.folder, steps, steps * earlier.batch as u64)?;
@@ -71,6 +72,7 @@ impl Run {
             return Err(TrainError::data(format!("bundle {}", manifest.name), why));
         }
         let _medians = self.take(bundle, Some(bundle), device)?;
+        self.started = true;
         self.adam.restart();
         let path = self.folder.join(STARTED_FROM);
         std::fs::write(&path, bundle.hash.to_string()).map_err(|e| TrainError::io(&path, e))
@@ -100,6 +102,7 @@ impl Run {
         }
         let table = self.take(bundle, (!self.resumed).then(|| start.unwrap_or(bundle)), device)?;
         self.frozen = Some(Frozen { medians: table, bytes: manifest.quality.iter().map(|q| q.bytes).collect() });
+        self.started = true;
         if !self.resumed {
             self.adam.restart();
         }

@@ -55,9 +55,10 @@ impl Run {
         let (teacher, kind) = (&constants.teacher, r.kind());
         let layer = tch::no_grad(|| teacher.between(&self.seen_by_teacher(&pixels).to_kind(kind), Layer::Input, r.split()));
         let target = tch::no_grad(|| teacher.between(&layer, r.split(), r.measure()));
+        let rounding = r.straight_through.then(|| self.net.medians());
         let passed = match &constants.medians {
             Some(medians) => self.net.round_pass(&pixels, &level, medians, kind),
-            None => self.net.train_pass(&pixels, &level, kind),
+            None => self.net.train_pass(&pixels, &level, rounding.as_ref(), kind),
         };
         let rebuilt = self.net.decoder.denormalise(&passed.rebuilt).to_kind(kind);
         let student = self.net.decoder.student(teacher);
