@@ -347,10 +347,15 @@ impl Encoder {
         run(&self.layers, &channels_last(pixels)).contiguous()
     }
 
-    /// Takes the weights of the backbone that its blocks are those of; whether they are of this one.
-    pub fn start_from(&self, backbone: &Backbone) -> bool {
-        if self.kind != EncoderKind::InvertedResidual || backbone.kind() != HEAD {
-            return false;
+    /// Whether its blocks are the first ones of this backbone.
+    pub fn is_head_of(&self, backbone: &Backbone) -> bool {
+        self.kind == EncoderKind::InvertedResidual && backbone.kind() == HEAD
+    }
+
+    /// Takes the weights of the backbone whose first blocks its own are ([`Encoder::is_head_of`]); of another, nothing.
+    pub fn start_from(&self, backbone: &Backbone) {
+        if !self.is_head_of(backbone) {
+            return;
         }
         let mut theirs = Vec::new();
         let operations = backbone.operations(Some(Place::Block(HEAD_BLOCK)));
@@ -363,7 +368,6 @@ impl Encoder {
                 conv.bs.iter().for_each(|b| b.shallow_clone().copy_(bias));
             }
         });
-        true
     }
 
     /// The last layer, where it is a plain projection.

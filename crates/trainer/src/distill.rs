@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use isthmus_nets::backbone::at_size;
+use isthmus_nets::encoder::HEAD_BLOCK;
 use isthmus_nets::weights::{Storage, Weights, to_safetensors};
 use isthmus_nets::{Backbone, Bottleneck, Layer};
 use tch::{Device, Kind, Tensor};
@@ -88,9 +89,9 @@ impl Run {
         tch::manual_seed(recipe.seed as i64);
         let net = Bottleneck::new(device, recipe.encoder, &recipe.decoder(), &recipe.lambdas, recipe.prior_init_scale);
         net.decoder.tune_from(&teacher);
-        let paces = [("prior", FAST), ("gain", FAST), ("inverse", FAST), ("decoder.tuned.", recipe.tuned_pace)];
-        let mut paces = paces.to_vec();
-        if net.encoder.start_from(&teacher) {
+        net.encoder.start_from(&teacher);
+        let mut paces = vec![("prior", FAST), ("gain", FAST), ("inverse", FAST), ("decoder.tuned.", recipe.tuned_pace)];
+        if net.encoder.is_head_of(&teacher) {
             paces.extend(["encoder.stem", "encoder.block", "encoder.latent"].map(|part| (part, recipe.encoder_pace)));
         }
         let adam = Adam::new(&net.vs, recipe.ema, &paces, recipe.muon);
@@ -333,6 +334,9 @@ impl Run {
         if !self.resumed {
             self.calibrate(pack)?;
             let transformed = !self.started && self.start_as_transform(pack)?;
+            if transformed {
+                eprintln!("encoder and decoder begin as a transform codec of the backbone's block {HEAD_BLOCK}");
+            }
             let woken = self.wake(pack)?;
             if woken > 0 {
                 eprintln!("{woken} dead channels started anew");

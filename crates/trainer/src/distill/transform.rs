@@ -23,7 +23,7 @@ impl Run {
         let own = Layer::Block(HEAD_BLOCK);
         let spec = r.decoder();
         let fits = spec.kind == DecoderKind::Residual && spec.upsample == 1 && spec.resize.is_none() && spec.width >= 2 * spec.output;
-        if !self.net.encoder.start_from(&self.teacher) || r.split() != own || r.measure() != own || !fits {
+        if !self.net.encoder.is_head_of(&self.teacher) || r.split() != own || r.measure() != own || !fits {
             return Ok(false);
         }
         let channels = spec.output;
@@ -48,14 +48,10 @@ impl Run {
         let gain = Tensor::from_slice(&gain).view([-1, 1]).to_device(self.net.vs.device());
 
         tch::no_grad(|| {
-            let decoder = &self.net.decoder;
-            let std = decoder.denormalise(&Tensor::ones([1, channels, 1, 1], (Kind::Float, self.net.vs.device())))
-                - decoder.denormalise(&Tensor::zeros([1, channels, 1, 1], (Kind::Float, self.net.vs.device())));
-            let mean = decoder.denormalise(&Tensor::zeros([1, channels, 1, 1], (Kind::Float, self.net.vs.device()))).view([-1]);
-            let weight = &forward / std.view([1, -1]);
-            let bias = weight.mv(&mean).neg();
             let variables = self.net.vs.variables();
             let of = |name: &str| variables.get(name).map(Tensor::shallow_clone).ok_or_else(|| TrainError::data(name, "is missing"));
+            let weight = &forward / of("decoder.feature_std")?.view([1, -1]);
+            let bias = weight.mv(&of("decoder.feature_mean")?).neg();
             of("encoder.latent.weight")?.copy_(&weight.view([channels, channels, 1, 1]));
             of("encoder.latent.bias")?.copy_(&bias);
             of("gain")?.copy_(&gain.expand_as(&of("gain")?));
