@@ -44,7 +44,8 @@ fn bucket() -> [Namespace; 2] {
         namespace.ip(&["link", "set", device, "up"]).unwrap();
     }
     near.ip(&["route", "change", "10.77.0.0/24", "dev", "v0", "congctl", "cubic"]).unwrap();
-    let rate = format!("{MBIT}mbit");
+    // the kernel counts the Ethernet header of each frame, the emulator IP packets
+    let rate = format!("{}bit", (MBIT * 1e6 * 1514.0 / 1500.0).round());
     let bucket = ["qdisc", "add", "dev", "v0", "root", "tbf", "rate", &rate, "burst", "4000", "latency", "50ms"];
     assert!(near.command("tc").args(bucket).status().unwrap().success());
     [near, far]
