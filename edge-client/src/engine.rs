@@ -26,7 +26,7 @@ pub trait Engine: Send {
 /// The default engine: rten (pure Rust, SIMD on x86-64 and ARM) with depthwise convolutions of its own.
 pub struct RtenEngine {
     steps: Vec<Step>,
-    /// Of the values that pass from step to step.
+    /// Number of values that pass from step to step.
     slots: usize,
     input: usize,
     output: usize,
@@ -43,8 +43,17 @@ struct Taken {
 
 /// A part of the graph, loaded.
 enum Step {
-    Graph { model: Box<Model>, inputs: Vec<(NodeId, Taken)>, outputs: Vec<NodeId>, slots: Vec<usize> },
-    Depthwise { conv: Depthwise, input: Taken, output: usize },
+    /// The slots of the outputs are in their order.
+    Graph {
+        model: Box<Model>,
+        inputs: Vec<(NodeId, Taken)>,
+        outputs: Vec<usize>,
+    },
+    Depthwise {
+        conv: Depthwise,
+        input: Taken,
+        output: usize,
+    },
 }
 
 fn failed(e: impl std::fmt::Display) -> ClientError {
@@ -97,11 +106,10 @@ impl RtenEngine {
             steps.push(match part {
                 split::Part::Graph { model, inputs, outputs } => {
                     let model = Box::new(load(model.write_buf().map_err(failed)?)?);
-                    let node = |name: &str| model.node_id(name).map_err(failed);
-                    let inputs = inputs.iter().map(|name| Ok((node(name)?, taken(name, &slots)?))).collect::<Result<_, ClientError>>()?;
-                    let nodes = outputs.iter().map(|name| node(name)).collect::<Result<_, _>>()?;
+                    let ids = model.input_ids().iter().zip(&inputs);
+                    let inputs = ids.map(|(id, name)| Ok((*id, taken(name, &slots)?))).collect::<Result<_, ClientError>>()?;
                     let outputs = outputs.into_iter().map(|name| given(name, &mut slots)).collect();
-                    Step::Graph { model, inputs, outputs: nodes, slots: outputs }
+                    Step::Graph { model, inputs, outputs }
                 }
                 split::Part::Depthwise { conv, input, output } => {
                     let input = taken(&input, &slots)?;
@@ -120,7 +128,7 @@ impl Step {
     fn run(&self, values: &mut [Option<Value>], pool: &Arc<ThreadPool>) -> Result<(), ClientError> {
         let missing = || failed("a value is missing");
         match self {
-            Self::Graph { model, inputs, outputs, slots } => {
+            Self::Graph { model, inputs, outputs } => {
                 let mut owned: Vec<Option<Value>> =
                     inputs.iter().map(|(_, taken)| if taken.last { values[taken.slot].take() } else { None }).collect();
                 let given = inputs.iter().zip(&mut owned).map(|((node, taken), owned)| {
@@ -132,16 +140,19 @@ impl Step {
                 });
                 let given = given.collect::<Result<Vec<_>, ClientError>>()?;
                 let options = RunOptions::default().with_thread_pool(Some(pool.clone()));
-                let computed = model.run(given, outputs, Some(options)).map_err(failed)?;
-                slots.iter().zip(computed).for_each(|(slot, value)| values[*slot] = Some(value));
+                let computed = model.run(given, model.output_ids(), Some(options)).map_err(failed)?;
+                outputs.iter().zip(computed).for_each(|(slot, value)| values[*slot] = Some(value));
             }
             Self::Depthwise { conv, input, output } => {
                 let value = values[input.slot].as_ref().ok_or_else(missing)?;
                 let features: NdTensorView<f32, 4> = value.try_into().map_err(failed)?;
-                let [_, _, height, width] = features.shape();
-                let (result, [h, w]) = conv
-                    .run(features.to_contiguous().data(), [height, width], pool)
-                    .ok_or_else(|| failed(format!("a depthwise convolution was given features of shape {:?}", features.shape())))?;
+                let [batch, channels, height, width] = features.shape();
+                let fits = batch == 1 && channels == conv.channels();
+                let run = || conv.run(features.to_contiguous().data(), [height, width], pool);
+                let (result, [h, w]) = fits.then(run).flatten().ok_or_else(|| {
+                    let shape = features.shape();
+                    failed(format!("a depthwise convolution of {} channels was given features of shape {shape:?}", conv.channels()))
+                })?;
                 values[*output] = Some(NdTensor::from_data([1, conv.channels(), h, w], result).into());
                 if input.last {
                     values[input.slot] = None;

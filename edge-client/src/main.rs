@@ -3,6 +3,7 @@
 mod commands;
 
 use std::io::IsTerminal;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -155,10 +156,10 @@ struct EncodingArgs {
     quality: Option<Quality>,
     /// For each photo the highest quality with at most so many bytes (the lowest level, if none has).
     #[arg(long, value_name = "BYTES", conflicts_with = "quality")]
-    target_bytes: Option<usize>,
+    target_bytes: Option<NonZeroUsize>,
     /// Never send more bytes for a photo: lower qualities are tried, and what is too long at the lowest is not sent.
     #[arg(long, value_name = "BYTES")]
-    max_bytes: Option<usize>,
+    max_bytes: Option<NonZeroUsize>,
     /// Threads of the encoder, 1 to 256.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: u16,

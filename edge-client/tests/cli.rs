@@ -295,4 +295,7 @@ fn a_budget_of_bytes_is_kept_by_lower_qualities() {
         assert!(text(&encode(&photo, &["--quality", wrong]).stderr).contains(why), "{wrong}");
     }
     assert!(text(&encode(&photo, &["--target-bytes", "2000", "--quality", "3"]).stderr).contains("cannot be used with"));
+    for option in ["--target-bytes", "--max-bytes"] {
+        assert!(text(&encode(&photo, &[option, "0"]).stderr).contains("would be zero"), "{option}");
+    }
 }

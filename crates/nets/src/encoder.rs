@@ -197,6 +197,11 @@ impl EncoderKind {
         }
     }
 
+    /// Number of its blocks that are the first ones of this backbone.
+    pub fn blocks_of(self, backbone: BackboneKind) -> usize {
+        if self == Self::InvertedResidual && backbone == HEAD { HEAD_BLOCK + 1 } else { 0 }
+    }
+
     /// Channels of the latent.
     pub fn latent_channels(self) -> i64 {
         match self {
@@ -349,7 +354,7 @@ impl Encoder {
 
     /// Whether its blocks are the first ones of this backbone.
     pub fn is_head_of(&self, backbone: &Backbone) -> bool {
-        self.kind == EncoderKind::InvertedResidual && backbone.kind() == HEAD
+        self.kind.blocks_of(backbone.kind()) > 0
     }
 
     /// Takes the weights of the backbone whose first blocks its own are ([`Encoder::is_head_of`]); of another, nothing.

@@ -92,6 +92,7 @@ impl Run {
         net.encoder.start_from(&teacher);
         let mut paces = vec![("prior", FAST), ("gain", FAST), ("inverse", FAST), ("decoder.tuned.", recipe.tuned_pace)];
         if net.encoder.is_head_of(&teacher) {
+            freeze_first(&net, recipe.frozen_blocks);
             paces.extend(["encoder.stem", "encoder.block", "encoder.latent"].map(|part| (part, recipe.encoder_pace)));
         }
         let adam = Adam::new(&net.vs, recipe.ema, &paces, recipe.muon);
@@ -413,6 +414,19 @@ impl Run {
         }
         bar.finish();
         Ok(())
+    }
+}
+
+/// Leaves the encoder's stem and so many of its blocks as they are; none: all are trained.
+fn freeze_first(net: &Bottleneck, blocks: usize) {
+    let mut parts: Vec<String> = (0..blocks).map(|b| format!("encoder.block{b}_")).collect();
+    if blocks > 0 {
+        parts.push("encoder.stem".into());
+    }
+    for (name, variable) in net.vs.variables() {
+        if parts.iter().any(|part| name.starts_with(part.as_str())) {
+            let _ = variable.set_requires_grad(false);
+        }
     }
 }
 

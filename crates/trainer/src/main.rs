@@ -164,9 +164,6 @@ fn run(cli: Cli) -> Result<()> {
             // shapes stay the same for all of a run, so half a minute of trying algorithms may pay (docs/decisions/0037)
             tch::Cuda::cudnn_set_benchmark(recipe.steps >= TRYING_PAYS);
             let teacher = Backbone::open(recipe.backbone, &import::weights_path(&cli.third_party, recipe.backbone)?, device)?;
-            let pack = Arc::new(Pack::open(&cli.data.join("train.pack"))?);
-            let side = recipe.input_size();
-            let watched = own::held_out(&cli.data, &cli.third_party, side, false)?;
             let until = until.unwrap_or(recipe.steps);
             // before the run folder is made
             let open = |folder: &PathBuf| folder::open(folder, |_| true, &Trust::all());
@@ -182,6 +179,8 @@ fn run(cli: Cli) -> Result<()> {
             if let Some(gone) = warm_start.iter().find(|f| !goes_on && !Run::is_in(f)) {
                 anyhow::bail!("--warm-start {}: holds no run with a checkpoint", gone.display());
             }
+            let pack = Arc::new(Pack::open(&cli.data.join("train.pack"))?);
+            let watched = own::held_out(&cli.data, &cli.third_party, recipe.input_size(), false)?;
             let mut active = Run::open(recipe, run, teacher, device, resume)?;
             let new = !active.is_resumed();
             anyhow::ensure!(

@@ -60,13 +60,13 @@ pub fn dropped(entries: &[Entry]) -> impl Iterator<Item = String> {
 /// # Errors
 /// If too few are left, `data` holds photos that are not from here, or a file cannot be read or written.
 pub fn prepare(folder: &Path, side: u32, data: &Path) -> Result<Vec<Entry>, TrainError> {
+    let named = |path: PathBuf| (path.strip_prefix(folder).unwrap_or(&path).display().to_string(), path);
+    let paths: BTreeMap<String, PathBuf> = files(folder)?.into_iter().map(named).collect();
     let crops_of = data.join("eval").join("held-out");
     if !data.join(LIST).exists() && (crops_of.exists() || data.join("train.pack").exists()) {
         let why = "holds other photos, which would be mixed with these; name another folder (--data)";
         return Err(TrainError::data(data.display().to_string(), why));
     }
-    let named = |path: PathBuf| (path.strip_prefix(folder).unwrap_or(&path).display().to_string(), path);
-    let paths: BTreeMap<String, PathBuf> = files(folder)?.into_iter().map(named).collect();
     let bar = counted(paths.len() as u64, "looked at");
     let entries = photos::split_own(bar.wrap_iter(paths.iter()).map(|(name, path)| Ok((name.clone(), read(path)?))))?;
     bar.finish_and_clear();

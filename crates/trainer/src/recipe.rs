@@ -38,6 +38,9 @@ pub struct Recipe {
     /// Learning rate of an encoder's layers that come from the backbone, as a share of the recipe's.
     #[serde(default = "encoder_pace", skip_serializing_if = "is_encoder_pace")]
     pub encoder_pace: f64,
+    /// An encoder's first blocks (and stem) that come from the backbone and stay as they are: so many.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub frozen_blocks: usize,
     /// Errors count in units of each channel's deviation; if false, of all channels' together.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub by_channel: bool,
@@ -221,6 +224,10 @@ impl Recipe {
         let layers: Vec<usize> = std::iter::once(self.measure_block).chain(self.hooks.iter().copied()).collect();
         if !layers.is_sorted_by(|a, b| a < b) || layers.last().is_some_and(|&l| l >= self.backbone.block_count()) {
             return Err("hooks: rising, behind measure_block, and blocks of the backbone".into());
+        }
+        let of_backbone = self.encoder.blocks_of(self.backbone);
+        if self.frozen_blocks > of_backbone {
+            return Err(format!("frozen_blocks: the encoder has {of_backbone} blocks of the backbone"));
         }
         let shares = [self.fisher, self.fisher_positions, self.saliency, self.lambda_ramp, self.kl_from];
         if shares.iter().any(|s| !(0.0..=1.0).contains(s)) {

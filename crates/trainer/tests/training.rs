@@ -195,6 +195,38 @@ fn an_encoder_of_the_backbones_blocks_begins_as_a_transform_codec() {
     assert_ne!(before, run.net.encoder.trunk(&pixels).detach(), "rounding straight through, the encoder learns");
 }
 
+/// They stay as they are, also in a run that goes on from there.
+#[test]
+fn frozen_blocks_of_the_encoder_stay_and_are_taken_along() {
+    let [first, second] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let free = run(of_the_backbones_blocks(), first.path(), 2, false);
+    let r = Recipe { frozen_blocks: 2, ..of_the_backbones_blocks() };
+    let frozen = ["encoder.stem.", "encoder.block0_", "encoder.block1_"];
+    let is_frozen = |name: &str| frozen.iter().any(|part| name.starts_with(part));
+
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut after = open(r.clone(), second.path(), false);
+    after.warm_start(&[first.path().to_path_buf()], Device::Cpu).unwrap();
+    let values =
+        |run: &Run| -> HashMap<String, Tensor> { run.net.vs.variables().into_iter().map(|(n, t)| (n, t.detach().copy())).collect() };
+    let before = values(&after);
+    assert!(free.iter().any(|(name, _)| is_frozen(name)) && before.len() == free.len());
+    after.train(Arc::new(pack()), 2, 100, |_| Ok(())).unwrap();
+    for (name, value) in values(&after).into_iter().filter(|(name, _)| name.starts_with("encoder.")) {
+        assert_eq!(value == before[&name], is_frozen(&name), "{name}");
+    }
+    // a run that goes on from that one has them too, though nothing kept a moving average of them
+    let third = tempfile::tempdir().unwrap();
+    let mut last = open(of_the_backbones_blocks(), third.path(), false);
+    last.warm_start(&[second.path().to_path_buf()], Device::Cpu).unwrap();
+    let taken = values(&last);
+    assert!(before.iter().filter(|(name, _)| is_frozen(name)).all(|(name, value)| *value == taken[name]));
+    let path = third.path().join("of-another-encoder.toml");
+    std::fs::write(&path, toml::to_string(&Recipe { frozen_blocks: 2, ..recipe() }).unwrap()).unwrap();
+    let why = Recipe::open(&path).unwrap_err().to_string();
+    assert!(why.contains("frozen_blocks: the encoder has 0 blocks"), "{why}");
+}
+
 /// What the decoder sees in training is what it sees at run time, and the encoder has a gradient all the same.
 #[test]
 fn straight_through_the_decoder_sees_rounded_latents() {

@@ -1,5 +1,6 @@
 //! The subcommands. Each returns whether everything went well.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 
 use std::time::Duration;
@@ -74,7 +75,11 @@ pub async fn served(
 fn version(folder: &Path, args: &EncodingArgs) -> Result<(Encoder, Quality), ClientError> {
     let trust = Trust::keys(args.trust.iter().map(String::as_str))?;
     let unbounded = args.target_bytes.is_none() && args.max_bytes.is_none();
-    let budget = Budget { target: args.target_bytes, most: args.max_bytes, times_usual: unbounded.then_some(TIMES_USUAL) };
+    let budget = Budget {
+        target: args.target_bytes.map(NonZeroUsize::get),
+        most: args.max_bytes.map(NonZeroUsize::get),
+        times_usual: unbounded.then_some(TIMES_USUAL),
+    };
     let encoder = Encoder::new(open_version(folder, &trust)?, args.threads.into())?.with_budget(budget);
     let best = args.target_bytes.map(|_| encoder.bundle().levels().into());
     let quality = args.quality.or(best).unwrap_or_else(|| encoder.default_quality().into());

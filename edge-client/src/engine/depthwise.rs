@@ -10,8 +10,11 @@ use rten_simd::{Isa, SimdOp};
 /// Most outputs of a row that are computed at once.
 const BLOCK: usize = 32;
 
+/// Bounds that leave all values as they are.
+pub(super) const UNBOUNDED: (f32, f32) = (f32::NEG_INFINITY, f32::INFINITY);
+
 /// A depthwise convolution: each channel has its own kernel.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Depthwise {
     /// Height and width of the kernels.
     pub kernel: [usize; 2],
@@ -23,8 +26,8 @@ pub(super) struct Depthwise {
     pub weights: Vec<f32>,
     /// One for each channel.
     pub bias: Vec<f32>,
-    /// Between which the outputs are clamped.
-    pub bounds: (f32, f32),
+    /// Between which the inputs are clamped, and the outputs.
+    pub bounds: [(f32, f32); 2],
 }
 
 impl Depthwise {
@@ -57,8 +60,9 @@ impl Depthwise {
             channels.zip(kernels).for_each_init(
                 || vec![0.0; padded.len()],
                 |copy, ((output, input), (weights, &bias))| {
-                    padded.fill(copy, input);
-                    let (stride, bounds) = (self.stride[0] * padded.row(), self.bounds);
+                    let [before, bounds] = self.bounds;
+                    padded.fill(copy, input, before);
+                    let stride = self.stride[0] * padded.row();
                     Channel { copy, output, columns, stride, taps: &taps, weights, bias, bounds }.dispatch();
                 },
             );
@@ -110,7 +114,7 @@ impl Channel<'_> {
                 let whole = out.len() == width;
                 let to = if whole { &mut *out } else { &mut last[..width] };
                 for (sum, to) in sums.into_iter().zip(to.chunks_mut(ops.len())) {
-                    ops.store(ops.clamp(sum, least, most), to);
+                    ops.store(ops.min(most, ops.max(least, sum)), to);
                 }
                 if !whole {
                     out.copy_from_slice(&last[..out.len()]);
@@ -156,20 +160,26 @@ impl Padded {
         (0..height).flat_map(|y| (0..width).map(move |x| y * self.row() + across(x))).collect()
     }
 
-    /// Copies a channel between the zeros, which stay.
-    fn fill(&self, copy: &mut [f32], channel: &[f32]) {
-        let rows = copy.chunks_mut(self.row()).skip(self.top);
-        for (to, from) in rows.zip(channel.chunks(self.input[1])) {
-            if self.stride == 1 {
-                to[self.left..][..from.len()].copy_from_slice(from);
-                continue;
-            }
+    /// Copies a channel between the zeros, which stay, and clamps it.
+    fn fill(&self, copy: &mut [f32], channel: &[f32], (least, most): (f32, f32)) {
+        let put = |(to, from): (&mut f32, &f32)| *to = from.clamp(least, most);
+        for (to, from) in copy.chunks_mut(self.row()).skip(self.top).zip(channel.chunks(self.input[1])) {
             for (phase, part) in to.chunks_mut(self.part).enumerate() {
                 // the first column of the input that is of this phase, and where it goes
                 let first = (phase + self.stride - self.left % self.stride) % self.stride;
-                let at = (first + self.left) / self.stride;
-                let values = from.iter().skip(first).step_by(self.stride);
-                part[at..].iter_mut().zip(values).for_each(|(to, from)| *to = *from);
+                let part = &mut part[(first + self.left) / self.stride..];
+                let from = from.get(first..).unwrap_or_default();
+                match self.stride {
+                    1 => part.iter_mut().zip(from).for_each(put),
+                    2 => {
+                        // by constant steps, for the compiler to vectorise
+                        let (pairs, rest) = from.as_chunks::<2>();
+                        let (whole, last) = part.split_at_mut(pairs.len());
+                        whole.iter_mut().zip(pairs.iter().map(|[first, _]| first)).for_each(put);
+                        last.iter_mut().zip(rest).for_each(put);
+                    }
+                    stride => part.iter_mut().zip(from.iter().step_by(stride)).for_each(put),
+                }
             }
         }
     }
@@ -193,10 +203,11 @@ mod tests {
                         && iy < height
                         && ix < width
                     {
-                        sum += conv.weights[(c * kh + ky) * kw + kx] * input[(c * height + iy) * width + ix];
+                        let value = input[(c * height + iy) * width + ix].clamp(conv.bounds[0].0, conv.bounds[0].1);
+                        sum += conv.weights[(c * kh + ky) * kw + kx] * value;
                     }
                 }
-                output.push(sum.clamp(conv.bounds.0, conv.bounds.1));
+                output.push(sum.clamp(conv.bounds[1].0, conv.bounds[1].1));
             }
         }
         output
@@ -213,7 +224,7 @@ mod tests {
                     for size in [[1, 1], [5, 7], [16, 16], [28, 28], [9, 33]] {
                         let channels = 3;
                         let weights = (0..channels * kernel[0] * kernel[1]).map(value).collect();
-                        let bounds = if compared % 2 == 0 { (0.0, 1.5) } else { (f32::NEG_INFINITY, f32::INFINITY) };
+                        let bounds = if compared % 2 == 0 { [(-0.5, 0.7), (0.0, 1.5)] } else { [UNBOUNDED; 2] };
                         let bias = vec![0.1, -0.2, 0.3];
                         let conv = Depthwise { kernel, stride, padding, weights, bias, bounds };
                         let input: Vec<f32> = (0..channels * size[0] * size[1]).map(|i| value(i + 5)).collect();
@@ -237,7 +248,7 @@ mod tests {
     #[test]
     fn an_input_of_another_size_is_refused() {
         let conv =
-            Depthwise { kernel: [3, 3], stride: [1, 1], padding: [1; 4], weights: vec![1.0; 9], bias: vec![0.0], bounds: (0.0, 6.0) };
+            Depthwise { kernel: [3, 3], stride: [1, 1], padding: [1; 4], weights: vec![1.0; 9], bias: vec![0.0], bounds: [UNBOUNDED; 2] };
         let pool = ThreadPool::with_num_threads(1);
         assert!(conv.run(&[1.0; 15], [4, 4], &pool).is_none());
         assert!(conv.run(&[], [0, 4], &pool).is_none());

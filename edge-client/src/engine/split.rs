@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rten_onnx::onnx::{DataType, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 
-use super::depthwise::Depthwise;
+use super::depthwise::{Depthwise, UNBOUNDED};
 
 /// Larger kernels, strides and paddings are left to rten: no network has them, and a padded copy is made of every channel.
 const LARGEST: usize = 16;
@@ -74,14 +74,18 @@ impl<'a> Graph<'a> {
         Self { constants, uses }
     }
 
+    fn is_used_once(&self, value: &str) -> bool {
+        self.uses.get(value) == Some(&1)
+    }
+
     fn values(&self, constant: &str) -> Option<Vec<f32>> {
         floats(self.constants.get(constant)?)
     }
 
     /// The convolution of a node that is a depthwise one.
     fn depthwise(&self, node: &NodeProto) -> Option<Depthwise> {
-        let [_, weights, bias @ ..] = node.input.as_slice() else { return None };
-        if name(&node.op_type) != "Conv" || !name(&node.domain).is_empty() {
+        let [input, weights, bias @ ..] = node.input.as_slice() else { return None };
+        if name(&node.op_type) != "Conv" || !name(&node.domain).is_empty() || self.constants.contains_key(input.as_str()) {
             return None;
         }
         let [channels, 1, height, width] = self.constants.get(weights.as_str())?.dims.as_slice() else { return None };
@@ -99,22 +103,23 @@ impl<'a> Graph<'a> {
                 _ => return None,
             }
         }
+        let small = kernel.iter().chain(&stride).all(|v| (1..=LARGEST).contains(v)) && padding.iter().all(|v| *v <= LARGEST);
         let weights = self.values(weights)?;
+        if !small || groups != channels || channels < 2 || Some(weights.len()) != channels.checked_mul(kernel[0] * kernel[1]) {
+            return None;
+        }
         let bias = match bias {
             [] => vec![0.0; channels],
             [bias] => self.values(bias)?,
             _ => return None,
         };
-        let small = kernel.iter().chain(&stride).all(|v| (1..=LARGEST).contains(v)) && padding.iter().all(|v| *v <= LARGEST);
-        let whole = groups == channels && channels > 1 && bias.len() == channels && weights.len() == channels * kernel[0] * kernel[1];
-        let bounds = (f32::NEG_INFINITY, f32::INFINITY);
-        (small && whole).then_some(Depthwise { kernel, stride, padding, weights, bias, bounds })
+        (bias.len() == channels).then_some(Depthwise { kernel, stride, padding, weights, bias, bounds: [UNBOUNDED; 2] })
     }
 
-    /// The bounds and the output of a node that clamps nothing but `value`, which nothing else uses.
-    fn clamps<'n>(&self, node: &'n NodeProto, value: &str) -> Option<((f32, f32), &'n String)> {
+    /// Input, bounds and output of a node that clamps.
+    fn clamp<'n>(&self, node: &'n NodeProto) -> Option<(&'n String, (f32, f32), &'n String)> {
         let ([input, bounds @ ..], [output]) = (node.input.as_slice(), node.output.as_slice()) else { return None };
-        if input != value || self.uses.get(value) != Some(&1) || !name(&node.domain).is_empty() {
+        if !name(&node.domain).is_empty() || !node.attribute.is_empty() || self.constants.contains_key(input.as_str()) {
             return None;
         }
         let bound = |name: &String| match self.values(name)?.as_slice() {
@@ -126,7 +131,7 @@ impl<'a> Graph<'a> {
             ("Clip", [least, most]) => (bound(least)?, bound(most)?),
             _ => return None,
         };
-        (least <= most).then_some(((least, most), output))
+        (least <= most).then_some((input, (least, most), output))
     }
 }
 
@@ -142,18 +147,23 @@ pub(super) fn split(model: &ModelProto) -> Vec<Part> {
             between.push(node);
             continue;
         };
-        let mut output = output;
-        if let Some((bounds, clamped)) = nodes.peek().and_then(|next| graph.clamps(next, output)) {
-            conv.bounds = bounds;
-            output = clamped;
+        let (mut input, mut output) = (input, output);
+        // clamps before and after whose inner value nothing else uses
+        let before = between.last().and_then(|node| graph.clamp(node));
+        if let Some((from, bounds, _)) = before.filter(|(_, _, to)| *to == input && graph.is_used_once(input)) {
+            (input, conv.bounds[0]) = (from, bounds);
+            between.pop();
+        }
+        let after = nodes.peek().and_then(|node| graph.clamp(node));
+        if let Some((_, bounds, to)) = after.filter(|(from, ..)| *from == output && graph.is_used_once(output)) {
+            (output, conv.bounds[1]) = (to, bounds);
             nodes.next();
         }
         parts.extend(part_of(&mut between, model, whole, &graph));
         parts.push(Part::Depthwise { conv, input: input.clone(), output: output.clone() });
     }
     parts.extend(part_of(&mut between, model, whole, &graph));
-    keep_what_is_used(&mut parts, whole);
-    parts
+    what_is_used(parts, whole)
 }
 
 /// A graph of these nodes, which gives all that they compute.
@@ -182,18 +192,28 @@ fn value(name: &str, known: &[ValueInfoProto]) -> ValueInfoProto {
     found.unwrap_or_else(|| ValueInfoProto { name: Some(name.to_owned()), ..ValueInfoProto::default() })
 }
 
-/// Leaves only those outputs of each part that a later one takes, or that the whole graph gives.
-fn keep_what_is_used(parts: &mut [Part], whole: &GraphProto) {
+/// Those parts, and those of their outputs, that a later one takes or that the whole graph gives.
+fn what_is_used(parts: Vec<Part>, whole: &GraphProto) -> Vec<Part> {
     let mut used: BTreeSet<String> = whole.output.iter().map(|v| name(&v.name).to_owned()).collect();
-    for part in parts.iter_mut().rev() {
-        if let Part::Graph { model, outputs, .. } = part {
-            outputs.retain(|output| used.contains(output));
-            if let Some(graph) = &mut model.graph {
-                graph.output = outputs.iter().map(|n| value(n, &whole.output)).collect();
+    let mut kept = Vec::new();
+    for mut part in parts.into_iter().rev() {
+        let wanted = match &mut part {
+            Part::Graph { model, outputs, .. } => {
+                outputs.retain(|output| used.contains(output));
+                if let Some(graph) = &mut model.graph {
+                    graph.output = outputs.iter().map(|n| value(n, &whole.output)).collect();
+                }
+                !outputs.is_empty()
             }
+            Part::Depthwise { output, .. } => used.contains(output),
+        };
+        if wanted {
+            used.extend(part.inputs().iter().cloned());
+            kept.push(part);
         }
-        used.extend(part.inputs().iter().cloned());
     }
+    kept.reverse();
+    kept
 }
 
 #[cfg(test)]
@@ -248,6 +268,7 @@ mod tests {
             constant("each.bias", &[4]),
             constant("wide.weight", &[4, 1, 5, 5]),
             constant("pairs.weight", &[4, 2, 3, 3]),
+            constant("features", &[1, 4, SIDE as i64, SIDE as i64]),
             scalar("zero", 0.0),
             scalar("six", 0.3),
         ];
@@ -283,6 +304,21 @@ mod tests {
             (vec![first.clone(), each("a", "b", 1), clip("b", "c"), node("Add", &["a", "c"], "d")], "d", "gdg"),
             // a clamp whose input is used elsewhere stays where it is
             (vec![first.clone(), each("a", "b", 1), clip("b", "c"), node("Add", &["b", "c"], "d")], "d", "gdg"),
+            // a clamp before it, and one whose output is used elsewhere too
+            (vec![first.clone(), clip("a", "b"), each("b", "c", 2), conv(&["c", "wide.weight"], "d", 5, 1, 4)], "d", "gdd"),
+            (vec![first.clone(), clip("a", "b"), each("b", "c", 1), node("Add", &["b", "c"], "d")], "d", "gdg"),
+            // nothing takes what one of them gives
+            (vec![first.clone(), each("a", "b", 1), node("Relu", &["b"], "e"), each("a", "c", 2)], "c", "gd"),
+            // a constant is no value to pass on
+            (
+                vec![
+                    conv(&["features", "each.weight"], "b", 3, 1, 4),
+                    conv(&["pixels", "first.weight"], "a", 1, 1, 1),
+                    node("Add", &["a", "b"], "c"),
+                ],
+                "c",
+                "g",
+            ),
             // one after the other, the last of which is the output
             (vec![first.clone(), each("a", "b", 2), node("Relu", &["b"], "c"), conv(&["c", "wide.weight"], "d", 5, 1, 4)], "d", "gdd"),
             // groups of two are not depthwise
@@ -316,6 +352,10 @@ mod tests {
         two.graph.as_mut().unwrap().input.push(value("more", &[]));
         assert!(refused(&two).contains("2 inputs, 1 is needed"));
         assert!(refused(&ModelProto::default()).contains("no graph"));
+        // weights whose shape is not what they are
+        let mut huge = model(vec![conv(&["pixels", "each.weight"], "b", 3, 1, 4)], "b");
+        huge.graph.as_mut().unwrap().initializer[2].dims[0] = 1 << 62;
+        assert!(!refused(&huge).is_empty());
         // features of another number of channels than there are kernels
         let mut engine =
             RtenEngine::new(&model(vec![conv(&["pixels", "each.weight"], "b", 3, 1, 4)], "b").write_buf().unwrap(), 9, 1).unwrap();

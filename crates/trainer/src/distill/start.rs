@@ -30,7 +30,10 @@ impl Run {
             let tuned = name.strip_prefix("decoder.").is_some_and(|rest| rest.starts_with(TUNED));
             let of = |(state, earlier): &(Weights, Recipe)| {
                 let fits = !tuned || earlier.backbone == self.recipe.backbone;
-                fits.then(|| state.get(&format!("adam/average/{name}"), &variable.size()).ok()).flatten()
+                let saved = |kind: &str| state.get(&format!("{kind}/{name}"), &variable.size()).ok();
+                // blocks of the encoder that its recipe froze have no average
+                let frozen = || saved("net").filter(|_| name.starts_with("encoder."));
+                fits.then(|| saved("adam/average").or_else(frozen)).flatten()
             };
             let found: Vec<Option<Tensor>> = others.iter().map(of).collect();
             if let Some((without, _)) = folders.iter().zip(&found).find(|(_, t)| t.is_none()).filter(|_| found.iter().any(Option::is_some))
