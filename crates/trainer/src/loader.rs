@@ -27,16 +27,14 @@ pub struct Batch {
 }
 
 /// What batches are made of.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Plan {
     /// Samples per batch.
     pub batch: usize,
     /// Side of a crop.
     pub side: u32,
-    /// Quality levels.
-    pub levels: i64,
-    /// The one that all samples are of, if it is but one.
-    pub only: Option<i64>,
+    /// Quality levels of the samples, in turn; one that is to come more often stands there more often.
+    pub levels: Vec<i64>,
     /// How crops are changed.
     pub augment: Augment,
     /// Seed of every draw.
@@ -46,8 +44,7 @@ pub struct Plan {
 impl Plan {
     /// The batches of a recipe.
     pub fn of(r: &Recipe) -> Self {
-        let only = r.only_level.map(|l| l as i64 - 1);
-        Self { batch: r.batch, side: r.input_size(), levels: r.lambdas.len() as i64, only, augment: r.augment, seed: r.seed }
+        Self { batch: r.batch, side: r.input_size(), levels: r.drawn_levels(), augment: r.augment, seed: r.seed }
     }
 }
 
@@ -75,7 +72,7 @@ pub fn start(pack: Arc<Pack>, plan: Plan, first: u64) -> Batches {
     let count = (cores / 4).clamp(1, MOST_THREADS);
     let thread = |turn: usize| {
         let (send, receive) = sync_channel(AHEAD);
-        let pack = pack.clone();
+        let (pack, plan) = (pack.clone(), plan.clone());
         std::thread::spawn(move || {
             for step in (first + turn as u64..).step_by(count) {
                 if send.send(make(&pack, &plan, step)).is_err() {
@@ -106,9 +103,8 @@ pub fn make(pack: &Pack, plan: &Plan, step: u64) -> Result<Batch, TrainError> {
         }
         plan.augment.recolour(&mut pixels[from..], &mut rng);
     }
-    let all: Vec<i64> = plan.only.map_or(0..plan.levels, |l| l..l + 1).collect();
-    let whole = plan.batch / all.len() * all.len();
-    let mut drawn: Vec<i64> = all.iter().copied().cycle().take(whole).collect();
-    drawn.extend(all.choose_multiple(&mut rng, plan.batch - whole));
+    let whole = plan.batch / plan.levels.len().max(1) * plan.levels.len();
+    let mut drawn: Vec<i64> = plan.levels.iter().copied().cycle().take(whole).collect();
+    drawn.extend(plan.levels.choose_multiple(&mut rng, plan.batch - whole));
     Ok(Batch { pixels, levels: drawn })
 }

@@ -70,6 +70,9 @@ pub struct Recipe {
     /// Train this level alone, counted from 1: what an encoder of its own gains over one for all rates (docs/decisions/0037).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub only_level: Option<usize>,
+    /// How many samples each level gets for those that the others get; absent: all as many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub level_draws: Option<Vec<u8>>,
     /// Dead latent channels to start anew before the first step (for a run that starts from another).
     #[serde(default, skip_serializing_if = "is_zero")]
     pub wake_channels: usize,
@@ -196,6 +199,10 @@ impl Recipe {
         if self.only_level.is_some_and(|l| l == 0 || l > self.lambdas.len()) {
             return Err(format!("only_level: from 1 to {}, one for each lambda", self.lambdas.len()));
         }
+        let draws = self.level_draws.as_ref();
+        if draws.is_some_and(|d| d.len() != self.lambdas.len() || d.contains(&0) || self.only_level.is_some()) {
+            return Err("level_draws: one positive number per lambda, and no only_level".into());
+        }
         if self.decoder_only && (self.target_bytes.is_some() || self.keep_bytes || self.wake_channels > 0) {
             return Err("decoder_only: target_bytes, keep_bytes and wake_channels change what it leaves alone; remove them".into());
         }
@@ -307,6 +314,16 @@ impl Recipe {
     /// Side of the square that the encoder takes.
     pub fn input_size(&self) -> u32 {
         self.input.unwrap_or_else(|| self.backbone.input_size())
+    }
+
+    /// Levels of a batch's samples in turn, from 0.
+    pub fn drawn_levels(&self) -> Vec<i64> {
+        let all = 0..self.lambdas.len() as i64;
+        match (self.only_level, &self.level_draws) {
+            (Some(only), _) => vec![only as i64 - 1],
+            (None, None) => all.collect(),
+            (None, Some(draws)) => all.zip(draws).flat_map(|(level, draws)| std::iter::repeat_n(level, (*draws).into())).collect(),
+        }
     }
 
     /// Learning rate at `step`.

@@ -48,7 +48,8 @@ impl Remake {
         let encoder = Encoder::new(&vs.root(), kind);
         Weights::from_safetensors(old.file(&manifest.encoder.weights)?, &manifest.encoder.weights, Device::Cpu)?.copy_to(&vs)?;
         let levels = old.tables.levels.len() as i64;
-        let plan = Plan { batch: contexts::BATCH, side: manifest.input.size, levels, only: None, augment: Augment::default(), seed: 0 };
+        let plan =
+            Plan { batch: contexts::BATCH, side: manifest.input.size, levels: (0..levels).collect(), augment: Augment::default(), seed: 0 };
         let latents = contexts::latents(&encoder, Device::Cpu, &plan, pack, CROPS)?;
         let golden = export::values(&encoder.forward(&export::golden_input(plan.side, Device::Cpu)?))?;
         let mut files = BTreeMap::new();

@@ -335,14 +335,17 @@ fn a_range_test_finds_rates_that_are_too_high() {
 #[test]
 fn batches_depend_on_seed_and_step_alone() {
     let pack = pack();
-    let plan = Plan { batch: 4, side: 64, levels: 3, only: None, augment: Augment { colour: 0.2, blend: 0.5 }, seed: 0 };
-    let make = |seed, step| loader::make(&pack, &Plan { seed, ..plan }, step).unwrap();
+    let plan = Plan { batch: 4, side: 64, levels: vec![0, 1, 2], augment: Augment { colour: 0.2, blend: 0.5 }, seed: 0 };
+    let make = |seed, step| loader::make(&pack, &Plan { seed, ..plan.clone() }, step).unwrap();
     assert_eq!(make(1, 7).pixels, make(1, 7).pixels);
     assert_ne!(make(1, 7).pixels, make(1, 8).pixels);
     assert_ne!(make(1, 7).pixels, make(2, 7).pixels);
     assert_eq!(make(1, 7).levels.len(), 4);
     let one = Plan::of(&Recipe { only_level: Some(2), ..recipe() });
     assert!(loader::make(&pack, &one, 0).unwrap().levels.iter().all(|&l| l == 1), "a recipe's levels are counted from 1");
+    let low = Plan::of(&Recipe { batch: 7, level_draws: Some(vec![2, 1]), ..recipe() });
+    let mut levels = loader::make(&pack, &low, 0).unwrap().levels;
+    assert!(levels.len() == 7 && levels.pop().is_some() && levels == [0, 0, 1, 0, 0, 1], "{levels:?}");
 }
 
 #[test]
@@ -374,6 +377,8 @@ fn recipes_in_the_repository_are_sound_and_wrong_ones_are_named() {
         ("\nema = 0", "\nema = 7", "ema"),
         ("\nema = 0", "\nonly_level = 0\nema = 0", "only_level"),
         ("\nema = 0", "\nonly_level = 7\nema = 0", "only_level"),
+        ("\nema = 0", "\nlevel_draws = [1, 2]\nema = 0", "level_draws"),
+        ("\nema = 0", "\nlevel_draws = [2, 1, 1, 0, 1, 1]\nema = 0", "level_draws"),
         ("\nema = 0", "\nkl_balance = inf\nema = 0", "kl_balance"),
         ("\nema = 0", "\nkeep_bytes = true\ndecoder_only = true\nema = 0", "keep_bytes"),
         ("\nkl_weight = ", "\nkl_weight = -", "kl_weight"),
