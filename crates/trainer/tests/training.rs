@@ -198,30 +198,29 @@ fn an_encoder_of_the_backbones_blocks_begins_as_a_transform_codec() {
 /// They stay as they are, also in a run that goes on from there.
 #[test]
 fn frozen_blocks_of_the_encoder_stay_and_are_taken_along() {
-    let [first, second] = [(); 2].map(|()| tempfile::tempdir().unwrap());
-    let free = run(of_the_backbones_blocks(), first.path(), 2, false);
-    let r = Recipe { frozen_blocks: 2, ..of_the_backbones_blocks() };
-    let frozen = ["encoder.stem.", "encoder.block0_", "encoder.block1_"];
-    let is_frozen = |name: &str| frozen.iter().any(|part| name.starts_with(part));
-
     let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut after = open(r.clone(), second.path(), false);
-    after.warm_start(&[first.path().to_path_buf()], Device::Cpu).unwrap();
+    let [first, second] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let is_frozen = |name: &str| ["encoder.stem.", "encoder.block0_", "encoder.block1_"].iter().any(|part| name.starts_with(part));
     let values =
         |run: &Run| -> HashMap<String, Tensor> { run.net.vs.variables().into_iter().map(|(n, t)| (n, t.detach().copy())).collect() };
-    let before = values(&after);
-    assert!(free.iter().any(|(name, _)| is_frozen(name)) && before.len() == free.len());
-    after.train(Arc::new(pack()), 2, 100, |_| Ok(())).unwrap();
-    for (name, value) in values(&after).into_iter().filter(|(name, _)| name.starts_with("encoder.")) {
+
+    let mut frozen = open(Recipe { frozen_blocks: 2, ..of_the_backbones_blocks() }, first.path(), false);
+    // not the backbone's, to know them again
+    for (name, variable) in frozen.net.vs.variables().into_iter().filter(|(name, _)| is_frozen(name)) {
+        assert!(!variable.requires_grad(), "{name}");
+        let _ = tch::no_grad(|| variable.shallow_clone().g_mul_scalar_(1.01));
+    }
+    let before = values(&frozen);
+    frozen.train(Arc::new(pack()), 2, 100, |_| Ok(())).unwrap();
+    for (name, value) in values(&frozen).into_iter().filter(|(name, _)| name.starts_with("encoder.")) {
         assert_eq!(value == before[&name], is_frozen(&name), "{name}");
     }
     // a run that goes on from that one has them too, though nothing kept a moving average of them
-    let third = tempfile::tempdir().unwrap();
-    let mut last = open(of_the_backbones_blocks(), third.path(), false);
-    last.warm_start(&[second.path().to_path_buf()], Device::Cpu).unwrap();
-    let taken = values(&last);
+    let mut next = open(of_the_backbones_blocks(), second.path(), false);
+    next.warm_start(&[first.path().to_path_buf()], Device::Cpu).unwrap();
+    let taken = values(&next);
     assert!(before.iter().filter(|(name, _)| is_frozen(name)).all(|(name, value)| *value == taken[name]));
-    let path = third.path().join("of-another-encoder.toml");
+    let path = second.path().join("of-another-encoder.toml");
     std::fs::write(&path, toml::to_string(&Recipe { frozen_blocks: 2, ..recipe() }).unwrap()).unwrap();
     let why = Recipe::open(&path).unwrap_err().to_string();
     assert!(why.contains("frozen_blocks: the encoder has 0 blocks"), "{why}");
