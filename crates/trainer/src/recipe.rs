@@ -70,7 +70,7 @@ pub struct Recipe {
     /// Train this level alone, counted from 1: what an encoder of its own gains over one for all rates (docs/decisions/0037).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub only_level: Option<usize>,
-    /// How many samples each level gets for those that the others get; absent: all as many.
+    /// Samples that each level gets, as a ratio: `[2, 1]` gives the first twice those of the second; absent: all as many.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub level_draws: Option<Vec<u8>>,
     /// Dead latent channels to start anew before the first step (for a run that starts from another).
