@@ -14,7 +14,7 @@ help: ## list the targets
 setup: tools ## fetch libtorch, backbones and demo photos (pinned, cached), import the backbones
 	@if [ -n "$$LIBTORCH" ]; then echo "setup: using LIBTORCH=$$LIBTORCH"; else $(PYTHON) setup/fetch.py libtorch; fi
 	@$(PYTHON) setup/fetch.py weights demo-photos
-	@$(CARGO) build --release -p isthmus-trainer
+	@$(CARGO) build --release --workspace --bin trainer
 	@[ -f data/backbones/efficientnet-lite0.onnx -a -f data/backbones/labels.json ] || $(RELEASE)/trainer import
 
 .PHONY: tools

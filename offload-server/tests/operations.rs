@@ -190,10 +190,11 @@ async fn copies_run_where_the_configuration_places_them() {
         assert_eq!(config.instance_group.iter().map(|g| g.count).sum::<i32>(), copies, "{name}");
     }
     let mut both = Vec::new();
-    for i in 0..16 {
+    // few for Lite2: without bfloat16 instructions one takes over a second, and its queue refuses what its deadline will miss
+    for i in 0..10 {
         let (mut asking, container, photo) = (asking.clone(), container.clone(), photo.clone());
         both.push(tokio::spawn(async move {
-            if i % 2 == 0 {
+            if i % 5 != 4 {
                 return asking.infer(Payload::Bitstream(container), &options()).await;
             }
             asking.infer(Payload::Image(photo), &InferOptions { model: "efficientnet-lite2".into(), ..options() }).await
