@@ -18,6 +18,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// The repository's root.
@@ -216,10 +217,21 @@ impl Server {
     }
 }
 
-/// A loopback port that was free a moment ago.
+/// A free loopback port that nothing is given by the system.
+///
+/// Below the ephemeral ports, which start at 32768: one of those, free a moment ago, may by now be another test's or the
+/// source of a connection.
 pub fn free_port() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port")
+    static GIVEN: AtomicU32 = AtomicU32::new(0);
+    (0..PORTS)
+        .map(|_| std::process::id().wrapping_mul(61).wrapping_add(GIVEN.fetch_add(1, Ordering::Relaxed)) % PORTS)
+        .map(|port| SocketAddr::from(([127, 0, 0, 1], 10_000 + port as u16)))
+        .find(|address| std::net::TcpListener::bind(address).is_ok())
+        .expect("a free port")
 }
+
+/// Ports that [`free_port`] chooses from.
+const PORTS: u32 = 20_000;
 
 /// Body of a plain HTTP GET.
 ///
