@@ -15,6 +15,7 @@ use constriction::stream::{Code, Decode, Encode};
 use crate::CodecError;
 use crate::contexts::{Contexts, Field};
 use crate::distribution::{Distribution, Lookup, MAX_MAGNITUDE};
+use crate::estimator::{Estimator, Sums};
 use crate::pmf::PRECISION;
 use crate::tables::{LatentShape, LevelTables};
 
@@ -253,9 +254,10 @@ fn decode_words<const PART: bool>(
     let words: Vec<u32> = payload.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
     let mut coder = Reader::from_compressed_slice(&words).map_err(|_| CodecError::malformed("the payload ends in a zero word"))?;
     let mut plane = vec![0; shape.positions()];
-    let mut field = (!level.is_static()).then(|| Field::new(shape, |channel| level.is_read(channel)));
+    let mut field = (!level.is_static()).then(|| Field::new(shape));
     if let Some(field) = field.as_mut() {
-        (0u16..).zip(given.chunks_exact(shape.positions())).for_each(|(channel, plane)| field.note(channel, plane));
+        let planes = (0u16..).zip(given.chunks_exact(shape.positions()));
+        planes.filter(|(channel, _)| level.is_read(*channel)).for_each(|(channel, plane)| field.note(channel, plane));
     }
     let mut known = 0;
     for &channel in level.order() {
@@ -270,7 +272,7 @@ fn decode_words<const PART: bool>(
         if new < plane.len() {
             return Ok((known, false));
         }
-        if let Some(field) = field.as_mut() {
+        if let Some(field) = field.as_mut().filter(|_| level.is_read(channel)) {
             field.note(channel, &plane);
         }
     }
@@ -296,15 +298,28 @@ fn decode_in_context<const PART: bool>(
     field: &Field,
     plane: &mut [i32],
 ) -> Result<usize, CodecError> {
+    match contexts.estimator() {
+        Estimator::Linear(linear) => decode_estimated::<PART, _>(coder, (channel, contexts), linear, field, plane),
+        Estimator::Network(network) => decode_estimated::<PART, _>(coder, (channel, contexts), network.as_ref(), field, plane),
+    }
+}
+
+/// As above, with what estimates them.
+fn decode_estimated<const PART: bool, S: Sums>(
+    coder: &mut Reader<'_>,
+    (channel, contexts): (u16, &Contexts),
+    sums: &S,
+    field: &Field,
+    plane: &mut [i32],
+) -> Result<usize, CodecError> {
     let mut reader = coder.clone();
-    let mut decoding = field.decoding(contexts, channel);
+    let mut decoding = field.decoding(contexts, sums, channel);
     let width = field.width();
     for (y, row) in plane.chunks_exact_mut(width).enumerate() {
-        decoding.begin_row(y);
         for (x, symbol) in row.iter_mut().enumerate() {
-            let Some(value) = next::<PART, true>(&mut reader, decoding.distribution(x))? else { return Ok(y * width + x) };
+            let Some(value) = next::<PART, true>(&mut reader, decoding.distribution(y, x))? else { return Ok(y * width + x) };
             *symbol = value;
-            decoding.put(x, value);
+            decoding.put(y, x, value);
         }
     }
     *coder = reader;

@@ -1,53 +1,25 @@
 //! Contexts: which distribution a symbol is coded with, from the symbols coded before it.
 //!
-//! Two linear predictors over earlier symbols (of the same channel to the left and above, of channels coded
-//! earlier anywhere nearby) estimate a symbol's magnitude and its signed value; thresholds turn the two
-//! estimates into the number of a distribution. All of it is integer arithmetic on symbols, so every machine
-//! picks the same distribution. The method is that of context modelling in lossless image coding (Wu &
+//! Earlier symbols (of the same channel to the left and above, of channels coded earlier anywhere nearby) estimate a
+//! symbol's magnitude and its signed value, by two linear predictors or by a small network ([`crate::estimator`]);
+//! thresholds turn the two estimates into the number of a distribution. All of it is integer arithmetic on symbols, so
+//! every machine picks the same distribution. The method is that of context modelling in lossless image coding (Wu &
 //! Memon, "Context-based, adaptive, lossless image coding", IEEE Trans. Communications 45(4), 1997).
+//!
+//! Most symbols are zero, and zeros say nothing: every other symbol adds what it says to the sums of those that read it.
 
 use crate::CodecError;
 use crate::distribution::Distribution;
+use crate::estimator::{Estimator, REACH, Says, Sums};
 use crate::tables::LatentShape;
 
-/// Farthest position that a tap reads, each way.
-pub const REACH: usize = 2;
-/// Most taps of one predictor.
-pub const MAX_TAPS: usize = 64;
 /// Most thresholds on the magnitude, and on the signed value within one magnitude bin.
 pub const MAX_CUTS: usize = 31;
-/// Symbols count no more than this in the signed estimate, and half as much in that of the magnitude.
-const SATURATION: i32 = 31;
-/// Largest bias: sums of 64 saturated taps and a bias stay far below 2^31.
-const MAX_BIAS: u32 = 1 << 28;
-
-/// One term of a predictor: a symbol at an offset, times a weight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Tap {
-    /// Channel that is read.
-    pub channel: u16,
-    /// Rows below the symbol to code (negative: above).
-    pub dy: i8,
-    /// Columns to the right (negative: left).
-    pub dx: i8,
-    /// Factor.
-    pub weight: i16,
-}
-
-/// `bias + sum of weight x symbol`, positions outside of the latent counting as zero.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Predictor {
-    /// Constant term.
-    pub bias: i32,
-    /// Terms.
-    pub taps: Vec<Tap>,
-}
 
 /// How the distribution of each symbol of one channel is chosen.
 #[derive(Debug, Clone)]
 pub struct Contexts {
-    magnitude: Predictor,
-    signed: Predictor,
+    estimator: Estimator,
     cuts: Vec<i32>,
     signed_cuts: Vec<Vec<i32>>,
     distributions: Vec<Distribution>,
@@ -89,7 +61,7 @@ impl Steps {
     }
 
     #[inline(always)]
-    fn bin(&self, magnitude: i32, signed: i32) -> usize {
+    fn bin(&self, [magnitude, signed]: [i32; 2]) -> usize {
         let bin = Self::reached(&self.magnitude, magnitude);
         let rows = self.bins.saturating_sub(1).div_ceil(LANES);
         bin * self.bins + Self::reached(&self.signed[bin * rows..][..rows], signed)
@@ -100,8 +72,7 @@ impl Contexts {
     /// One distribution for every symbol: a static table.
     pub fn none(distribution: Distribution) -> Self {
         Self {
-            magnitude: Predictor::default(),
-            signed: Predictor::default(),
+            estimator: Estimator::default(),
             cuts: Vec::new(),
             signed_cuts: vec![Vec::new()],
             distributions: vec![distribution],
@@ -113,14 +84,15 @@ impl Contexts {
     /// `signed_cuts[b]`, all bins equally many; distributions are in the order of bins, then of signed bins.
     ///
     /// # Errors
-    /// [`CodecError::BadTables`] if the numbers of parts do not fit, thresholds do not rise, or a predictor is too
+    /// [`CodecError::BadTables`] if the numbers of parts do not fit, thresholds do not rise, or an estimator is too
     /// large or reads too far.
     pub fn new(
-        predictors: [Predictor; 2],
+        estimator: impl Into<Estimator>,
         cuts: Vec<i32>,
         signed_cuts: Vec<Vec<i32>>,
         distributions: Vec<Distribution>,
     ) -> Result<Self, CodecError> {
+        let estimator = estimator.into();
         let per_bin = signed_cuts.first().map_or(0, Vec::len);
         let rising = |v: &[i32]| v.windows(2).all(|w| w[0] <= w[1]);
         if signed_cuts.len() != cuts.len() + 1
@@ -133,15 +105,17 @@ impl Contexts {
         if distributions.len() != signed_cuts.len() * (per_bin + 1) {
             return Err(CodecError::tables(format!("{} distributions for the bins of a channel", distributions.len())));
         }
-        for p in &predictors {
-            let far = |t: &Tap| usize::from(t.dy.unsigned_abs().max(t.dx.unsigned_abs())) > REACH;
-            if p.taps.len() > MAX_TAPS || p.bias.unsigned_abs() > MAX_BIAS || p.taps.iter().any(far) {
-                return Err(CodecError::tables("a predictor has more than 64 taps, reads farther than 2 positions or has a huge bias"));
-            }
-        }
-        let [magnitude, signed] = predictors;
+        estimator.check()?;
         let steps = Steps::new(&cuts, &signed_cuts);
-        Ok(Self { magnitude, signed, cuts, signed_cuts, distributions, steps })
+        Ok(Self { estimator, cuts, signed_cuts, distributions, steps })
+    }
+
+    /// The same choice among other distributions.
+    ///
+    /// # Errors
+    /// [`CodecError::BadTables`] if they are not equally many.
+    pub fn with_distributions(&self, distributions: Vec<Distribution>) -> Result<Self, CodecError> {
+        Self::new(self.estimator.clone(), self.cuts.clone(), self.signed_cuts.clone(), distributions)
     }
 
     /// True if every symbol has the same distribution.
@@ -149,9 +123,9 @@ impl Contexts {
         self.distributions.len() == 1
     }
 
-    /// The predictors of magnitude and signed value.
-    pub fn predictors(&self) -> [&Predictor; 2] {
-        [&self.magnitude, &self.signed]
+    /// What estimates magnitude and signed value.
+    pub fn estimator(&self) -> &Estimator {
+        &self.estimator
     }
 
     /// Thresholds on the magnitude.
@@ -172,206 +146,147 @@ impl Contexts {
     /// Checks that taps read nothing that a decoder does not know yet: channels coded `earlier`, or the
     /// channel itself above and to the left.
     pub(crate) fn check_causal(&self, channel: u16, earlier: impl Fn(u16) -> bool) -> Result<(), CodecError> {
-        let known = |t: &Tap| earlier(t.channel) || (t.channel == channel && before(t));
-        match self.magnitude.taps.iter().chain(&self.signed.taps).find(|t| !known(t)) {
-            Some(t) => Err(CodecError::tables(format!("channel {channel} is predicted from channel {} before that is coded", t.channel))),
+        let known = |c: u16, dy: i8, dx: i8| earlier(c) || (c == channel && (dy < 0 || (dy == 0 && dx < 0)));
+        match self.estimator.reads().find(|&(c, dy, dx)| !known(c, dy, dx)) {
+            Some((c, ..)) => Err(CodecError::tables(format!("channel {channel} is predicted from channel {c} before that is coded"))),
             None => Ok(()),
         }
     }
-
-    #[inline(always)]
-    pub(crate) fn bin(&self, magnitude: i32, signed: i32) -> usize {
-        self.steps.bin(magnitude, signed)
-    }
 }
 
-/// True for positions that are coded before the symbol itself in row order.
-fn before(t: &Tap) -> bool {
-    t.dy < 0 || (t.dy == 0 && t.dx < 0)
+/// A symbol that is not zero: where it lies in a plane with a border, and what it is.
+#[derive(Debug, Clone, Copy)]
+struct Spoken {
+    at: u32,
+    says: Says,
 }
 
-/// Symbols as predictors see them: saturated, in planes with a border of zeros. Channels that no predictor reads have none.
+/// Symbols as estimators see them: those that are not zero, by channel.
 pub struct Field {
-    width: usize,
-    height: usize,
+    shape: LatentShape,
+    planes: Vec<Vec<Spoken>>,
+}
+
+/// Planes have a border of [`REACH`] on all sides, so that whatever a tap reads lies inside.
+#[derive(Debug, Clone, Copy)]
+struct Plane {
     stride: usize,
-    /// Where each channel's plane begins.
-    planes: Vec<Option<usize>>,
-    magnitudes: Vec<i8>,
-    signed: Vec<i8>,
+    len: usize,
 }
 
-/// Magnitude and value of a symbol as predictors see it.
-#[inline(always)]
-fn saturated(symbol: i32) -> [i8; 2] {
-    let signed = symbol.clamp(-SATURATION, SATURATION);
-    [signed.abs().min(SATURATION / 2) as i8, signed as i8]
-}
+impl Plane {
+    fn of(shape: LatentShape) -> Self {
+        let stride = usize::from(shape.width) + 2 * REACH;
+        Self { stride, len: stride * (usize::from(shape.height) + 2 * REACH) }
+    }
 
-/// Adds `weight` times the values to the sums.
-#[inline(always)]
-fn add(sums: &mut [i32], weight: i16, values: &[i8]) {
-    for (sum, &value) in sums.iter_mut().zip(values) {
-        *sum += i32::from(weight) * i32::from(value);
+    /// Where lies what reads a symbol at such a place, from the symbol on.
+    fn back(self, (_, dy, dx): (u16, i8, i8)) -> isize {
+        -(isize::from(dy) * self.stride as isize + isize::from(dx))
+    }
+
+    /// Row `y`, column `x` of the latent.
+    #[inline(always)]
+    fn inside(self, y: usize, x: usize) -> usize {
+        (y + REACH) * self.stride + x + REACH
     }
 }
 
 impl Field {
-    /// All symbols zero; predictors read only channels that are `wanted`.
-    pub fn new(shape: LatentShape, wanted: impl Fn(u16) -> bool) -> Self {
-        let (width, height) = (usize::from(shape.width), usize::from(shape.height));
-        let stride = width + 2 * REACH;
-        let mut len = 0;
-        let planes = (0..shape.channels).map(|channel| {
-            let begin = len;
-            wanted(channel).then(|| {
-                len += stride * (height + 2 * REACH);
-                begin
-            })
-        });
-        let planes = planes.collect();
-        Self { width, height, stride, planes, magnitudes: vec![0; len], signed: vec![0; len] }
+    /// All symbols zero.
+    pub fn new(shape: LatentShape) -> Self {
+        Self { shape, planes: vec![Vec::new(); shape.channels.into()] }
     }
 
     /// Columns of the latent.
     pub(crate) fn width(&self) -> usize {
-        self.width
+        self.shape.width.into()
     }
 
     /// Notes the symbols of `channel` (row-major), once.
     pub fn note(&mut self, channel: u16, symbols: &[i32]) {
-        // most channels of most levels are empty: a new field is zero
-        let empty = symbols.iter().fold(0, |any, s| any | s) == 0;
-        let Some(begin) = self.planes.get(usize::from(channel)).copied().flatten().filter(|_| !empty) else { return };
-        for (y, row) in symbols.chunks_exact(self.width).enumerate() {
-            let at = begin + self.inside(y, 0);
-            for ((magnitude, signed), &symbol) in self.magnitudes[at..].iter_mut().zip(&mut self.signed[at..]).zip(row) {
-                [*magnitude, *signed] = saturated(symbol);
+        let Some(spoken) = self.planes.get_mut(usize::from(channel)) else { return };
+        let plane = Plane::of(self.shape);
+        for (y, row) in symbols.chunks_exact(self.shape.width.into()).enumerate() {
+            for (x, &symbol) in row.iter().enumerate().filter(|(_, s)| **s != 0) {
+                spoken.push(Spoken { at: plane.inside(y, x) as u32, says: Says::of(symbol) });
             }
         }
     }
 
-    /// Row `y`, column `x` of the latent in a plane.
-    fn inside(&self, y: usize, x: usize) -> usize {
-        (y + REACH) * self.stride + x + REACH
-    }
-
-    /// Where `tap` reads from for row `y`, column `x` in a plane.
-    fn shifted(&self, tap: &Tap, y: usize, x: usize) -> usize {
-        let distance = isize::from(tap.dy) * self.stride as isize + isize::from(tap.dx);
-        self.inside(y, x).wrapping_add_signed(distance)
-    }
-
-    /// The symbol that `tap` reads from position `at` (row-major): magnitude and signed value, saturated.
-    pub fn read(&self, tap: &Tap, at: usize) -> [i8; 2] {
-        let begin = self.planes.get(usize::from(tap.channel)).copied().flatten();
-        begin.map_or([0; 2], |begin| {
-            let i = begin + self.shifted(tap, at / self.width, at % self.width);
-            [self.magnitudes[i], self.signed[i]]
-        })
-    }
-
-    /// Estimates (magnitude, signed) from the taps that pass `wanted`, in rows as far apart as in the planes, so that all of them are one loop; what
-    /// lies between them means nothing.
-    fn estimates(&self, contexts: &Contexts, wanted: impl Fn(&Tap) -> bool) -> [Vec<i32>; 2] {
-        let len = (self.height - 1) * self.stride + self.width;
-        let of = |predictor: &Predictor, planes: &[i8]| {
-            let mut sums = vec![predictor.bias; len];
-            for tap in predictor.taps.iter().filter(|t| wanted(t)) {
-                if let Some(begin) = self.planes.get(usize::from(tap.channel)).copied().flatten() {
-                    add(&mut sums, tap.weight, &planes[begin + self.shifted(tap, 0, 0)..]);
+    /// Sums at every position of a plane, from what reads a channel that is `wanted`.
+    fn sums<S: Sums>(&self, of: &S, wanted: impl Fn(u16) -> bool) -> Vec<S::Sum> {
+        let plane = Plane::of(self.shape);
+        let mut sums = vec![of.bias(); plane.len];
+        for &reader in of.readers() {
+            let place = S::place(&reader);
+            let (back, spoken) = (plane.back(place), self.planes.get(usize::from(place.0)));
+            for spoken in spoken.filter(|_| wanted(place.0)).into_iter().flatten() {
+                if let Some(sum) = sums.get_mut((spoken.at as usize).wrapping_add_signed(back)) {
+                    S::add(&reader, sum, spoken.says);
                 }
             }
-            sums
-        };
-        [of(&contexts.magnitude, &self.magnitudes), of(&contexts.signed, &self.signed)]
+        }
+        sums
     }
 
-    /// Estimates at every position from all taps, once all symbols they read are known.
-    pub fn estimate_all(&self, contexts: &Contexts) -> [Vec<i32>; 2] {
-        self.estimates(contexts, |_| true).map(|sums| sums.chunks(self.stride).flat_map(|row| &row[..self.width]).copied().collect())
+    fn estimates<S: Sums>(&self, of: &S) -> Vec<[i32; 2]> {
+        let (plane, sums) = (Plane::of(self.shape), self.sums(of, |_| true));
+        let rows = (0..usize::from(self.shape.height)).map(|y| &sums[plane.inside(y, 0)..][..self.shape.width.into()]);
+        rows.flatten().map(|sum| of.estimate(sum)).collect()
+    }
+
+    /// Estimates of magnitude and signed value at every position, once all symbols that are read are known.
+    pub fn estimate_all(&self, estimator: &Estimator) -> Vec<[i32; 2]> {
+        match estimator {
+            Estimator::Linear(linear) => self.estimates(linear),
+            Estimator::Network(network) => self.estimates(network.as_ref()),
+        }
     }
 
     /// Number of the distribution of every position of a channel whose symbols are all known.
     pub(crate) fn bins(&self, contexts: &Contexts) -> Vec<usize> {
-        let [magnitude, signed] = self.estimate_all(contexts);
-        magnitude.into_iter().zip(signed).map(|(m, s)| contexts.bin(m, s)).collect()
+        self.estimate_all(&contexts.estimator).into_iter().map(|e| contexts.steps.bin(e)).collect()
     }
 
     /// The channel that is decoded now: what other channels say of it is known.
-    pub(crate) fn decoding<'a>(&'a self, contexts: &'a Contexts, channel: u16) -> Decoding<'a> {
-        let mut left = [[0; 2]; REACH];
-        for (which, predictor) in contexts.predictors().into_iter().enumerate() {
-            for tap in predictor.taps.iter().filter(|t| t.channel == channel && t.dy == 0) {
-                // a channel's taps on its own row lie to the left: `check_causal`
-                if let Some(weights) = left.get_mut(usize::from(tap.dx.unsigned_abs()).wrapping_sub(1)) {
-                    weights[which] += i32::from(tap.weight);
-                }
-            }
-        }
-        let above = contexts.predictors().map(|p| p.taps.iter().filter(|t| t.channel == channel && t.dy < 0).collect());
-        let len = self.stride * (self.height + 2 * REACH);
-        Decoding {
-            field: self,
-            contexts,
-            estimates: self.estimates(contexts, |t| t.channel != channel),
-            above,
-            left,
-            planes: [vec![0; len], vec![0; len]],
-            near: [[0; 2]; REACH],
-            row: [0; 2],
-        }
+    pub(crate) fn decoding<'a, S: Sums>(&self, contexts: &'a Contexts, of: &'a S, channel: u16) -> Decoding<'a, S> {
+        let plane = Plane::of(self.shape);
+        let own = of.readers().iter().map(|r| (S::place(r), *r)).filter(|(place, _)| place.0 == channel);
+        let own = own.map(|(place, reader)| (plane.back(place), reader)).collect();
+        Decoding { contexts, of, plane, sums: self.sums(of, |c| c != channel), own }
     }
 }
 
 /// A channel of which symbols become known one by one.
-pub(crate) struct Decoding<'a> {
-    field: &'a Field,
+pub(crate) struct Decoding<'a, S: Sums> {
     contexts: &'a Contexts,
-    /// As of [`Field::estimates`].
-    estimates: [Vec<i32>; 2],
-    /// Taps of both predictors on the channel's own rows above.
-    above: [Vec<&'a Tap>; 2],
-    /// Weights of both predictors on its own symbols to the left, nearest first.
-    left: [[i32; 2]; REACH],
-    /// Magnitudes and signed values so far.
-    planes: [Vec<i8>; 2],
-    /// The last ones of this row, the last first.
-    near: [[i32; 2]; REACH],
-    /// Where this row begins in estimates and in planes.
-    row: [usize; 2],
+    of: &'a S,
+    plane: Plane,
+    sums: Vec<S::Sum>,
+    /// What reads the channel itself, and where it lies, from a symbol on.
+    own: Vec<(isize, S::Reader)>,
 }
 
-impl Decoding<'_> {
-    /// Goes on to row `y`: those above are known.
-    pub(crate) fn begin_row(&mut self, y: usize) {
-        self.row = [y * self.field.stride, self.field.inside(y, 0)];
-        self.near = [[0; 2]; REACH];
-        let columns = self.row[0]..self.row[0] + self.field.width;
-        for ((sums, taps), plane) in self.estimates.iter_mut().zip(&self.above).zip(&self.planes) {
-            for tap in taps {
-                add(&mut sums[columns.clone()], tap.weight, &plane[self.field.shifted(tap, y, 0)..]);
+impl<S: Sums> Decoding<'_, S> {
+    /// The distribution of row `y`, column `x`: what is above and to the left is known.
+    #[inline(always)]
+    pub(crate) fn distribution(&self, y: usize, x: usize) -> &Distribution {
+        let estimates = self.of.estimate(&self.sums[self.plane.inside(y, x)]);
+        &self.contexts.distributions[self.contexts.steps.bin(estimates)]
+    }
+
+    /// Notes the symbol of row `y`, column `x`.
+    #[inline(always)]
+    pub(crate) fn put(&mut self, y: usize, x: usize, symbol: i32) {
+        if symbol == 0 {
+            return;
+        }
+        let (at, says) = (self.plane.inside(y, x), Says::of(symbol));
+        for (back, reader) in &self.own {
+            if let Some(sum) = self.sums.get_mut(at.wrapping_add_signed(*back)) {
+                S::add(reader, sum, says);
             }
         }
-    }
-
-    /// The distribution of column `x`: those to the left are known.
-    #[inline(always)]
-    pub(crate) fn distribution(&self, x: usize) -> &Distribution {
-        let [mut magnitude, mut signed] = [self.estimates[0][self.row[0] + x], self.estimates[1][self.row[0] + x]];
-        for (weights, symbol) in self.left.iter().zip(&self.near) {
-            magnitude += weights[0] * symbol[0];
-            signed += weights[1] * symbol[1];
-        }
-        &self.contexts.distributions[self.contexts.bin(magnitude, signed)]
-    }
-
-    /// Notes the symbol of column `x`.
-    #[inline(always)]
-    pub(crate) fn put(&mut self, x: usize, symbol: i32) {
-        let seen = saturated(symbol);
-        [self.planes[0][self.row[1] + x], self.planes[1][self.row[1] + x]] = seen;
-        self.near.rotate_right(1);
-        self.near[0] = seen.map(i32::from);
     }
 }

@@ -123,8 +123,8 @@ impl LevelTables {
             coded[usize::from(c)] = true;
         }
         let mut read = vec![false; channels.len()];
-        for tap in channels.iter().flat_map(|c| c.contexts.predictors()).flat_map(|p| &p.taps) {
-            if let Some(read) = read.get_mut(usize::from(tap.channel)) {
+        for (channel, ..) in channels.iter().flat_map(|c| c.contexts.estimator().reads()) {
+            if let Some(read) = read.get_mut(usize::from(channel)) {
                 *read = true;
             }
         }
@@ -187,8 +187,9 @@ impl LevelTables {
     /// Symbols (channel-major) as predictors see them; nothing is noted where all tables are static.
     pub(crate) fn field(&self, symbols: &[i32], shape: LatentShape) -> Option<Field> {
         (!self.is_static()).then(|| {
-            let mut field = Field::new(shape, |channel| self.is_read(channel));
-            for (channel, plane) in (0..shape.channels).zip(symbols.chunks_exact(shape.positions())) {
+            let mut field = Field::new(shape);
+            let planes = (0..shape.channels).zip(symbols.chunks_exact(shape.positions()));
+            for (channel, plane) in planes.filter(|(channel, _)| self.is_read(*channel)) {
                 field.note(channel, plane);
             }
             field

@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use isthmus_codec::{
-    BundleHash, ChannelTable, CodecError, Container, Contexts, Distribution, LatentShape, LevelTables, Predictor, Tables, Tap, coder,
-    container, pmf,
+    BundleHash, ChannelTable, CodecError, Container, Contexts, Distribution, Input, LatentShape, LevelTables, Network, Predictor, Tables,
+    Tap, coder, container, pmf,
 };
 use proptest::prelude::*;
 
@@ -57,6 +57,114 @@ fn symbols(seed: u64) -> Vec<i32> {
 
 fn decode(bytes: &[u8]) -> Result<Vec<i32>, CodecError> {
     Container::parse(bytes)?.decode(&HASH, SHAPE, &tables())
+}
+
+/// A network whose units read what is at these places, and thresholds that its estimates pass now and then.
+fn network(places: &[(u16, i8, i8)]) -> Contexts {
+    let some = |seed: usize| std::array::from_fn(|unit| ((seed * 37 + unit * 101) % 161) as i16 - 80);
+    let input = |(i, &(channel, dy, dx))| Input { channel, dy, dx, signed: some(i), magnitude: some(i + 50) };
+    let network = Network {
+        inputs: places.iter().enumerate().map(input).collect(),
+        bias: std::array::from_fn(|unit| unit as i16 * 30 - 200),
+        outputs: [some(90), some(120)],
+    };
+    let distributions = [0.05, 0.1, 0.4, 0.45, 0.7, 0.75].map(|decay| geometric(8, decay)).to_vec();
+    Contexts::new(network, vec![-10201, 24937], vec![vec![24731], vec![20775], vec![58026]], distributions).unwrap()
+}
+
+/// As [`tables`], two channels with networks.
+fn networks() -> Tables {
+    let mut channels = tables().levels.remove(0).channels;
+    channels[0] = channel(network(&[(0, 0, -1), (0, -1, 2), (0, -2, -2), (2, 0, 0), (2, 2, -1)]));
+    channels[1] = channel(network(&[(1, 0, -1), (1, 0, -2), (1, -1, 0), (3, 1, 1), (0, 0, 0), (2, -2, 0)]));
+    Tables { levels: vec![LevelTables::in_order(channels, vec![2, 0, 3, 1]).unwrap()] }
+}
+
+/// The distributions that networks choose, as docs/wire-format.md says.
+#[test]
+fn networks_choose_as_the_format_says() {
+    let tables = networks();
+    let level = &tables.levels[0];
+    let mut chosen = [0; 6];
+    for seed in 1..20 {
+        let symbols = symbols(seed);
+        let bins = level.bins(&symbols, SHAPE).unwrap();
+        for (c, y, x) in (0..2).flat_map(|c| (0..6i32).flat_map(move |y| (0..9i32).map(move |x| (c, y, x)))) {
+            let contexts = &level.channels[c].contexts;
+            let isthmus_codec::Estimator::Network(network) = contexts.estimator() else { panic!("a network") };
+            let at = |i: &Input| {
+                let (y, x) = (y + i32::from(i.dy), x + i32::from(i.dx));
+                let inside = (0..6).contains(&y) && (0..9).contains(&x);
+                if inside { i64::from(symbols[usize::from(i.channel) * SHAPE.positions() + (y * 9 + x) as usize]) } else { 0 }
+            };
+            let unit = |u: usize| {
+                let term = |i: &Input| {
+                    let s = at(i);
+                    i64::from(i.signed[u]) * s.clamp(-31, 31) + i64::from(i.magnitude[u]) * s.abs().min(15)
+                };
+                let sum = i64::from(network.bias[u]) + network.inputs.iter().map(term).sum::<i64>();
+                sum.max(0)
+            };
+            let [m, v] = network.outputs.map(|w| (0..16).map(|u| i64::from(w[u]) * unit(u)).sum::<i64>());
+            let reached = |cuts: &[i32], value: i64| cuts.iter().filter(|c| i64::from(**c) <= value).count();
+            let bin = reached(contexts.cuts(), m);
+            let wanted = bin * 2 + reached(&contexts.signed_cuts()[bin], v);
+            assert_eq!(bins[c * SHAPE.positions() + (y * 9 + x) as usize], wanted, "seed {seed}, channel {c}, row {y}, column {x}");
+            chosen[wanted] += 1;
+        }
+    }
+    assert!(chosen.iter().all(|n| *n > 20), "all are chosen: {chosen:?}");
+}
+
+#[test]
+fn networks_round_trip_in_containers_and_files() {
+    let tables = networks();
+    let bytes = tables.to_bytes();
+    assert_eq!(bytes[4], 4);
+    let back = Tables::from_bytes(&bytes).unwrap();
+    assert_eq!(back.to_bytes(), bytes);
+    for seed in 1..60 {
+        let container = container::encode(&symbols(seed), 1, &HASH, SHAPE, &tables).unwrap();
+        assert_eq!(Container::parse(&container).unwrap().decode(&HASH, SHAPE, &back).unwrap(), symbols(seed));
+        assert_ne!(container, container::encode(&symbols(seed), 1, &HASH, SHAPE, &self::tables()).unwrap());
+    }
+    let golden = container::encode(&symbols(1), 1, &HASH, SHAPE, &tables).unwrap();
+    let digest = isthmus_codec::bundle::sha256(&golden);
+    assert_eq!((golden.len(), digest.as_str()), GOLDEN_NETWORKS, "what networks choose changed: raise the version of tables");
+    for len in 0..bytes.len() {
+        assert!(Tables::from_bytes(&bytes[..len]).is_err(), "length {len}");
+    }
+    // magic, version, levels, channels, coded ones and their order; gain, inverse, median, numbers of thresholds
+    let units = 18 + 14;
+    assert_eq!(bytes[units], 16);
+    let mut other = bytes.clone();
+    other[units] = 8;
+    assert!(Tables::from_bytes(&other).unwrap_err().to_string().contains("a network of 8 units"));
+}
+
+const GOLDEN_NETWORKS: (usize, &str) = (136, "279e01934315583ed45447abe1f3b702f2675f0322768a6212bb3baf395233e4");
+
+#[test]
+fn networks_out_of_bounds_are_refused() {
+    let level = |places: &[(u16, i8, i8)]| LevelTables::in_order(vec![channel(network(places)), channel(contexts(&[]))], vec![0, 1]);
+    assert!(level(&[(0, -1, 2), (0, 0, -1)]).is_ok());
+    for future in [(0, 0, 0), (0, 0, 1), (0, 1, -1), (1, 0, 0), (7, 0, 0)] {
+        assert!(matches!(level(&[future]), Err(CodecError::BadTables(_))), "{future:?}");
+    }
+    let new = |inputs: usize, dx, bias: i16| {
+        let input = Input { channel: 0, dy: 0, dx, signed: [i16::MIN; 16], magnitude: [i16::MIN; 16] };
+        let network = Network { inputs: vec![input; inputs], bias: [bias; 16], outputs: [[i16::MIN; 16]; 2] };
+        Contexts::new(network, vec![0], vec![vec![0]; 2], vec![geometric(2, 0.5); 4])
+    };
+    assert!(new(65, -1, 0).is_err(), "too many inputs");
+    assert!(new(1, -3, 0).is_err(), "too far");
+    // sums that leave their range leave it on both sides
+    for (bias, symbol) in [(i16::MAX, -2000), (i16::MIN, 2000), (i16::MAX, 2000)] {
+        let shape = LatentShape { channels: 1, ..SHAPE };
+        let level = LevelTables::new(vec![channel(new(64, -1, bias).unwrap())]).unwrap();
+        let symbols = vec![symbol; shape.symbols()];
+        assert_eq!(coder::decode(&coder::encode(&symbols, &level, shape).unwrap(), &level, shape).unwrap(), symbols);
+    }
 }
 
 /// The bytes of this container are part of the format: they must never change.
@@ -221,10 +329,11 @@ fn every_end_of_a_payload_decodes() {
 
 proptest! {
     #[test]
-    fn symbols_round_trip(raw in prop::collection::vec(-32768i32..=32768, SHAPE.symbols()), seed: u64, wild: bool) {
+    fn symbols_round_trip(raw in prop::collection::vec(-32768i32..=32768, SHAPE.symbols()), seed: u64, wild: bool, nets: bool) {
         let s = if wild { raw } else { symbols(seed) };
-        let bytes = container::encode(&s, 1, &HASH, SHAPE, &tables()).unwrap();
-        prop_assert_eq!(decode(&bytes).unwrap(), s);
+        let tables = if nets { networks() } else { tables() };
+        let bytes = container::encode(&s, 1, &HASH, SHAPE, &tables).unwrap();
+        prop_assert_eq!(Container::parse(&bytes).and_then(|c| c.decode(&HASH, SHAPE, &tables)).unwrap(), s);
     }
 
     #[test]
@@ -236,7 +345,8 @@ proptest! {
     }
 
     #[test]
-    fn damaged_tables_and_payloads_never_panic(at in 0usize..4000, value: u8, payload in prop::collection::vec(any::<u8>(), 0..400)) {
+    fn damaged_tables_and_payloads_never_panic(at in 0usize..4000, value: u8, nets: bool, payload in prop::collection::vec(any::<u8>(), 0..400)) {
+        let tables = if nets { networks } else { tables };
         let mut bytes = tables().to_bytes();
         let at = at % bytes.len();
         bytes[at] = value;

@@ -87,8 +87,8 @@ pub enum Command {
         #[arg(long, default_value = "data/backbones")]
         backbones: PathBuf,
     },
-    /// Write a bundle anew without what is never used: latent channels that are empty on all training crops are no longer coded.
-    Silence(NewBundle),
+    /// Write a bundle anew with the entropy coder's contexts fitted again, and without latent channels that are empty on all training crops.
+    Contexts(NewBundle),
     /// Write a bundle anew with progressive bitstreams: level 1, then refinements, of which any number can be left out.
     Refine {
         #[command(flatten)]

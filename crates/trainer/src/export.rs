@@ -62,12 +62,11 @@ pub fn latent_shape(recipe: &Recipe) -> LatentShape {
 ///
 /// # Errors
 /// If a photo cannot be coded.
-pub fn coded_bytes(run: &Run, tables: &Tables, photos: &[Rgb]) -> Result<Vec<f64>, TrainError> {
+pub fn coded_bytes(encoder: &Encoder, device: Device, tables: &Tables, shape: LatentShape, photos: &[Rgb]) -> Result<Vec<f64>, TrainError> {
     let _frozen = tch::no_grad_guard();
-    let shape = latent_shape(&run.recipe);
     let mut sums = vec![0usize; tables.levels.len()];
     for photo in photos {
-        let y = values(&run.net.encoder.forward(&quick::stack(std::slice::from_ref(photo), run.net.vs.device())))?;
+        let y = values(&encoder.forward(&quick::stack(std::slice::from_ref(photo), device)))?;
         for (level, sum) in tables.levels.iter().zip(&mut sums) {
             *sum += coder::encode(&level.quantise(&y, shape)?, level, shape)?.len() + container::OVERHEAD;
         }

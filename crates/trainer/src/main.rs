@@ -18,9 +18,7 @@ use isthmus_trainer::history::History;
 use isthmus_trainer::pack::Pack;
 use isthmus_trainer::photos::{self, Set};
 use isthmus_trainer::recipe::Recipe;
-use isthmus_trainer::{
-    adapt, blueprint, contexts, crops, curves, domain, evaluation, export, gain, import, local, own, quick, refine, silence,
-};
+use isthmus_trainer::{adapt, blueprint, contexts, crops, curves, domain, evaluation, export, gain, import, local, own, quick, refine};
 use tch::Device;
 
 /// Side of the evaluation crops: that of the Lite0 teacher.
@@ -69,11 +67,14 @@ fn run(cli: Cli) -> Result<()> {
             println!("{} {} for {} written to {}", manifest.name, manifest.version, backbones.join(" and "), out.display());
             Ok(())
         }
-        Command::Silence(NewBundle { ref bundle, ref out, ref version }) => {
-            let manifest = silence::bundle(bundle, &Pack::open(&cli.data.join("train.pack"))?, version, out)?;
+        Command::Contexts(NewBundle { ref bundle, ref out, ref version }) => {
+            let old = folder::open(bundle, |_| false, &Trust::all())?.manifest;
+            let held_out = own::held_out(&cli.data, &cli.third_party, old.input.size, true)?;
+            let manifest = contexts::bundle(bundle, &Pack::open(&cli.data.join("train.pack"))?, &held_out, version, out)?;
             let tables = folder::open(out, |_| false, &Trust::all())?.tables;
-            for (q, level) in (1..).zip(&tables.levels) {
-                println!("q{q}  {} of {} channels are coded", level.order().len(), level.channels.len());
+            for ((q, level), (before, now)) in (1..).zip(&tables.levels).zip(old.quality.iter().zip(&manifest.quality)) {
+                let (coded, all) = (level.order().len(), level.channels.len());
+                println!("q{q}  {:.0} B, {:.0} B before; {coded} of {all} channels are coded", now.bytes, before.bytes);
             }
             println!("{} {} written to {}", manifest.name, manifest.version, out.display());
             Ok(())
@@ -292,8 +293,9 @@ fn export_run(cli: &Cli, run: &Path, out: &Path, version: &str, backbones: &Path
     let manifest = active.with_average(|r| {
         let mut point = quick::score(r, &held_out)?;
         point.crops += history.crops();
-        let tables = contexts::fit(r, &export::tables(r)?, export::latent_shape(&r.recipe), &pack, contexts::CROPS)?;
-        for (score, bytes) in point.levels.iter_mut().zip(export::coded_bytes(r, &tables, &held_out)?) {
+        let shape = export::latent_shape(&r.recipe);
+        let tables = contexts::fit(r, &export::tables(r)?, shape, &pack, contexts::CROPS)?;
+        for (score, bytes) in point.levels.iter_mut().zip(export::coded_bytes(&r.net.encoder, Device::Cpu, &tables, shape, &held_out)?) {
             println!("q{}  {:.0} B with static tables, {bytes:.0} B with contexts", score.level, score.bytes);
             score.bytes = bytes;
         }

@@ -27,6 +27,8 @@ pub(crate) struct Remake {
     pub manifest: Manifest,
     /// Of the new one.
     pub files: BTreeMap<String, Vec<u8>>,
+    /// The encoder.
+    pub encoder: Encoder,
     /// Of about [`CROPS`] training crops, one after the other.
     pub latents: Vec<f32>,
     /// Of the golden input.
@@ -56,7 +58,7 @@ impl Remake {
         for name in manifest.files.keys() {
             files.insert(name.clone(), old.file(name)?.to_vec());
         }
-        Ok(Self { old, folder: folder.into(), manifest, files, latents, golden })
+        Ok(Self { old, folder: folder.into(), manifest, files, encoder, latents, golden })
     }
 
     /// Writes the new bundle into `out`, and how the old one came about.

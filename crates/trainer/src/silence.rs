@@ -1,14 +1,9 @@
 //! Latent channels that are empty on all training crops: they are left out of the coding order, so that neither side spends time on them. Between two levels they come back with the step that
 //! they have at the upper one.
 
-use std::path::Path;
-
-use isthmus_codec::manifest::Manifest;
-use isthmus_codec::{BundleHash, LatentShape, LevelTables, Quality, Tables, container, golden};
+use isthmus_codec::{LatentShape, LevelTables, Quality, Tables};
 
 use crate::error::TrainError;
-use crate::pack::Pack;
-use crate::remake::Remake;
 
 /// Silences, level by level, the channels without a symbol other than zero in all of `latents` (one after the other), at the level's own quality and at the
 /// finest that is coded with its tables.
@@ -52,27 +47,6 @@ fn with_next_steps(mut tables: Tables) -> Tables {
         }
     }
     tables
-}
-
-/// Writes the bundle of `folder` into `out` with its empty channels silent, as about [`crate::contexts::CROPS`] crops of `pack` show them; all else stays.
-///
-/// # Errors
-/// If a file cannot be read or written, or crops cannot be made.
-pub fn bundle(folder: &Path, pack: &Pack, version: &str, out: &Path) -> Result<Manifest, TrainError> {
-    let mut remake = Remake::open(folder, pack)?;
-    let manifest = &remake.manifest;
-    // the golden input stays what it was: its answers are the decoders'
-    remake.latents.extend(&remake.golden);
-    let tables = silence(remake.old.tables.clone(), &remake.latents, manifest.latent)?;
-    let (header, symbols) = remake.old.golden_symbols()?;
-    let golden = container::encode(&symbols, header.quality, &BundleHash([0; 32]), manifest.latent, &tables)?;
-    remake.files.insert(manifest.tables.clone(), tables.to_bytes());
-    remake.files.insert(manifest.golden.container.clone(), golden);
-    // what silent channels stand for may differ in the last bit
-    let mut latent = Vec::new();
-    tables.level(header.quality)?.dequantise_into(&symbols, manifest.latent, &mut latent)?;
-    remake.manifest.golden.latent_sha256 = golden::latent_sha256(&latent);
-    remake.write(version, out)
 }
 
 #[cfg(test)]

@@ -3,8 +3,8 @@
 use std::sync::OnceLock;
 
 use isthmus_codec::{
-    BundleHash, ChannelTable, Container, Contexts, Distribution, LatentShape, LevelTables, Predictor, Progressive, Refinement, Refinements,
-    Tables, Tap, coder, pmf,
+    BundleHash, ChannelTable, Container, Contexts, Distribution, Input, LatentShape, LevelTables, Network, Predictor, Progressive,
+    Refinement, Refinements, Tables, Tap, coder, pmf,
 };
 
 use isthmus_federate::train::Model;
@@ -51,8 +51,20 @@ fn small_tables() -> &'static Tables {
             let contexts = Contexts::new([predictor.clone(), predictor], vec![400, 1200], vec![vec![0]; 3], distributions);
             ChannelTable::with_contexts(1.0, 1.0, 0.1, contexts.expect("contexts")).expect("a table")
         };
+        // a third one with networks
+        let learned = |c: u16| {
+            let weights = |seed: i16| std::array::from_fn(|unit| (unit as i16 * 977 + seed).wrapping_mul(31));
+            let input = |channel, dy, dx| Input { channel, dy, dx, signed: weights(dy.into()), magnitude: weights(dx.into()) };
+            let own = [input(c, 0, -1), input(c, -1, 2)];
+            let inputs = own.into_iter().chain(c.checked_sub(1).map(|channel| input(channel, 2, 0))).collect();
+            let network = Network { inputs, bias: [5000; 16], outputs: [weights(3), weights(4)] };
+            let distributions = vec![Distribution::new(-2, widths.clone()).expect("a table"); 6];
+            let contexts = Contexts::new(network, vec![0, 1 << 20], vec![vec![0]; 3], distributions);
+            ChannelTable::with_contexts(1.0, 1.0, 0.1, contexts.expect("contexts")).expect("a table")
+        };
         let level = |channels| LevelTables::new(channels).expect("a level");
-        Tables { levels: vec![level((0..4).map(|_| channel()).collect()), level((0..4).map(dependent).collect())] }
+        let levels = vec![(0..4).map(|_| channel()).collect(), (0..4).map(dependent).collect(), (0..4).map(learned).collect()];
+        Tables { levels: levels.into_iter().map(level).collect() }
     })
 }
 

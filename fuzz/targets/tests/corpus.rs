@@ -59,7 +59,7 @@ fn every_target_survives_its_corpus_and_mutations_of_it() {
 #[test]
 fn the_corpus_of_tables_holds_files_that_are_read() {
     let folder = isthmus_testkit::root().join("fuzz/corpus/tables");
-    for name in ["static", "contexts", "silent", "silent-static"] {
+    for name in ["static", "contexts", "networks", "silent", "silent-static"] {
         let bytes = std::fs::read(folder.join(name)).expect("corpus file");
         isthmus_codec::Tables::from_bytes(&bytes).expect(name);
     }

@@ -99,6 +99,5 @@ fn tilted(d: &Distribution, scale: f64, shift: f64) -> Result<Distribution, Fede
 /// If the numbers are out of all proportion.
 pub fn tilt(contexts: &Contexts, scale: f64, shift: f64) -> Result<Contexts, FederateError> {
     let distributions = contexts.distributions().iter().map(|d| tilted(d, scale, shift)).collect::<Result<_, _>>()?;
-    let predictors = contexts.predictors().map(Clone::clone);
-    Ok(Contexts::new(predictors, contexts.cuts().to_vec(), contexts.signed_cuts().to_vec(), distributions)?)
+    Ok(contexts.with_distributions(distributions)?)
 }
