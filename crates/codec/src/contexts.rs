@@ -207,7 +207,8 @@ impl Field {
     pub fn note(&mut self, channel: u16, symbols: &[i32]) {
         let Some(spoken) = self.planes.get_mut(usize::from(channel)) else { return };
         let plane = Plane::of(self.shape);
-        for (y, row) in symbols.chunks_exact(self.shape.width.into()).enumerate() {
+        // chunks of nothing cannot be made
+        for (y, row) in symbols.chunks_exact(usize::from(self.shape.width).max(1)).enumerate() {
             for (x, &symbol) in row.iter().enumerate().filter(|(_, s)| **s != 0) {
                 spoken.push(Spoken { at: plane.inside(y, x) as u32, says: Says::of(symbol) });
             }
