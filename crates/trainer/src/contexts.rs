@@ -229,12 +229,17 @@ fn fit_level(level: &LevelTables, latents: &[f32], shape: LatentShape, seed: u64
     let mut channels = level.channels.clone();
     let mut earlier: Vec<u16> = Vec::new();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    for &(c, _) in order.iter().filter(|(_, busy)| *busy >= LIVE) {
+    for &(c, busy) in &order {
         let old = &level.channels[usize::from(c)];
-        let contexts = fit_channel(&seen, c, &earlier, &mut rng)?;
-        channels[usize::from(c)] = ChannelTable::with_contexts(old.gain, old.inverse, old.median, contexts)?;
-        earlier.push(c);
-        bar.inc(1);
+        // contexts from before may read what comes later now
+        if busy >= LIVE || !old.contexts.is_static() {
+            let contexts = fit_if_busy(&seen, (c, busy), &earlier, &mut rng)?;
+            channels[usize::from(c)] = ChannelTable::with_contexts(old.gain, old.inverse, old.median, contexts)?;
+        }
+        if busy >= LIVE {
+            earlier.push(c);
+            bar.inc(1);
+        }
     }
     bar.inc((level.channels.len() - earlier.len()) as u64);
     Ok(LevelTables::in_order(channels, order.into_iter().map(|(c, _)| c).collect())?)
